@@ -1,0 +1,6062 @@
+"""Durable workflows in one sqlite file, with an HTTP server beside the run; one file, no dependencies.
+
+Write a workflow as a Python function, then run and serve it:
+
+    python -m smithers_serve up workflow.py --serve
+
+Every state change is one sqlite transaction, committed with its events before anybody is told;
+after a crash `--resume` goes on from the last commit and finished tasks never run again.
+The HTTP surface is the "serve mode" of Smithers: status, server-sent events, rendered frames,
+approval gates, cancel and Prometheus metrics. Read the file from top to bottom: nothing is used
+before it is defined. Licence: MIT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import collections
+import contextlib
+import contextvars
+import dataclasses
+import errno
+import functools
+import graphlib
+import hashlib
+import heapq
+import hmac
+import itertools
+import json
+import logging
+import math
+import os
+import queue
+import re
+import secrets
+import selectors
+import signal
+import socket
+import sqlite3
+import sys
+import threading
+import time
+import types
+import urllib.parse
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from http import HTTPStatus
+from http.server import ThreadingHTTPServer
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple
+
+if TYPE_CHECKING:
+    import ssl
+    import subprocess
+    from concurrent.futures import Executor, Future
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Approval",
+    "AuthoringError",
+    "Ctx",
+    "Loop",
+    "OwnerLost",
+    "Parallel",
+    "RunResult",
+    "Sequence",
+    "ServeApp",
+    "ServeError",
+    "ServeServer",
+    "SmithersDb",
+    "SmithersError",
+    "StorageError",
+    "Task",
+    "Workflow",
+    "create_serve_app",
+    "current_task",
+    "main",
+    "make_server",
+    "run_workflow",
+]
+
+logger = logging.getLogger("smithers_serve")
+
+# What one value may weigh (bytes of UTF-8), so that no row, event or buffer grows without bound.
+MAX_OUTPUT_BYTES = 1 << 20
+MAX_LOG_BYTES = 32 << 20  # printed by one attempt: far above a chatty build, far below a disk
+MAX_LOG_LINE = 8 << 10  # a longer line becomes several NodeOutput events
+MAX_MESSAGE_CHARS = 4 << 10
+COMMAND_TAIL_BYTES = 64 << 10
+
+HEARTBEAT_SECONDS = 1.0
+HEARTBEAT_STALE_MS = 5000
+WATCH_SECONDS = (
+    0.05  # how often another process's commits are looked for: half of the promised 100 ms
+)
+STOP_GRACE_SECONDS = 10.0  # a function that ignores its flag is abandoned after this
+KILL_AFTER_SECONDS = 5.0  # a command that ignores SIGTERM is killed after this
+HURRY_SECONDS = (
+    2.0  # both of the above after Ctrl+C or SIGTERM: the process must be gone within 5 s
+)
+LOCK_PATIENCE_SECONDS = 60.0  # how long the engine waits for another process's write lock
+HTTP_LOCK_PATIENCE_SECONDS = 30.0
+MAX_RENDERS_WITHOUT_PROGRESS = 100
+MAX_TREE_DEPTH = 100
+MAX_RETRY_DELAY_SECONDS = 86400.0
+INT64_MAX = (1 << 63) - 1
+
+ACTIVE_STATUSES = ("running", "waiting-approval")
+TERMINAL_STATUSES = ("finished", "failed", "cancelled")
+TERMINAL_STATES = ("finished", "failed", "cancelled", "skipped")
+
+
+def start_thread(name: str, target: Callable[..., None], *args: Any) -> threading.Thread:
+    """Return a started daemon thread. Every thread of this file starts here, so none outlives main."""
+    thread = threading.Thread(target=target, args=args, name=f"smithers-{name}", daemon=True)
+    thread.start()
+    return thread
+
+
+def now_ms() -> int:
+    """Return the wall clock in milliseconds since the epoch: the one clock behind every `_at_ms`."""
+    return time.time_ns() // 1_000_000
+
+
+# ---------------------------------------------------------------------------
+# Errors: one base, one class per wire code
+# ---------------------------------------------------------------------------
+
+
+class SmithersError(Exception):
+    """Any error of this file: `code` for programs, the message for people."""
+
+    code = "SERVER_ERROR"
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code or type(self).code
+
+    def to_json(self) -> dict[str, str]:
+        return {"name": type(self).__name__, "message": str(self), "code": self.code}
+
+
+class AuthoringError(SmithersError):
+    """A mistake in a workflow, found at render before anything runs; the message names the id."""
+
+    code = "INVALID_ARGUMENT"
+
+
+class TaskFailed(SmithersError):
+    """Why an attempt or a gate failed, when it was not the task's own exception."""
+
+    code = "TASK_FAILED"
+
+
+class StorageError(SmithersError):
+    """The database cannot be opened, read or written. What was committed before stands."""
+
+    code = "STORAGE_ERROR"
+
+
+class OwnerLost(SmithersError):
+    """Another engine owns the run now; this one must stop and write nothing more."""
+
+    code = "OWNER_LOST"
+
+
+class ServeError(SmithersError):
+    """An error that HTTP can answer with: `status` and `code` are what goes on the wire."""
+
+    status = 500
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class InvalidRequest(ServeError):
+    status, code = 400, "INVALID_REQUEST"
+
+
+class Unauthorized(ServeError):
+    status, code = 401, "UNAUTHORIZED"
+    headers = (("WWW-Authenticate", "Bearer"),)
+
+
+class Forbidden(ServeError):
+    status, code = 403, "FORBIDDEN"
+
+
+class NotFound(ServeError):
+    status, code = 404, "NOT_FOUND"
+
+
+class MethodMismatch(NotFound):
+    """The path exists, the method does not: 404 as the original answers, with an Allow header."""
+
+    def __init__(self, message: str, allow: str) -> None:
+        super().__init__(message)
+        self.headers = (("Allow", allow),)
+
+
+class RunNotFound(ServeError):
+    status, code = 404, "RUN_NOT_FOUND"
+
+
+class NodeNotFound(ServeError):
+    status, code = 404, "NODE_NOT_FOUND"
+
+
+class RequestTimeout(ServeError):
+    status, code = 408, "REQUEST_TIMEOUT"
+
+
+class RunNotActive(ServeError):
+    status, code = 409, "RUN_NOT_ACTIVE"
+
+
+class RunExists(ServeError):
+    status, code = 409, "RUN_EXISTS"
+
+
+class RunOwned(ServeError):
+    status, code = 409, "RUN_OWNED"
+
+
+class ApprovalNotPending(ServeError):
+    status, code = 409, "APPROVAL_NOT_PENDING"
+
+
+class PayloadTooLarge(ServeError):
+    status, code = 413, "PAYLOAD_TOO_LARGE"
+
+
+class UriTooLong(ServeError):
+    status, code = 414, "URI_TOO_LONG"
+
+
+class HeadersTooLarge(ServeError):
+    status, code = 431, "HEADERS_TOO_LARGE"
+
+
+class NotImplementedHere(ServeError):
+    status, code = 501, "NOT_IMPLEMENTED"
+
+
+class Unavailable(ServeError):
+    status, code = 503, "UNAVAILABLE"
+    headers = (("Retry-After", "5"),)
+
+
+class VersionNotSupported(ServeError):
+    status, code = 505, "HTTP_VERSION_NOT_SUPPORTED"
+
+
+def scrub_paths(text: str) -> str:
+    """Return `text` without the folders of this machine that an error message tends to carry."""
+    for prefix in _private_prefixes():
+        text = text.replace(prefix, "")
+    return text
+
+
+@functools.lru_cache(maxsize=1)
+def _private_prefixes() -> tuple[str, ...]:
+    """Folders whose names say something about the machine, longest first, each with its slash."""
+    folders = {os.getcwd(), os.path.expanduser("~"), sys.prefix, sys.base_prefix, *sys.path}
+    # "/" itself and bare top-level folders would eat ordinary text such as "/health".
+    named = {os.path.abspath(f) for f in folders if f and os.path.abspath(f).count(os.sep) >= 2}
+    return tuple(sorted((f + os.sep for f in named), key=len, reverse=True))
+
+
+def describe_error(error: BaseException) -> dict[str, str]:
+    """Return `{"name","message","code"?}` for a client: no traceback, no folder of this machine."""
+    if isinstance(error, SmithersError):
+        described = error.to_json()
+    else:
+        described = {"name": type(error).__name__, "message": _message_of(error)}
+    described["message"] = printable(scrub_paths(described["message"])[:MAX_MESSAGE_CHARS])
+    return described
+
+
+def _message_of(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {os.path.basename(os.fsdecode(error.filename))!r}"
+    return str(error)
+
+
+def printable(text: str) -> str:
+    """Return `text` with lone surrogates replaced, so that it can always be written as UTF-8."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def log_safe(text: object) -> str:
+    """Return `text` for one log line: control characters are escaped so that no line can be forged."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+# ---------------------------------------------------------------------------
+# JSON: one compact form, for rows, events and answers
+# ---------------------------------------------------------------------------
+
+
+def _encode_extra(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+_compact = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_encode_extra
+)
+
+
+def to_json(value: Any) -> str:
+    """Return compact JSON (dataclasses through asdict). Raises TypeError or ValueError for what JSON cannot hold."""
+    return _compact.encode(value)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key appears twice")
+    return value
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Return the value of strict JSON. Raises ValueError for everything two parsers could read differently."""
+    text = data.decode("utf-8") if isinstance(data, bytes) else data
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    # json.loads builds lone surrogates from \ud800; they could never be written again.
+    if "\\u" in text:
+        to_json(value).encode("utf-8")
+    return value
+
+
+# ---------------------------------------------------------------------------
+# Elements: what a workflow function returns
+# ---------------------------------------------------------------------------
+
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+def check_id(value: object, what: str) -> str:
+    """Return `value` when it is a valid id. Raises AuthoringError INVALID_ID."""
+    if not isinstance(value, str) or not _ID.fullmatch(value):
+        raise AuthoringError(
+            f"{what} id {value!r}: expected 1-128 characters of [A-Za-z0-9._:-]", "INVALID_ID"
+        )
+    return value
+
+
+def _check_number(owner: str, name: str, value: Any, minimum: float, whole: bool = False) -> None:
+    kinds: tuple[type, ...] = (int,) if whole else (int, float)
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, kinds)
+        or not math.isfinite(value)
+        or value < minimum
+    ):
+        kind = "a whole number" if whole else "a number"
+        raise AuthoringError(
+            f"{owner}: {name} must be {kind} of at least {minimum:g}, got {value!r}"
+        )
+
+
+def _check_choice(owner: str, name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise AuthoringError(f"{owner}: {name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_flags(owner: str, **flags: object) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise AuthoringError(f"{owner}: {name} must be True or False, got {value!r}")
+
+
+def _check_text(owner: str, **texts: object) -> None:
+    for name, value in texts.items():
+        if value is not None and not isinstance(value, str):
+            raise AuthoringError(f"{owner}: {name} must be text, got {value!r}")
+
+
+def _needs_of(
+    owner: str, needs: Mapping[str, str] | Iterable[str]
+) -> tuple[tuple[str | None, str], ...]:
+    """Return `needs` as (parameter or None, task id) pairs."""
+    if isinstance(needs, str):
+        raise AuthoringError(
+            f"{owner}: needs must be a list of ids or a dict, got the text {needs!r}"
+        )
+    if isinstance(needs, Mapping):
+        pairs: list[tuple[str | None, str]] = [
+            (parameter, target) for parameter, target in needs.items()
+        ]
+    else:
+        pairs = [(None, target) for target in needs]
+    for parameter, target in pairs:
+        check_id(target, f"{owner}: needs")
+        if parameter is not None and not (isinstance(parameter, str) and parameter.isidentifier()):
+            raise AuthoringError(f"{owner}: needs key {parameter!r} is not a parameter name")
+    return tuple(pairs)
+
+
+def _children_of(owner: str, children: tuple[Any, ...]) -> tuple[Element, ...]:
+    """Return the children in order: None dropped, a list (a fan-out) taken in place."""
+    kept: list[Element] = []
+    for child in children:
+        if isinstance(child, (list, tuple)):
+            kept.extend(_children_of(owner, tuple(child)))
+        elif isinstance(child, Element) and not isinstance(child, Workflow):
+            kept.append(child)
+        elif child is not None:
+            raise AuthoringError(
+                f"{owner}: a child must be an element or None, got {child!r}", "INVALID_TREE"
+            )
+    return tuple(kept)
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Element:
+    """Anything that may stand in a tree."""
+
+    tag = "smithers:element"
+
+    def _fill(self, **values: Any) -> None:
+        """Set the fields of a frozen instance once, from its own constructor."""
+        self.__dict__.update(values)
+
+    def props(self) -> dict[str, str]:
+        """Return what a frame shows of this element: all strings."""
+        return {}
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Container(Element):
+    """An element with children."""
+
+    children: tuple[Element, ...]
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Workflow(Container):
+    """The root: `name` and children that run in order."""
+
+    name: str
+    tag = "smithers:workflow"
+
+    def __init__(self, name: str, *children: Any) -> None:
+        if not isinstance(name, str) or not 1 <= len(name) <= 200:
+            raise AuthoringError(f"Workflow name must be text of 1 to 200 characters, got {name!r}")
+        self._fill(name=name, children=_children_of(f"Workflow {name!r}", children))
+
+    def props(self) -> dict[str, str]:
+        return {"name": self.name}
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Sequence(Container):
+    """Children in order."""
+
+    tag = "smithers:sequence"
+
+    def __init__(self, *children: Any) -> None:
+        self._fill(children=_children_of("Sequence", children))
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Parallel(Container):
+    """Children together; at most `max_concurrency` of the tasks below it run at once."""
+
+    max_concurrency: int | None
+    tag = "smithers:parallel"
+
+    def __init__(self, *children: Any, max_concurrency: int | None = None) -> None:
+        if max_concurrency is not None:
+            _check_number("Parallel", "max_concurrency", max_concurrency, 1, whole=True)
+        self._fill(children=_children_of("Parallel", children), max_concurrency=max_concurrency)
+
+    def props(self) -> dict[str, str]:
+        return {} if self.max_concurrency is None else {"maxConcurrency": str(self.max_concurrency)}
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Loop(Container):
+    """Children in order, again and again. `until` is looked at before each iteration, also the first.
+
+    After `max_iterations` the loop ends (`on_max="return-last"`) or fails the run (`"fail"`).
+    """
+
+    id: str
+    until: bool
+    max_iterations: int
+    on_max: str
+    tag = "smithers:ralph"
+
+    def __init__(
+        self,
+        *children: Any,
+        id: str,
+        until: bool,
+        max_iterations: int = 5,
+        on_max: str = "return-last",
+    ) -> None:
+        owner = f"Loop {check_id(id, 'Loop')!r}"
+        _check_flags(owner, until=until)
+        _check_number(owner, "max_iterations", max_iterations, 1, whole=True)
+        _check_choice(owner, "on_max", on_max, ("return-last", "fail"))
+        kept = _children_of(owner, children)
+        self._fill(children=kept, id=id, until=until, max_iterations=max_iterations, on_max=on_max)
+
+    def props(self) -> dict[str, str]:
+        return {
+            "id": self.id,
+            "maxIterations": str(self.max_iterations),
+            "onMaxReached": self.on_max,
+            "until": _text_of(self.until),
+        }
+
+
+def _text_of(value: object) -> str:
+    return ("true" if value else "false") if isinstance(value, bool) else str(value)
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Leaf(Element):
+    """A node of the run: a Task or an Approval."""
+
+    id: str
+    needs: tuple[tuple[str | None, str], ...]
+    label: str | None
+    on_deny: str
+    skip_if: bool
+    continue_on_fail: bool
+    tag = "smithers:task"
+
+    @property
+    def asks_first(self) -> bool:
+        """True when a person decides before this node goes on."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Task(Leaf):
+    """A node that does something: `run` is a function, an argv list (no shell) or a JSON object. Times in seconds."""
+
+    run: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    retries: int
+    retry_delay: float
+    backoff: str
+    timeout: float | None
+    needs_approval: bool
+
+    def __init__(
+        self,
+        id: str,
+        run: Any,
+        *,
+        args: Iterable[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        needs: Mapping[str, str] | Iterable[str] = (),
+        label: str | None = None,
+        retries: int = 0,
+        retry_delay: float = 0.0,
+        backoff: str = "fixed",
+        timeout: float | None = None,
+        needs_approval: bool = False,
+        on_deny: str = "fail",
+        skip_if: bool = False,
+        continue_on_fail: bool = False,
+    ) -> None:
+        owner = f"Task {check_id(id, 'Task')!r}"
+        _check_number(owner, "retries", retries, 0, whole=True)
+        _check_number(owner, "retry_delay", retry_delay, 0)
+        _check_choice(owner, "backoff", backoff, ("fixed", "linear", "exponential"))
+        _check_choice(owner, "on_deny", on_deny, ("fail", "continue", "skip"))
+        if timeout is not None:
+            _check_number(owner, "timeout", timeout, 0.001)
+        _check_flags(
+            owner, needs_approval=needs_approval, skip_if=skip_if, continue_on_fail=continue_on_fail
+        )
+        _check_text(owner, label=label)
+        self._fill(
+            id=id,
+            run=_runnable(owner, run),
+            args=tuple(args),
+            kwargs=dict(kwargs or {}),
+            needs=_needs_of(owner, needs),
+            label=label,
+            retries=retries,
+            retry_delay=retry_delay,
+            backoff=backoff,
+            timeout=timeout,
+            needs_approval=needs_approval,
+            on_deny=on_deny,
+            skip_if=skip_if,
+            continue_on_fail=continue_on_fail,
+        )
+        self._check_arguments(owner)
+
+    def _check_arguments(self, owner: str) -> None:
+        named = [parameter for parameter, _ in self.needs if parameter is not None]
+        if not callable(self.run) and (self.args or self.kwargs or named):
+            raise AuthoringError(
+                f"{owner}: args, kwargs and needs by keyword are for functions only"
+            )
+        twice = sorted(set(named) & set(self.kwargs))
+        if twice:
+            raise AuthoringError(f"{owner}: {', '.join(twice)} given in both kwargs and needs")
+
+    @property
+    def asks_first(self) -> bool:
+        return self.needs_approval
+
+    def retry_delay_after(self, failures: int) -> float:
+        """Return the seconds to wait after this many failed attempts."""
+        factor = {
+            "fixed": 1.0,
+            "linear": float(failures),
+            "exponential": 2.0 ** min(failures - 1, 40),
+        }
+        return min(self.retry_delay * factor[self.backoff], MAX_RETRY_DELAY_SECONDS)
+
+    def props(self) -> dict[str, str]:
+        shown: dict[str, Any] = {
+            "id": self.id,
+            "label": self.label,
+            "dependsOn": ",".join(target for _, target in self.needs) or None,
+            "retries": self.retries or None,
+            "timeoutMs": None if self.timeout is None else round(self.timeout * 1000),
+            "needsApproval": self.needs_approval or None,
+            "skipIf": self.skip_if or None,
+            "continueOnFail": self.continue_on_fail or None,
+        }
+        return {name: _text_of(value) for name, value in shown.items() if value is not None}
+
+
+def _runnable(owner: str, run: Any) -> Any:
+    """Return `run` in the form that is kept: a callable, a tuple of arguments, or a JSON object."""
+    if callable(run):
+        return run
+    if isinstance(run, (list, tuple)) and run and all(isinstance(part, str) for part in run):
+        if any("\0" in part for part in run):
+            raise AuthoringError(f"{owner}: a command's arguments cannot hold a NUL character")
+        return tuple(run)
+    if isinstance(run, dict):
+        try:
+            to_json(run)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise AuthoringError(f"{owner}: a static output must be JSON: {error}") from error
+        return run
+    raise AuthoringError(
+        f"{owner}: run must be a function, a non-empty list of text or a JSON object, got {run!r}"
+    )
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Approval(Leaf):
+    """A gate: the run goes on from here when somebody has decided. `timeout` in seconds from the request."""
+
+    title: str | None
+    summary: str | None
+    metadata: Mapping[str, Any] | None
+    timeout: float | None
+    on_timeout: str
+
+    def __init__(
+        self,
+        id: str,
+        *,
+        title: str | None = None,
+        summary: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        needs: Mapping[str, str] | Iterable[str] = (),
+        on_deny: str = "fail",
+        timeout: float | None = None,
+        on_timeout: str = "fail",
+        skip_if: bool = False,
+    ) -> None:
+        owner = f"Approval {check_id(id, 'Approval')!r}"
+        _check_text(owner, title=title, summary=summary)
+        _check_choice(owner, "on_deny", on_deny, ("fail", "continue", "skip"))
+        _check_choice(owner, "on_timeout", on_timeout, ("fail", "approve", "deny"))
+        if timeout is not None:
+            _check_number(owner, "timeout", timeout, 0.001)
+        _check_flags(owner, skip_if=skip_if)
+        try:
+            to_json(metadata)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise AuthoringError(f"{owner}: metadata must be JSON: {error}") from error
+        self._fill(
+            id=id,
+            title=title,
+            summary=summary,
+            metadata=metadata,
+            needs=_needs_of(owner, needs),
+            label=title,
+            on_deny=on_deny,
+            timeout=timeout,
+            on_timeout=on_timeout,
+            skip_if=skip_if,
+            continue_on_fail=False,
+        )
+
+    @property
+    def asks_first(self) -> bool:
+        return True
+
+    def props(self) -> dict[str, str]:
+        shown: dict[str, Any] = {
+            "id": self.id,
+            "label": self.title,
+            "dependsOn": ",".join(target for _, target in self.needs) or None,
+            "needsApproval": True,
+            "approvalMode": "decision",
+            "onDeny": self.on_deny,
+            "skipIf": self.skip_if or None,
+            "timeoutMs": None if self.timeout is None else round(self.timeout * 1000),
+        }
+        return {name: _text_of(value) for name, value in shown.items() if value is not None}
+
+
+class CtxSource:
+    """Where a Ctx reads from. This one knows nothing, so a workflow function can be called in a unit test."""
+
+    def find_output(self, id: str, iteration: int | None) -> str | None:
+        """Return an output as JSON text, or None when there is none."""
+        return None
+
+    def find_state(self, id: str) -> str | None:
+        return None
+
+    def find_error(self, id: str) -> dict[str, Any] | None:
+        return None
+
+    def find_iteration(self, loop_id: str) -> int:
+        return 0
+
+
+class Ctx:
+    """What a workflow function may read: the input and what the run has produced so far.
+
+    Every read is remembered; the function is called again only when something that it read changed.
+    """
+
+    def __init__(self, run_id: str, input: Any = None, source: CtxSource | None = None) -> None:
+        self.run_id = run_id
+        self.input: Any = {} if input is None else input
+        self.reads: set[tuple[str, str]] = set()
+        self._source = source or CtxSource()
+
+    def output(self, id: str, default: Any = None, iteration: int | None = None) -> Any:
+        """Return the output of node `id` (its newest iteration if none is given), or `default`."""
+        self.reads.add(("output", id))
+        found = self._source.find_output(id, iteration)
+        return default if found is None else json.loads(found)
+
+    def state(self, id: str) -> str | None:
+        """Return the state of node `id` in its current iteration, or None when it was never rendered."""
+        self.reads.add(("state", id))
+        return self._source.find_state(id)
+
+    def error(self, id: str) -> dict[str, Any] | None:
+        """Return `{"name","message","code"?}` of node `id` when it has failed, else None."""
+        self.reads.add(("error", id))
+        return self._source.find_error(id)
+
+    def iteration(self, loop_id: str) -> int:
+        """Return the current iteration of a loop, from 0."""
+        self.reads.add(("iteration", loop_id))
+        return self._source.find_iteration(loop_id)
+
+
+# ---------------------------------------------------------------------------
+# Frames: a rendered tree as the JSON that is stored and served
+# ---------------------------------------------------------------------------
+
+
+def xml_of(element: Element) -> dict[str, Any]:
+    """Return the element as `{"kind","tag","props","children"}`, props sorted, all strings."""
+    props = element.props()
+    node: dict[str, Any] = {
+        "kind": "element",
+        "tag": element.tag,
+        "props": {key: props[key] for key in sorted(props)},
+    }
+    node["children"] = (
+        [xml_of(child) for child in element.children] if isinstance(element, Container) else []
+    )
+    return node
+
+
+# ---------------------------------------------------------------------------
+# Records: rows as they cross a section, and their JSON form
+# ---------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """One row of `_smithers_runs`, the columns we use."""
+
+    run_id: str
+    workflow_name: str
+    workflow_path: str | None
+    workflow_hash: str | None
+    status: str
+    created_at_ms: int
+    started_at_ms: int | None
+    finished_at_ms: int | None
+    heartbeat_at_ms: int | None
+    runtime_owner_id: str | None
+    cancel_requested_at_ms: int | None
+    error_json: str | None
+    config_json: str | None
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.status in TERMINAL_STATUSES
+
+    def to_json(self, summary: Mapping[str, int]) -> dict[str, Any]:
+        return {
+            "runId": self.run_id,
+            "workflowName": self.workflow_name,
+            "status": self.status,
+            "startedAtMs": self.started_at_ms,
+            "finishedAtMs": self.finished_at_ms,
+            "summary": dict(summary),
+        }
+
+
+class Node(NamedTuple):
+    node_id: str
+    iteration: int
+    state: str
+    last_attempt: int | None
+    updated_at_ms: int
+    label: str | None
+
+
+class Attempt(NamedTuple):
+    node_id: str
+    iteration: int
+    attempt: int
+    state: str
+    started_at_ms: int
+    finished_at_ms: int | None
+    error_json: str | None
+
+
+class Frame(NamedTuple):
+    run_id: str
+    frame_no: int
+    created_at_ms: int
+    xml_json: str
+    xml_hash: str
+    mounted_task_ids_json: str
+    task_index_json: str
+    note: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "runId": self.run_id,
+            "frameNo": self.frame_no,
+            "createdAtMs": self.created_at_ms,
+            "xmlJson": self.xml_json,
+            "xmlHash": self.xml_hash,
+            "mountedTaskIdsJson": self.mounted_task_ids_json,
+            "taskIndexJson": self.task_index_json,
+            "note": self.note,
+        }
+
+
+class Gate(NamedTuple):
+    """One row of `_smithers_approvals`."""
+
+    node_id: str
+    iteration: int
+    status: str
+    requested_at_ms: int | None
+    decided_at_ms: int | None
+    note: str | None
+    decided_by: str | None
+    request_json: str | None
+
+    def to_output(self) -> dict[str, Any]:
+        return {
+            "approved": self.status == "approved",
+            "note": self.note,
+            "decidedBy": self.decided_by,
+            "decidedAtMs": self.decided_at_ms,
+        }
+
+
+class Event(NamedTuple):
+    seq: int
+    timestamp_ms: int
+    type: str
+    payload_json: str
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        return dict(json.loads(self.payload_json))
+
+
+class Decision(NamedTuple):
+    """What a person said about a gate; `iteration` None means the one that waits."""
+
+    verdict: str  # "approved" or "denied"
+    iteration: int | None = None
+    note: str | None = None
+    decided_by: str | None = None
+
+
+# ---------------------------------------------------------------------------
+# Metrics: counters, gauges, histograms and the text format 0.0.4
+# ---------------------------------------------------------------------------
+
+# The original's bounds in milliseconds: 100 ms to 205 s for work, 1 ms to 2 s for queries and requests.
+DURATION_BOUNDS = tuple(100.0 * 2**k for k in range(12))
+FAST_BOUNDS = tuple(1.0 * 2**k for k in range(12))
+
+
+def format_number(value: float) -> str:
+    """Return a sample value: whole numbers without a fraction."""
+    return str(int(value)) if float(value).is_integer() else repr(float(value))
+
+
+def _label_text(names: Seq[str], values: Seq[str]) -> str:
+    escaped = (v.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"") for v in values)
+    return ",".join(f'{name}="{value}"' for name, value in zip(names, escaped))
+
+
+class Sample:
+    """One counter or gauge value. `text` is what the last scrape rendered, None after a change."""
+
+    def __init__(self, name: str, labels: str, lock: threading.Lock) -> None:
+        self._head = f"{name}{{{labels}}} " if labels else f"{name} "
+        self._lock = lock
+        self.value: float = 0
+        self.text: str | None = None
+
+    def inc(self, amount: float = 1) -> None:
+        with self._lock:
+            self.add_locked(amount)
+
+    def add_locked(self, amount: float) -> None:
+        self.value += amount
+        self.text = None
+
+    def set(self, value: float) -> None:
+        with self._lock:
+            self.value = value
+            self.text = None
+
+    def render_locked(self) -> str:
+        if self.text is None:
+            self.text = f"{self._head}{format_number(self.value)}\n"
+        return self.text
+
+
+class Histogram:
+    """Observations counted per bucket, in milliseconds."""
+
+    def __init__(
+        self, name: str, labels: str, lock: threading.Lock, bounds: tuple[float, ...]
+    ) -> None:
+        comma = "," if labels else ""
+        marks = [*map(format_number, bounds), "+Inf"]
+        self._heads = [f'{name}_bucket{{{labels}{comma}le="{mark}"}} ' for mark in marks]
+        suffix = f"{{{labels}}} " if labels else " "
+        self._sum_head, self._count_head = f"{name}_sum{suffix}", f"{name}_count{suffix}"
+        self._bounds = bounds
+        self._lock = lock
+        self._counts = [0] * len(marks)
+        self._sum = 0.0
+        self.text: str | None = None
+
+    def observe(self, value: float) -> None:
+        with self._lock:
+            self.observe_locked(value)
+
+    def observe_locked(self, value: float) -> None:
+        self._counts[bisect.bisect_left(self._bounds, value)] += 1
+        self._sum += value
+        self.text = None
+
+    def render_locked(self) -> str:
+        if self.text is None:
+            totals = list(itertools.accumulate(self._counts))
+            lines = [f"{head}{total}\n" for head, total in zip(self._heads, totals)]
+            lines.append(f"{self._sum_head}{format_number(round(self._sum, 3))}\n")
+            lines.append(f"{self._count_head}{totals[-1]}\n")
+            self.text = "".join(lines)
+        return self.text
+
+
+class Family:
+    """All samples of one name. Without label names there is one sample, present from the start."""
+
+    def __init__(
+        self, header: str, make: Callable[[str], Any], labels: tuple[str, ...] = ()
+    ) -> None:
+        self.header = header
+        self._make = make
+        self._labels = labels
+        self.children: dict[tuple[str, ...], Any] = {}
+        if not labels:
+            self.children[()] = make("")
+
+    def child_locked(self, *values: str) -> Any:
+        child = self.children.get(values)
+        if child is None:
+            child = self.children[values] = self._make(_label_text(self._labels, values))
+        return child
+
+
+class Metrics:
+    """Every metric of one database's engine and server.
+
+    One lock guards all values, so that a scrape is one consistent snapshot. Held for arithmetic and
+    string building only; no other lock is taken inside it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._families: dict[str, Family] = {}
+        self._readings: list[tuple[Sample, Callable[[], float]]] = []
+        self._started = time.monotonic()
+        self._rss = (float("-inf"), 0.0)
+        self._define_run_metrics()
+        self._define_node_metrics()
+        self._define_server_metrics()
+
+    def _define_run_metrics(self) -> None:
+        self.runs_total = self.counter("smithers_runs_total", "Runs started or resumed here.")
+        self.runs_finished = self.counter("smithers_runs_finished_total", "Runs that finished.")
+        self.runs_failed = self.counter("smithers_runs_failed_total", "Runs that failed.")
+        self.runs_cancelled = self.counter(
+            "smithers_runs_cancelled_total", "Runs that were cancelled."
+        )
+        self.runs_resumed = self.counter("smithers_runs_resumed_total", "Runs that were resumed.")
+        self.runs_active = self.gauge(
+            "smithers_runs_active", "Runs that an engine of this process drives now."
+        )
+        self.run_duration = self.histogram(
+            "smithers_run_duration_ms", "Run duration in ms.", DURATION_BOUNDS
+        )
+
+    def _define_node_metrics(self) -> None:
+        self.nodes_started = self.counter("smithers_nodes_started", "Attempts started.")
+        self.nodes_finished = self.counter("smithers_nodes_finished", "Nodes finished.")
+        self.nodes_failed = self.counter("smithers_nodes_failed", "Nodes failed for good.")
+        self.node_retries = self.counter("smithers_node_retries_total", "Retries scheduled.")
+        self.nodes_active = self.gauge("smithers_nodes_active", "Attempts in progress now.")
+        self.errors = self.counter(
+            "smithers_errors_total", "Failed attempts, failed runs and internal errors."
+        )
+        self.events_emitted = self.counter(
+            "smithers_events_emitted_total", "Events committed by this process."
+        )
+        self.approvals_requested = self.counter(
+            "smithers_approvals_requested", "Approval gates opened."
+        )
+        self.approvals_granted = self.counter(
+            "smithers_approvals_granted", "Approval gates approved."
+        )
+        self.approvals_denied = self.counter("smithers_approvals_denied", "Approval gates denied.")
+        self.approval_pending = self.gauge(
+            "smithers_approval_pending", "Gates that wait for a decision now."
+        )
+        self.queue_depth = self.gauge(
+            "smithers_scheduler_queue_depth", "Tasks that are ready and wait for a slot."
+        )
+        self.utilization = self.gauge(
+            "smithers_scheduler_concurrency_utilization",
+            "Used share of the concurrency limit, 0 to 1.",
+        )
+        self.node_duration = self.histogram(
+            "smithers_node_duration_ms", "Node duration in ms.", DURATION_BOUNDS
+        )
+        self.attempt_duration = self.histogram(
+            "smithers_attempt_duration_ms", "Attempt duration in ms.", DURATION_BOUNDS
+        )
+        self.approval_wait = self.histogram(
+            "smithers_approval_wait_duration_ms", "Request to decision in ms.", DURATION_BOUNDS
+        )
+        self.scheduler_wait = self.histogram(
+            "smithers_scheduler_wait_duration_ms", "Ready to started in ms.", DURATION_BOUNDS
+        )
+
+    def _define_server_metrics(self) -> None:
+        self.db_retries = self.counter(
+            "smithers_db_retries", "Waits for another writer that ran into the timeout."
+        )
+        self.db_query = self.histogram(
+            "smithers_db_query_ms", "Transaction and query time in ms.", FAST_BOUNDS
+        )
+        labels = ("method", "route", "status_code", "status_class")
+        self._http_requests = self._add(
+            "smithers_http_requests",
+            "counter",
+            "HTTP requests answered.",
+            lambda name, text: Sample(name, text, self._lock),
+            labels,
+        )
+        self._http_duration = self._add(
+            "smithers_http_request_duration_ms",
+            "histogram",
+            "HTTP request duration in ms.",
+            lambda name, text: Histogram(name, text, self._lock, FAST_BOUNDS),
+            labels,
+        )
+        self.streams_active = self.gauge("smithers_event_streams_active", "Event streams open now.")
+        uptime = self.gauge("smithers_process_uptime_seconds", "Seconds since the metrics began.")
+        self.read_at_scrape(uptime, lambda: round(time.monotonic() - self._started, 3))
+        memory = self.gauge(
+            "smithers_process_memory_rss_bytes", "Resident memory of the process in bytes."
+        )
+        self.read_at_scrape(memory, self._read_rss)
+
+    def _add(
+        self,
+        name: str,
+        kind: str,
+        help: str,
+        make: Callable[[str, str], Any],
+        labels: tuple[str, ...] = (),
+    ) -> Family:
+        if name in self._families:
+            raise ValueError(f"metric {name} is defined twice")
+        header = f"# HELP {name} {help}\n# TYPE {name} {kind}\n"
+        family = self._families[name] = Family(header, functools.partial(make, name), labels)
+        return family
+
+    def counter(self, name: str, help: str) -> Sample:
+        family = self._add(name, "counter", help, lambda n, text: Sample(n, text, self._lock))
+        sample: Sample = family.children[()]
+        return sample
+
+    def gauge(self, name: str, help: str) -> Sample:
+        family = self._add(name, "gauge", help, lambda n, text: Sample(n, text, self._lock))
+        sample: Sample = family.children[()]
+        return sample
+
+    def histogram(self, name: str, help: str, bounds: tuple[float, ...]) -> Histogram:
+        family = self._add(
+            name, "histogram", help, lambda n, text: Histogram(n, text, self._lock, bounds)
+        )
+        histogram: Histogram = family.children[()]
+        return histogram
+
+    def read_at_scrape(self, sample: Sample, read: Callable[[], float]) -> None:
+        """Have `read` called for the value of `sample` at every scrape, outside the lock."""
+        self._readings.append((sample, read))
+
+    def observe_request(self, method: str, route: str, status: int, ms: float) -> None:
+        labels = (method, route, str(status), f"{status // 100}xx")
+        with self._lock:
+            self._http_requests.child_locked(*labels).add_locked(1)
+            self._http_duration.child_locked(*labels).observe_locked(ms)
+
+    def _read_rss(self) -> float:
+        """Return resident memory in bytes, read from the system at most once a second."""
+        at, value = self._rss
+        if time.monotonic() - at >= 1.0:
+            value = _resident_bytes()
+            self._rss = (time.monotonic(), value)
+        return value
+
+    def render(self) -> str:
+        """Return all families as Prometheus text.
+
+        Source: Prometheus text exposition format 0.0.4.
+        """
+        for sample, read in self._readings:
+            sample.set(read())
+        parts: list[str] = []
+        with self._lock:
+            for family in self._families.values():
+                parts.append(family.header)
+                parts.extend(child.render_locked() for child in family.children.values())
+        return "".join(parts)
+
+
+def _resident_bytes() -> float:
+    try:
+        with open("/proc/self/statm", "rb") as statm:
+            return float(int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    except OSError:  # no /proc: macOS and the BSDs tell the peak instead
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return float(peak if sys.platform == "darwin" else peak * 1024)
+    except ImportError:
+        return 0.0
+
+
+# ---------------------------------------------------------------------------
+# Adapter: every SQL statement in this file
+# ---------------------------------------------------------------------------
+
+# The original's tables and columns; what is ours alone comes last. Pastes into the sqlite shell.
+SCHEMA = """
+create table if not exists _smithers_runs (
+  run_id text primary key,
+  workflow_name text not null default '',
+  workflow_path text,
+  workflow_hash text,
+  status text not null default 'running',
+  created_at_ms integer not null default 0,
+  started_at_ms integer,
+  finished_at_ms integer,
+  heartbeat_at_ms integer,
+  runtime_owner_id text,
+  cancel_requested_at_ms integer,
+  hijack_requested_at_ms integer,
+  hijack_target text,
+  vcs_type text,
+  vcs_root text,
+  vcs_revision text,
+  error_json text,
+  config_json text
+);
+create table if not exists _smithers_nodes (
+  run_id text not null,
+  node_id text not null,
+  iteration integer not null default 0,
+  state text not null default 'pending',
+  last_attempt integer,
+  updated_at_ms integer not null default 0,
+  output_table text not null default '',
+  label text,
+  primary key (run_id, node_id, iteration)
+) without rowid;
+create table if not exists _smithers_attempts (
+  run_id text not null,
+  node_id text not null,
+  iteration integer not null default 0,
+  attempt integer not null,
+  state text not null default 'in-progress',
+  started_at_ms integer not null default 0,
+  finished_at_ms integer,
+  error_json text,
+  jj_pointer text,
+  response_text text,
+  jj_cwd text,
+  cached integer not null default 0,
+  meta_json text,
+  primary key (run_id, node_id, iteration, attempt)
+) without rowid;
+create table if not exists _smithers_frames (
+  run_id text not null,
+  frame_no integer not null,
+  created_at_ms integer not null default 0,
+  xml_json text not null default '',
+  xml_hash text not null default '',
+  mounted_task_ids_json text,
+  task_index_json text,
+  note text,
+  primary key (run_id, frame_no)
+);
+create table if not exists _smithers_approvals (
+  run_id text not null,
+  node_id text not null,
+  iteration integer not null default 0,
+  status text not null default 'requested',
+  requested_at_ms integer,
+  decided_at_ms integer,
+  note text,
+  decided_by text,
+  request_json text,
+  primary key (run_id, node_id, iteration)
+) without rowid;
+create table if not exists _smithers_events (
+  run_id text not null,
+  seq integer not null,
+  timestamp_ms integer not null default 0,
+  type text not null default '',
+  payload_json text not null default '{}',
+  primary key (run_id, seq)
+) without rowid;
+create table if not exists _smithers_ralph (
+  run_id text not null,
+  ralph_id text not null,
+  iteration integer not null default 0,
+  done integer not null default 0,
+  updated_at_ms integer not null default 0,
+  primary key (run_id, ralph_id)
+) without rowid;
+create table if not exists input (
+  run_id text primary key,
+  payload text
+);
+create table if not exists _smithers_outputs (
+  run_id text not null,
+  node_id text not null,
+  iteration integer not null default 0,
+  output_json text not null default 'null',
+  primary key (run_id, node_id, iteration)
+) without rowid;
+"""
+
+# How many nodes of a run are in each state, kept by triggers whoever writes: GET / never counts rows.
+SUMMARY_SCHEMA = """
+create table _smithers_summary (
+  run_id text not null,
+  state text not null,
+  nodes integer not null default 0,
+  primary key (run_id, state)
+) without rowid;
+insert into _smithers_summary (run_id, state, nodes)
+  select run_id, state, count(*) from _smithers_nodes group by run_id, state;
+create trigger _smithers_nodes_added after insert on _smithers_nodes begin
+  insert or ignore into _smithers_summary (run_id, state) values (new.run_id, new.state);
+  update _smithers_summary set nodes = nodes + 1 where run_id = new.run_id and state = new.state;
+end;
+create trigger _smithers_nodes_moved after update of state on _smithers_nodes when old.state <> new.state begin
+  insert or ignore into _smithers_summary (run_id, state) values (new.run_id, new.state);
+  update _smithers_summary set nodes = nodes - 1 where run_id = old.run_id and state = old.state;
+  update _smithers_summary set nodes = nodes + 1 where run_id = new.run_id and state = new.state;
+end;
+create trigger _smithers_nodes_dropped after delete on _smithers_nodes begin
+  update _smithers_summary set nodes = nodes - 1 where run_id = old.run_id and state = old.state;
+end;
+"""
+
+_RUN_COLUMNS = ", ".join(Run._fields)
+_GATE_COLUMNS = ", ".join(Gate._fields)
+
+
+def _is_busy(error: sqlite3.Error) -> bool:
+    return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
+
+
+class Tx:
+    """An open write transaction on one run. Events appended here are numbered on from the run's log."""
+
+    def __init__(self, connection: sqlite3.Connection, run_id: str) -> None:
+        self._execute = connection.execute
+        self.run_id = run_id
+        self.now_ms = now_ms()
+        self.events: list[Event] = []
+        self.is_control = False  # set by decisions and cancel requests: the engine must look
+        self._next_seq: int | None = None
+
+    # Events
+
+    def append_event(self, type: str, **fields: Any) -> None:
+        """Append one event: `type, runId`, the fields in the given order, `timestampMs`."""
+        if self._next_seq is None:
+            last = self._execute(
+                "select max(seq) from _smithers_events where run_id = ?", (self.run_id,)
+            )
+            newest = last.fetchone()[0]
+            self._next_seq = 0 if newest is None else newest + 1
+        payload = to_json(
+            {"type": type, "runId": self.run_id, **fields, "timestampMs": self.now_ms}
+        )
+        event = Event(self._next_seq, self.now_ms, type, payload)
+        self._execute(
+            "insert into _smithers_events (run_id, seq, timestamp_ms, type, payload_json) values (?, ?, ?, ?, ?)",
+            (self.run_id, *event),
+        )
+        self._next_seq += 1
+        self.events.append(event)
+
+    # Runs
+
+    def get_run(self) -> Run | None:
+        row = self._execute(
+            f"select {_RUN_COLUMNS} from _smithers_runs where run_id = ?", (self.run_id,)
+        ).fetchone()
+        return None if row is None else Run(*row)
+
+    def insert_run(
+        self, name: str, path: str | None, hash: str | None, owner: str, input: str, config: str
+    ) -> None:
+        """Insert the run as running and owned. Raises RunExists when the id is taken."""
+        try:
+            self._execute(
+                """insert into _smithers_runs (run_id, workflow_name, workflow_path, workflow_hash, status,
+                     created_at_ms, started_at_ms, heartbeat_at_ms, runtime_owner_id, config_json)
+                   values (:run_id, :name, :path, :hash, 'running', :now_ms, :now_ms, :now_ms, :owner, :config)""",
+                {
+                    "run_id": self.run_id,
+                    "name": name,
+                    "path": path,
+                    "hash": hash,
+                    "now_ms": self.now_ms,
+                    "owner": owner,
+                    "config": config,
+                },
+            )
+        except sqlite3.IntegrityError as error:
+            raise RunExists(
+                f"run {self.run_id} exists already; use --resume to go on with it"
+            ) from error
+        self._execute(
+            "insert or replace into input (run_id, payload) values (?, ?)", (self.run_id, input)
+        )
+
+    def claim_run(self, seen: Run, owner: str) -> bool:
+        """Make `owner` the owner of a run that is as `seen`; False when somebody else was faster."""
+        return (
+            self._execute(
+                """update _smithers_runs set runtime_owner_id = :owner, heartbeat_at_ms = :now_ms, status = 'running',
+                     finished_at_ms = null, error_json = null, cancel_requested_at_ms = null
+                   where run_id = :run_id and runtime_owner_id is :seen_owner and heartbeat_at_ms is :seen_heartbeat""",
+                {
+                    "owner": owner,
+                    "now_ms": self.now_ms,
+                    "run_id": self.run_id,
+                    "seen_owner": seen.runtime_owner_id,
+                    "seen_heartbeat": seen.heartbeat_at_ms,
+                },
+            ).rowcount
+            == 1
+        )
+
+    def get_control(self, owner: str) -> bool:
+        """Return True when a cancel was requested. Raises OwnerLost when `owner` does not own the run."""
+        row = self._execute(
+            "select runtime_owner_id, cancel_requested_at_ms from _smithers_runs where run_id = ?",
+            (self.run_id,),
+        ).fetchone()
+        if row is None or row[0] != owner:
+            raise OwnerLost(f"run {self.run_id} was taken over by another process")
+        return row[1] is not None
+
+    def update_heartbeat(self, owner: str) -> bool:
+        """Prove that `owner` lives; False when it does not own the run any more."""
+        return (
+            self._execute(
+                "update _smithers_runs set heartbeat_at_ms = ? where run_id = ? and runtime_owner_id = ?",
+                (self.now_ms, self.run_id, owner),
+            ).rowcount
+            == 1
+        )
+
+    def update_run_name(self, name: str) -> None:
+        self._execute(
+            "update _smithers_runs set workflow_name = ? where run_id = ?", (name, self.run_id)
+        )
+
+    def update_run_source(self, path: str | None, hash: str | None) -> None:
+        self._execute(
+            "update _smithers_runs set workflow_path = ?, workflow_hash = ? where run_id = ?",
+            (path, hash, self.run_id),
+        )
+
+    def update_run_status(self, status: str) -> None:
+        self._execute(
+            "update _smithers_runs set status = ? where run_id = ?", (status, self.run_id)
+        )
+
+    def release_run(self) -> None:
+        self._execute(
+            "update _smithers_runs set runtime_owner_id = null where run_id = ?", (self.run_id,)
+        )
+
+    def end_run(self, status: str, error_json: str | None) -> None:
+        """Give the run its terminal status and no owner."""
+        self._execute(
+            """update _smithers_runs set status = :status, finished_at_ms = :now_ms, error_json = :error,
+                 runtime_owner_id = null where run_id = :run_id""",
+            {"status": status, "now_ms": self.now_ms, "error": error_json, "run_id": self.run_id},
+        )
+
+    def request_cancel(self) -> None:
+        self.is_control = True
+        self._execute(
+            """update _smithers_runs set cancel_requested_at_ms = coalesce(cancel_requested_at_ms, ?)
+               where run_id = ?""",
+            (self.now_ms, self.run_id),
+        )
+
+    # Nodes and attempts
+
+    def insert_node(self, node_id: str, iteration: int, label: str | None) -> None:
+        self._execute(
+            """insert into _smithers_nodes (run_id, node_id, iteration, state, updated_at_ms, label)
+               values (?, ?, ?, 'pending', ?, ?)""",
+            (self.run_id, node_id, iteration, self.now_ms, label),
+        )
+
+    def update_node(
+        self, node_id: str, iteration: int, state: str, last_attempt: int | None
+    ) -> None:
+        self._execute(
+            """update _smithers_nodes set state = ?, last_attempt = ?, updated_at_ms = ?
+               where run_id = ? and node_id = ? and iteration = ?""",
+            (state, last_attempt, self.now_ms, self.run_id, node_id, iteration),
+        )
+
+    def has_node(self, node_id: str, iteration: int | None) -> bool:
+        return (
+            self._execute(
+                """select 1 from _smithers_nodes where run_id = :run_id and node_id = :node_id
+                     and (:iteration is null or iteration = :iteration) limit 1""",
+                {"run_id": self.run_id, "node_id": node_id, "iteration": iteration},
+            ).fetchone()
+            is not None
+        )
+
+    def list_open_nodes(self) -> list[tuple[str, int, str, int | None]]:
+        """Return (node_id, iteration, state, last_attempt) of what is in progress or waits at a gate."""
+        return self._execute(
+            """select node_id, iteration, state, last_attempt from _smithers_nodes
+               where run_id = ? and state in ('in-progress', 'waiting-approval')""",
+            (self.run_id,),
+        ).fetchall()
+
+    def insert_attempt(self, node_id: str, iteration: int, attempt: int) -> None:
+        self._execute(
+            """insert into _smithers_attempts (run_id, node_id, iteration, attempt, state, started_at_ms)
+               values (?, ?, ?, ?, 'in-progress', ?)""",
+            (self.run_id, node_id, iteration, attempt, self.now_ms),
+        )
+
+    def end_attempt(
+        self, node_id: str, iteration: int, attempt: int, state: str, error: str | None = None
+    ) -> None:
+        self._execute(
+            """update _smithers_attempts set state = ?, finished_at_ms = ?, error_json = ?
+               where run_id = ? and node_id = ? and iteration = ? and attempt = ?""",
+            (state, self.now_ms, error, self.run_id, node_id, iteration, attempt),
+        )
+
+    def put_output(self, node_id: str, iteration: int, output_json: str) -> None:
+        self._execute(
+            "insert or replace into _smithers_outputs (run_id, node_id, iteration, output_json) values (?, ?, ?, ?)",
+            (self.run_id, node_id, iteration, output_json),
+        )
+
+    def put_loop(self, ralph_id: str, iteration: int, done: bool) -> None:
+        self._execute(
+            """insert or replace into _smithers_ralph (run_id, ralph_id, iteration, done, updated_at_ms)
+               values (?, ?, ?, ?, ?)""",
+            (self.run_id, ralph_id, iteration, int(done), self.now_ms),
+        )
+
+    def insert_frame(self, xml_json: str, xml_hash: str, mounted: str, index: str) -> int:
+        """Insert the next frame and return its number, from 1."""
+        newest = self._execute(
+            "select max(frame_no) from _smithers_frames where run_id = ?", (self.run_id,)
+        )
+        frame_no = int(newest.fetchone()[0] or 0) + 1
+        self._execute(
+            """insert into _smithers_frames (run_id, frame_no, created_at_ms, xml_json, xml_hash,
+                 mounted_task_ids_json, task_index_json) values (?, ?, ?, ?, ?, ?, ?)""",
+            (self.run_id, frame_no, self.now_ms, xml_json, xml_hash, mounted, index),
+        )
+        return frame_no
+
+    # Gates
+
+    def get_gate(self, node_id: str, iteration: int) -> Gate | None:
+        row = self._execute(
+            f"select {_GATE_COLUMNS} from _smithers_approvals where run_id = ? and node_id = ? and iteration = ?",
+            (self.run_id, node_id, iteration),
+        ).fetchone()
+        return None if row is None else Gate(*row)
+
+    def get_newest_gate(self, node_id: str) -> Gate | None:
+        """Return the gate of this node that waits, else the one of its newest iteration."""
+        row = self._execute(
+            f"""select {_GATE_COLUMNS} from _smithers_approvals where run_id = ? and node_id = ?
+                order by status = 'requested' desc, iteration desc limit 1""",
+            (self.run_id, node_id),
+        ).fetchone()
+        return None if row is None else Gate(*row)
+
+    def open_gate(self, node_id: str, iteration: int, request_json: str) -> None:
+        self._execute(
+            """insert or replace into _smithers_approvals
+                 (run_id, node_id, iteration, status, requested_at_ms, request_json)
+               values (?, ?, ?, 'requested', ?, ?)""",
+            (self.run_id, node_id, iteration, self.now_ms, request_json),
+        )
+
+    def close_gate(self, node_id: str, iteration: int) -> None:
+        """Mark a gate that nobody will decide any more."""
+        self._execute(
+            """update _smithers_approvals set status = 'cancelled', decided_at_ms = ?
+               where run_id = ? and node_id = ? and iteration = ? and status = 'requested'""",
+            (self.now_ms, self.run_id, node_id, iteration),
+        )
+
+    def decide_gate(self, gate: Gate, decision: Decision) -> bool:
+        """Store a decision and take the node out of waiting; False when the gate was not open."""
+        self.is_control = True
+        row = {
+            "verdict": decision.verdict,
+            "now_ms": self.now_ms,
+            "note": decision.note,
+            "decided_by": decision.decided_by,
+            "run_id": self.run_id,
+            "node_id": gate.node_id,
+            "iteration": gate.iteration,
+        }
+        won = self._execute(
+            """update _smithers_approvals set status = :verdict, decided_at_ms = :now_ms, note = :note,
+                 decided_by = :decided_by
+               where run_id = :run_id and node_id = :node_id and iteration = :iteration and status = 'requested'""",
+            row,
+        ).rowcount
+        self._execute(
+            """update _smithers_nodes set state = 'pending', updated_at_ms = :now_ms
+               where run_id = :run_id and node_id = :node_id and iteration = :iteration
+                 and state = 'waiting-approval'""",
+            row,
+        )
+        return won == 1
+
+
+class Watch:
+    """Tells whether anybody, in any process, has committed to the database.
+
+    Source: PRAGMA data_version, which changes when another connection commits; this one never writes.
+    """
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        # Guards the connection. Held for one statement; no other lock is taken inside it.
+        self._lock = threading.Lock()
+        self._connection = connection
+        self._seen = -1
+
+    def version(self) -> int:
+        with self._lock:
+            return int(self._connection.execute("pragma data_version").fetchone()[0])
+
+    def changed(self) -> bool:
+        """Return True when there was a commit since the last call that returned True."""
+        try:
+            version = self.version()
+        except sqlite3.OperationalError as error:
+            if _is_busy(
+                error
+            ):  # a rollback journal locks readers out for a moment: look again later
+                return False
+            raise StorageError(f"cannot read the database: {error}") from error
+        if version == self._seen:
+            return False
+        self._seen = version
+        return True
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+
+class SmithersDb:
+    """The one sqlite file behind runs: durable, and shared by any number of processes.
+
+    Raises StorageError when the file cannot be used. All methods may be called from any thread.
+    """
+
+    MAX_IDLE_READERS = 4  # descriptors kept open for reading between requests
+
+    def __init__(self, path: str | os.PathLike[str] = "smithers.db") -> None:
+        self.path = os.path.abspath(os.fspath(path))
+        self.metrics = Metrics()
+        # Guards _writer. Held for one transaction, which runs no user code and writes to no socket.
+        self._write_lock = threading.Lock()
+        self._readers: collections.deque[sqlite3.Connection] = collections.deque()
+        self._listeners: list[Callable[[Tx], None]] = []
+        self._closed = False
+        try:
+            self._create_private_file()
+            self._writer = self._connect()
+            try:
+                self._prepare()
+            except BaseException:
+                self._writer.close()
+                raise
+        except (sqlite3.Error, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise StorageError(f"cannot use {self.path} as a database: {reason}") from error
+
+    # Opening
+
+    def _create_private_file(self) -> None:
+        """Create a new file as 0600: it will hold inputs and outputs. sqlite copies the mode to its side files."""
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self.path,
+            timeout=5.0,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=128,
+        )
+        connection.execute("pragma foreign_keys = on")
+        return connection
+
+    def _prepare(self) -> None:
+        self._use_wal()
+        self._writer.execute("pragma synchronous = full")
+        if self._lacks_schema():
+            self._begin(LOCK_PATIENCE_SECONDS)
+            try:
+                self._create_schema()
+                self._writer.execute("commit")
+            except BaseException:
+                self._writer.execute("rollback")
+                raise
+
+    def _use_wal(self) -> None:
+        try:
+            mode = self._writer.execute("pragma journal_mode = wal").fetchone()[0]
+            self._writer.execute("select 1 from sqlite_master limit 1").fetchone()
+        except sqlite3.OperationalError as error:
+            if _is_busy(error):
+                raise
+            mode = self._writer.execute("pragma journal_mode = delete").fetchone()[0]
+        if mode != "wal":
+            logger.warning(
+                "write-ahead log not possible here (journal mode %s): readers may wait for writers",
+                mode,
+            )
+
+    def _lacks_schema(self) -> bool:
+        """Return True when a table or column of ours is missing. Reads only: opening a live file must not wait."""
+        return any(
+            columns is None or missing for columns, missing in self._missing_columns().values()
+        )
+
+    def _missing_columns(self) -> dict[str, tuple[set[str] | None, list[tuple[str, str, Any]]]]:
+        """Return per table its columns (None when there is no table) and those of ours that it lacks."""
+        with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as model:
+            model.executescript(SCHEMA + SUMMARY_SCHEMA)
+            tables = [
+                row[0]
+                for row in model.execute("select name from sqlite_master where type = 'table'")
+            ]
+            wanted = {t: model.execute(f"pragma table_info({t})").fetchall() for t in tables}
+        found: dict[str, tuple[set[str] | None, list[tuple[str, str, Any]]]] = {}
+        for table, columns in wanted.items():
+            present = {row[1] for row in self._writer.execute(f"pragma table_info({table})")}
+            missing = [(row[1], row[2], row[4]) for row in columns if row[1] not in present]
+            found[table] = (present or None, missing if present else [])
+        return found
+
+    def _create_schema(self) -> None:
+        for table, (present, missing) in self._missing_columns().items():
+            for name, kind, default in missing if present else ():
+                suffix = "" if default is None else f" default {default}"
+                self._writer.execute(f"alter table {table} add column {name} {kind}{suffix}")
+        for statement in _statements(SCHEMA):
+            self._writer.execute(statement)
+        if not self._writer.execute(
+            "select 1 from sqlite_master where name = '_smithers_summary'"
+        ).fetchone():
+            for statement in _statements(SUMMARY_SCHEMA):
+                self._writer.execute(statement)
+
+    def close(self) -> None:
+        """Close every connection of this adapter."""
+        self._closed = True
+        with self._write_lock:
+            self._writer.close()
+        while self._readers:
+            self._readers.pop().close()
+
+    # Transactions
+
+    def _begin(self, patience: float) -> None:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                self._writer.execute("begin immediate")
+                return
+            except sqlite3.OperationalError as error:
+                if not _is_busy(error):
+                    raise
+                self.metrics.db_retries.inc()
+                if time.monotonic() >= deadline:
+                    raise Unavailable("the database is locked by another process") from error
+
+    @contextlib.contextmanager
+    def transaction(self, run_id: str, patience: float = LOCK_PATIENCE_SECONDS) -> Iterator[Tx]:
+        """Yield a write transaction; commit at the end, roll back on any exception, then tell the listeners.
+
+        Raises Unavailable when another process holds the write lock for `patience` seconds, StorageError
+        when sqlite fails.
+        """
+        started = time.perf_counter()
+        if not self._write_lock.acquire(timeout=patience):
+            raise Unavailable("the database is locked")
+        try:
+            self._begin(patience)
+            tx = Tx(self._writer, run_id)
+            try:
+                yield tx
+                self._writer.execute("commit")
+            except BaseException:
+                # sqlite may have rolled back itself (disk full, I/O error)
+                if self._writer.in_transaction:
+                    self._writer.execute("rollback")
+                raise
+        except sqlite3.Error as error:
+            raise StorageError(f"cannot write the database: {error}") from error
+        finally:
+            self._write_lock.release()
+        self.metrics.db_query.observe((time.perf_counter() - started) * 1000)
+        if tx.events:
+            self.metrics.events_emitted.inc(len(tx.events))
+        for listener in tuple(self._listeners):
+            listener(tx)
+
+    def subscribe(self, listener: Callable[[Tx], None]) -> None:
+        """Have `listener` called after every commit of this process, in the committing thread; it must not block."""
+        self._listeners.append(listener)
+
+    def unsubscribe(self, listener: Callable[[Tx], None]) -> None:
+        self._listeners.remove(listener)
+
+    def watch(self) -> Watch:
+        """Return a new Watch on this file; the caller closes it."""
+        try:
+            return Watch(self._connect())
+        except sqlite3.Error as error:
+            raise StorageError(f"cannot read the database: {error}") from error
+
+    def _take_reader(self) -> sqlite3.Connection:
+        try:
+            return self._readers.pop()
+        except IndexError:
+            return self._connect()
+
+    @contextlib.contextmanager
+    def _snapshot(self) -> Iterator[sqlite3.Connection]:
+        """Yield a connection that reads one consistent state. Readers are pooled, not kept per thread."""
+        connection: sqlite3.Connection | None = None
+        try:
+            connection = self._take_reader()
+            connection.execute("begin")
+            try:
+                yield connection
+            finally:
+                connection.execute("commit")
+        except sqlite3.Error as error:
+            if connection is not None:
+                connection.close()
+                connection = None
+            if _is_busy(error):
+                raise Unavailable("the database is locked by another process") from error
+            raise StorageError(f"cannot read the database: {error}") from error
+        finally:
+            if connection is not None:
+                if self._closed or len(self._readers) >= self.MAX_IDLE_READERS:
+                    connection.close()
+                else:
+                    self._readers.append(connection)
+
+    # Reading
+
+    def get_run(self, run_id: str) -> Run | None:
+        with self._snapshot() as db:
+            row = db.execute(
+                f"select {_RUN_COLUMNS} from _smithers_runs where run_id = ?", (run_id,)
+            ).fetchone()
+        return None if row is None else Run(*row)
+
+    def get_run_and_summary(self, run_id: str) -> tuple[Run | None, dict[str, int]]:
+        """Return the run and how many of its nodes are in each state, from one snapshot."""
+        with self._snapshot() as db:
+            row = db.execute(
+                f"select {_RUN_COLUMNS} from _smithers_runs where run_id = ?", (run_id,)
+            ).fetchone()
+            counts = db.execute(
+                "select state, nodes from _smithers_summary where run_id = ? and nodes > 0 order by state",
+                (run_id,),
+            ).fetchall()
+        return (None if row is None else Run(*row)), dict(counts)
+
+    def list_runs(self, statuses: Seq[str]) -> list[Run]:
+        """Return the runs with one of these statuses, newest first."""
+        marks = ", ".join("?" for _ in statuses)
+        with self._snapshot() as db:
+            rows = db.execute(
+                f"select {_RUN_COLUMNS} from _smithers_runs where status in ({marks}) order by created_at_ms desc",
+                tuple(statuses),
+            ).fetchall()
+        return [Run(*row) for row in rows]
+
+    def get_input(self, run_id: str) -> str | None:
+        """Return the run's input as JSON text."""
+        with self._snapshot() as db:
+            row = db.execute("select payload from input where run_id = ?", (run_id,)).fetchone()
+        return None if row is None else row[0]
+
+    def list_nodes(self, run_id: str) -> list[Node]:
+        with self._snapshot() as db:
+            rows = db.execute(
+                """select node_id, iteration, state, last_attempt, updated_at_ms, label
+                   from _smithers_nodes where run_id = ? order by node_id, iteration""",
+                (run_id,),
+            ).fetchall()
+        return [Node(*row) for row in rows]
+
+    def list_attempts(self, run_id: str) -> list[Attempt]:
+        with self._snapshot() as db:
+            rows = db.execute(
+                """select node_id, iteration, attempt, state, started_at_ms, finished_at_ms, error_json
+                   from _smithers_attempts where run_id = ? order by node_id, iteration, attempt""",
+                (run_id,),
+            ).fetchall()
+        return [Attempt(*row) for row in rows]
+
+    def count_failed_attempts(self, run_id: str) -> dict[tuple[str, int], int]:
+        """Return the number of failed attempts of every node that has not ended yet."""
+        with self._snapshot() as db:
+            rows = db.execute(
+                """select n.node_id, n.iteration, count(*) from _smithers_nodes n
+                   join _smithers_attempts a on a.run_id = n.run_id and a.node_id = n.node_id
+                     and a.iteration = n.iteration
+                   where n.run_id = ? and n.state in ('pending', 'in-progress') and a.state = 'failed'
+                   group by n.node_id, n.iteration""",
+                (run_id,),
+            ).fetchall()
+        return {(node_id, iteration): count for node_id, iteration, count in rows}
+
+    def list_gates(self, run_id: str) -> list[Gate]:
+        with self._snapshot() as db:
+            rows = db.execute(
+                f"select {_GATE_COLUMNS} from _smithers_approvals where run_id = ? order by node_id, iteration",
+                (run_id,),
+            ).fetchall()
+        return [Gate(*row) for row in rows]
+
+    def list_loops(self, run_id: str) -> dict[str, tuple[int, bool]]:
+        """Return (iteration, done) of every loop."""
+        with self._snapshot() as db:
+            rows = db.execute(
+                "select ralph_id, iteration, done from _smithers_ralph where run_id = ?", (run_id,)
+            ).fetchall()
+        return {ralph_id: (iteration, bool(done)) for ralph_id, iteration, done in rows}
+
+    def find_output(self, run_id: str, node_id: str, iteration: int | None) -> str | None:
+        """Return an output as JSON text: of this iteration, or of the newest one; None when there is none."""
+        with self._snapshot() as db:
+            row = db.execute(
+                """select output_json from _smithers_outputs where run_id = :run_id and node_id = :node_id
+                     and iteration = coalesce(:iteration, (select max(iteration) from _smithers_outputs
+                       where run_id = :run_id and node_id = :node_id))""",
+                {"run_id": run_id, "node_id": node_id, "iteration": iteration},
+            ).fetchone()
+        return None if row is None else row[0]
+
+    def find_error(self, run_id: str, node_id: str, iteration: int) -> str | None:
+        """Return the error of the node's last failed attempt as JSON text."""
+        with self._snapshot() as db:
+            row = db.execute(
+                """select error_json from _smithers_attempts where run_id = ? and node_id = ? and iteration = ?
+                   order by attempt desc limit 1""",
+                (run_id, node_id, iteration),
+            ).fetchone()
+        return None if row is None else row[0]
+
+    def list_frames(
+        self, run_id: str, limit: int, after_frame_no: int | None = None
+    ) -> list[Frame]:
+        """Return the newest frames, newest first; or the first ones after a number, oldest first."""
+        columns = ", ".join(Frame._fields)
+        with self._snapshot() as db:
+            if after_frame_no is None:
+                rows = db.execute(
+                    f"select {columns} from _smithers_frames where run_id = ? order by frame_no desc limit ?",
+                    (run_id, limit),
+                ).fetchall()
+            else:
+                rows = db.execute(
+                    f"""select {columns} from _smithers_frames where run_id = ? and frame_no > ?
+                        order by frame_no limit ?""",
+                    (run_id, after_frame_no, limit),
+                ).fetchall()
+        return [Frame(*row) for row in rows]
+
+    def list_events(self, run_id: str, after_seq: int = -1, limit: int = -1) -> list[Event]:
+        """Return at most `limit` events (all when -1) with seq > after_seq, oldest first."""
+        with self._snapshot() as db:
+            rows = db.execute(
+                """select seq, timestamp_ms, type, payload_json from _smithers_events
+                   where run_id = ? and seq > ? order by seq limit ?""",
+                (run_id, after_seq, limit),
+            ).fetchall()
+        return [Event(*row) for row in rows]
+
+    def list_payloads(self, run_id: str, after_seq: int, up_to_seq: int) -> list[tuple[int, str]]:
+        """Return (seq, payload) of the events in (after_seq, up_to_seq], oldest first."""
+        with self._snapshot() as db:
+            return db.execute(
+                """select seq, payload_json from _smithers_events
+                   where run_id = ? and seq > ? and seq <= ? order by seq""",
+                (run_id, after_seq, up_to_seq),
+            ).fetchall()
+
+    def get_tail(self, run_id: str) -> tuple[bool, int]:
+        """Return whether the run has ended and the seq of its newest event (-1: none), from one snapshot."""
+        with self._snapshot() as db:
+            status = db.execute(
+                "select status from _smithers_runs where run_id = ?", (run_id,)
+            ).fetchone()
+            newest = db.execute(
+                "select max(seq) from _smithers_events where run_id = ?", (run_id,)
+            ).fetchone()[0]
+        return (status is not None and status[0] in TERMINAL_STATUSES), (
+            -1 if newest is None else newest
+        )
+
+
+def _statements(script: str) -> Iterator[str]:
+    """Yield the statements of a script one by one: executescript would commit the open transaction."""
+    pending = ""
+    for line in script.splitlines(keepends=True):
+        pending += line
+        if sqlite3.complete_statement(pending):
+            yield pending
+            pending = ""
+
+
+# ---------------------------------------------------------------------------
+# Schedule: a rendered tree -> what may run next; no clock, no thread, no database
+# ---------------------------------------------------------------------------
+
+
+class Group:
+    """The tasks below one Parallel with a limit: how many run, and who waits for a place."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.active = 0
+        self.waiting: collections.deque[LeafSlot] = collections.deque()
+
+
+class Slot:
+    """One element at its place in the mounted tree."""
+
+    __slots__ = ("element", "parent", "loops", "is_active", "is_done", "waiters")
+
+    def __init__(
+        self, element: Element, parent: Branch | None, loops: tuple[LoopSlot, ...]
+    ) -> None:
+        self.element = element
+        self.parent = parent
+        self.loops = loops  # the loops around it, outermost first
+        self.is_active = False
+        self.is_done = False
+        self.waiters: list[LeafSlot] = []
+
+
+class Branch(Slot):
+    """A container. `cursor` is the running child of a sequence, or the children of a Parallel that have ended."""
+
+    __slots__ = ("children", "cursor")
+
+    def __init__(
+        self, element: Element, parent: Branch | None, loops: tuple[LoopSlot, ...]
+    ) -> None:
+        super().__init__(element, parent, loops)
+        self.children: list[Slot] = []
+        self.cursor = 0
+
+
+class LoopSlot(Branch):
+    """A loop at one iteration. `key` names it in storage: the id and the iterations of the loops around it."""
+
+    __slots__ = ("key", "iteration", "has_begun", "loop", "groups")
+
+    def __init__(
+        self, loop: Loop, parent: Branch, loops: tuple[LoopSlot, ...], groups: tuple[Group, ...]
+    ) -> None:
+        super().__init__(loop, parent, loops)
+        self.loop = loop
+        self.groups = groups
+        self.key = loop.id + scope_of(loops)
+        self.iteration = 0
+        self.has_begun = False
+
+
+class LeafSlot(Slot):
+    """A node. `key` is (node_id, iteration)."""
+
+    __slots__ = ("leaf", "key", "needs_left", "groups", "targets")
+
+    def __init__(
+        self, leaf: Leaf, parent: Branch, loops: tuple[LoopSlot, ...], groups: tuple[Group, ...]
+    ) -> None:
+        super().__init__(leaf, parent, loops)
+        self.leaf = leaf
+        self.groups = groups
+        # The innermost loop gives the iteration, the loops around it go into the id, as the original writes it.
+        self.key = (leaf.id + scope_of(loops[:-1]), loops[-1].iteration if loops else 0)
+        self.needs_left = 0
+        self.targets: list[
+            tuple[str | None, LeafSlot, bool]
+        ] = []  # parameter, node, newest iteration?
+
+
+def scope_of(loops: tuple[LoopSlot, ...]) -> str:
+    """Return `@@outer=1,middle=0`, or nothing outside of loops."""
+    return "@@" + ",".join(f"{loop.loop.id}={loop.iteration}" for loop in loops) if loops else ""
+
+
+class Plan:
+    """A mounted tree. `reached` are the nodes whose turn has come, `due` the loops that must be decided.
+
+    `loops` gives (iteration, done) of every loop that has begun, by key. Raises AuthoringError for
+    duplicate ids and for unknown or cyclic needs.
+    """
+
+    def __init__(self, workflow: Workflow, loops: Mapping[str, tuple[int, bool]]) -> None:
+        self.reached: collections.deque[LeafSlot] = collections.deque()
+        self.due: collections.deque[LoopSlot] = collections.deque()
+        self.by_id: dict[str, LeafSlot] = {}
+        self.loop_by_id: dict[str, LoopSlot] = {}
+        self._loops = loops
+        self._work: collections.deque[tuple[Slot, bool]] = collections.deque()
+        self.name = workflow.name
+        self.root = Branch(workflow, None, ())
+        self._mount_children(self.root, (), (), 0)
+        leaves = list(self.leaves())
+        for slot in leaves:
+            self._link(slot)
+        if any(slot.targets for slot in leaves):
+            self._refuse_cycles(leaves)
+
+    # Mounting
+
+    def _mount_children(
+        self, branch: Branch, loops: tuple[LoopSlot, ...], groups: tuple[Group, ...], depth: int
+    ) -> None:
+        if depth > MAX_TREE_DEPTH:
+            raise AuthoringError(
+                f"the tree is nested more than {MAX_TREE_DEPTH} levels deep", "INVALID_TREE"
+            )
+        assert isinstance(branch.element, Container)
+        for child in branch.element.children:
+            if isinstance(child, Leaf):
+                branch.children.append(self._mount_leaf(child, branch, loops, groups))
+            elif isinstance(child, Loop):
+                branch.children.append(self._mount_loop(child, branch, loops, groups, depth))
+            else:
+                inner = groups
+                if isinstance(child, Parallel) and child.max_concurrency is not None:
+                    inner = (*groups, Group(child.max_concurrency))
+                nested = Branch(child, branch, loops)
+                self._mount_children(nested, loops, inner, depth + 1)
+                branch.children.append(nested)
+
+    def _mount_leaf(
+        self, leaf: Leaf, parent: Branch, loops: tuple[LoopSlot, ...], groups: tuple[Group, ...]
+    ) -> LeafSlot:
+        self._refuse_twice(leaf.id)
+        slot = self.by_id[leaf.id] = LeafSlot(leaf, parent, loops, groups)
+        return slot
+
+    def _mount_loop(
+        self,
+        loop: Loop,
+        parent: Branch,
+        loops: tuple[LoopSlot, ...],
+        groups: tuple[Group, ...],
+        depth: int,
+    ) -> LoopSlot:
+        self._refuse_twice(loop.id)
+        slot = self.loop_by_id[loop.id] = LoopSlot(loop, parent, loops, groups)
+        slot.has_begun = slot.key in self._loops
+        slot.iteration, slot.is_done = self._loops.get(slot.key, (0, False))
+        self._mount_children(slot, (*loops, slot), groups, depth + 1)
+        return slot
+
+    def _refuse_twice(self, id: str) -> None:
+        if id in self.by_id or id in self.loop_by_id:
+            raise AuthoringError(f"the id {id!r} is used twice", "DUPLICATE_ID")
+
+    def _link(self, slot: LeafSlot) -> None:
+        """Count what the node still has to wait for besides its turn."""
+        for parameter, id in slot.leaf.needs:
+            target = self.by_id.get(id)
+            if target is None:
+                raise AuthoringError(
+                    f"{slot.leaf.id!r} needs {id!r}, which is not in the tree", "UNKNOWN_DEPENDENCY"
+                )
+            awaited = self._awaited(target, slot)
+            slot.targets.append((parameter, target, awaited is not target))
+            if not awaited.is_done:
+                awaited.waiters.append(slot)
+                slot.needs_left += 1
+
+    @staticmethod
+    def _awaited(target: LeafSlot, slot: LeafSlot) -> Slot:
+        """Return what to wait for: the node itself, or the outermost loop around it that `slot` is not in."""
+        return next((loop for loop in target.loops if loop not in slot.loops), target)
+
+    def _refuse_cycles(self, leaves: list[LeafSlot]) -> None:
+        """Check needs together with the order of the tree: waiting for a later sibling is a cycle too."""
+        before: dict[Any, list[Any]] = {}
+        pending: list[Slot] = [self.root]
+        while pending:
+            slot = pending.pop()
+            start, end = (slot, "start"), (slot, "end")
+            before.setdefault(start, [])
+            before[end] = [start]
+            if isinstance(slot, Branch):
+                self._order_children(slot, before)
+                pending.extend(slot.children)
+        for leaf in leaves:
+            before[(leaf, "end")].extend(
+                (self._awaited(target, leaf), "end") for _, target, _ in leaf.targets
+            )
+        try:
+            graphlib.TopologicalSorter(before).prepare()
+        except graphlib.CycleError as error:
+            # the cycle is listed against the direction of waiting, its first entry again at the end
+            slots = [slot for slot, _ in reversed(error.args[1][1:])]
+            ids = list(dict.fromkeys(slot.leaf.id for slot in slots if isinstance(slot, LeafSlot)))
+            raise AuthoringError(
+                f"needs form a cycle through {', '.join(map(repr, ids))}", "CYCLIC_DEPENDENCY"
+            ) from None
+
+    @staticmethod
+    def _order_children(branch: Branch, before: dict[Any, list[Any]]) -> None:
+        previous: tuple[Slot, str] = (branch, "start")
+        for child in branch.children:
+            before.setdefault((child, "start"), []).append(previous)
+            if isinstance(branch.element, Parallel):
+                before[(branch, "end")].append((child, "end"))
+            else:
+                previous = (child, "end")
+        before[(branch, "end")].append(previous)
+
+    def leaves(self, branch: Branch | None = None) -> Iterator[LeafSlot]:
+        """Yield the nodes in document order."""
+        stack: list[Slot] = [branch or self.root]
+        while stack:
+            slot = stack.pop()
+            if isinstance(slot, LeafSlot):
+                yield slot
+            elif isinstance(slot, Branch):
+                stack.extend(reversed(slot.children))
+
+    # Moving on
+
+    def start(self) -> None:
+        """Give the root its turn."""
+        self._work.append((self.root, False))
+        self._run()
+
+    def complete(self, slot: Slot) -> None:
+        """Note that a node or loop has ended; what follows it is reached."""
+        self._work.append((slot, True))
+        self._run()
+
+    def begin_loop(self, slot: LoopSlot, iteration: int) -> list[LeafSlot]:
+        """Begin an iteration and return its nodes."""
+        if slot.has_begun:
+            self._remount(slot, iteration)
+        slot.has_begun = True
+        slot.cursor = 0
+        self._enter_body(slot)
+        self._run()
+        return list(self.leaves(slot))
+
+    def _remount(self, slot: LoopSlot, iteration: int) -> None:
+        for old in self._below(slot):
+            if isinstance(old, LeafSlot):
+                del self.by_id[old.leaf.id]
+            elif isinstance(old, LoopSlot):
+                del self.loop_by_id[old.loop.id]
+        slot.children = []
+        slot.iteration = iteration
+        self._mount_children(slot, (*slot.loops, slot), slot.groups, len(slot.loops))
+        for leaf in self.leaves(slot):
+            self._link(leaf)
+
+    def ids_below(self, slot: LoopSlot) -> list[str]:
+        """Return the ids of all nodes and loops in a loop's body."""
+        below = [s for s in self._below(slot) if isinstance(s, (LeafSlot, LoopSlot))]
+        return [s.leaf.id if isinstance(s, LeafSlot) else s.loop.id for s in below]
+
+    @staticmethod
+    def _below(branch: Branch) -> Iterator[Slot]:
+        stack = list(branch.children)
+        while stack:
+            slot = stack.pop()
+            yield slot
+            if isinstance(slot, Branch):
+                stack.extend(slot.children)
+
+    def _run(self) -> None:
+        """Carry turns and endings through the tree. A queue, not recursion: thousands may be skipped in a row."""
+        while self._work:
+            slot, ended = self._work.popleft()
+            if ended:
+                self._leave(slot)
+            else:
+                self._enter(slot)
+
+    def _enter(self, slot: Slot) -> None:
+        slot.is_active = True
+        if isinstance(slot, LeafSlot):
+            if slot.needs_left == 0:
+                self.reached.append(slot)
+        elif isinstance(slot, LoopSlot):
+            self._enter_loop(slot)
+        elif isinstance(slot, Branch) and slot.children:
+            parallel = isinstance(slot.element, Parallel)
+            self._work.extend(
+                (child, False) for child in (slot.children if parallel else slot.children[:1])
+            )
+        else:
+            self._work.append((slot, True))
+
+    def _enter_loop(self, slot: LoopSlot) -> None:
+        if slot.is_done:
+            slot.is_done = False  # set again by _leave, which tells the parent
+            self._work.append((slot, True))
+        elif slot.has_begun:
+            self._enter_body(slot)
+        else:
+            self.due.append(slot)
+
+    def _enter_body(self, slot: LoopSlot) -> None:
+        if slot.children:
+            self._work.append((slot.children[0], False))
+        else:
+            self.due.append(slot)
+
+    def _leave(self, slot: Slot) -> None:
+        if slot.is_done:
+            return
+        slot.is_done = True
+        for waiter in slot.waiters:
+            waiter.needs_left -= 1
+            if waiter.needs_left == 0 and waiter.is_active:
+                self.reached.append(waiter)
+        parent = slot.parent
+        if parent is None:
+            return
+        parent.cursor += 1
+        if parent.cursor == len(parent.children):
+            if isinstance(parent, LoopSlot):
+                self.due.append(parent)
+            else:
+                self._work.append((parent, True))
+        elif not isinstance(parent.element, Parallel):
+            self._work.append((parent.children[parent.cursor], False))
+
+
+# ---------------------------------------------------------------------------
+# Tasks: how one attempt runs
+# ---------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """What came of an attempt: an output, or an error."""
+
+    output_json: str | None
+    error: dict[str, str] | None = None
+
+
+class CurrentTask:
+    """What a running task knows of itself; `current_task()` returns it.
+
+    `idempotency_key` is the same for every attempt of a node. `cancelled` is set when the task should stop.
+    """
+
+    def __init__(self, run_id: str, node_id: str, iteration: int, attempt: int) -> None:
+        self.run_id = run_id
+        self.node_id = node_id
+        self.iteration = iteration
+        self.attempt = attempt
+        self.idempotency_key = f"{run_id}:{node_id}:{iteration}"
+        self.cancelled = threading.Event()
+        self.kill_after = KILL_AFTER_SECONDS
+        self._logged = 0
+        # Guards _on_stop, so that a stop that comes while the task begins or ends is neither lost nor late.
+        self._lock = threading.Lock()
+        self._on_stop: Callable[[], None] | None = None
+
+    def log(self, text: str) -> None:
+        """Add a NodeOutput event per line. Raises TaskFailed OUTPUT_LIMIT past 32 MiB in one attempt."""
+        self.emit(str(text), "stdout")
+
+    def emit(self, text: str, stream: str) -> None:
+        for line in text.splitlines():
+            for start in range(0, max(len(line), 1), MAX_LOG_LINE):
+                part = printable(line[start : start + MAX_LOG_LINE])
+                self._logged += len(part.encode()) + 1
+                if self._logged > MAX_LOG_BYTES:
+                    raise TaskFailed(f"printed more than {MAX_LOG_BYTES >> 20} MiB", "OUTPUT_LIMIT")
+                self._send(part, stream)
+
+    def _send(self, text: str, stream: str) -> None:
+        """Where a line goes. Outside of an engine: nowhere."""
+
+    def stop(self) -> None:
+        """Set the flag and call what the task has registered to be stopped with."""
+        with self._lock:
+            self.cancelled.set()
+            if self._on_stop is not None:
+                self._on_stop()
+
+    @contextlib.contextmanager
+    def stopped_by(self, on_stop: Callable[[], None]) -> Iterator[None]:
+        """Have `on_stop` called at a stop while the block runs; at once when the stop has come already."""
+        with self._lock:
+            self._on_stop = on_stop
+            if self.cancelled.is_set():
+                on_stop()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._on_stop = None
+
+
+_current: contextvars.ContextVar[CurrentTask] = contextvars.ContextVar("smithers_current_task")
+
+
+def current_task() -> CurrentTask:
+    """Return the task that runs in this context. Raises RuntimeError outside of a task."""
+    task = _current.get(None)
+    if task is None:
+        raise RuntimeError("current_task() works only inside a running task")
+    return task
+
+
+def encode_output(value: Any) -> str:
+    """Return a task's output as JSON text. Raises TaskFailed when JSON cannot hold it or it is over 1 MiB."""
+    try:
+        text = to_json(value)
+        size = len(text.encode("utf-8"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TaskFailed(f"the output is not JSON: {error}", "OUTPUT_NOT_JSON") from error
+    if size > MAX_OUTPUT_BYTES:
+        raise TaskFailed(
+            f"the output has {size} bytes of JSON, at most {MAX_OUTPUT_BYTES} are kept",
+            "OUTPUT_TOO_LARGE",
+        )
+    return text
+
+
+def call_function(
+    task: CurrentTask, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Return what a function or coroutine function returns, run under `task`."""
+    token = _current.set(task)
+    try:
+        value = run(*args, **kwargs)
+        return _await(task, value) if isinstance(value, types.CoroutineType) else value
+    finally:
+        _current.reset(token)
+
+
+def _await(task: CurrentTask, coroutine: types.CoroutineType[Any, Any, Any]) -> Any:
+    import asyncio  # 40 ms: only for those who use it
+
+    async def supervise() -> Any:
+        loop = asyncio.get_running_loop()
+        future = asyncio.ensure_future(coroutine)
+
+        def cancel() -> None:
+            loop.call_soon_threadsafe(future.cancel)
+
+        with task.stopped_by(cancel):
+            return await future
+
+    return asyncio.run(supervise())
+
+
+class _Tail:
+    """The last 64 KiB of a pipe, and its lines as they come."""
+
+    def __init__(self) -> None:
+        self._kept = bytearray()
+        self._partial = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the lines that `data` completes; a line longer than 8 KiB is cut."""
+        self._kept += data
+        if len(self._kept) > 2 * COMMAND_TAIL_BYTES:
+            del self._kept[:-COMMAND_TAIL_BYTES]
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        if len(self._partial) > MAX_LOG_LINE:
+            lines.append(self._partial)
+            self._partial = b""
+        return lines
+
+    def rest(self) -> list[bytes]:
+        return [self._partial] if self._partial else []
+
+    def text(self) -> str:
+        return bytes(self._kept[-COMMAND_TAIL_BYTES:]).decode("utf-8", "replace")
+
+
+_live_groups: set[int] = set()  # process groups of running commands; add and discard are atomic
+
+
+def kill_live_commands() -> None:
+    """Kill what is left of every command, for a process that is about to leave."""
+    for group in tuple(_live_groups):
+        _signal_group(group, signal.SIGKILL)
+
+
+def _signal_group(group: int, number: int) -> None:
+    with contextlib.suppress(
+        ProcessLookupError, PermissionError
+    ):  # gone already, or its leader is a zombie (macOS)
+        os.killpg(group, number)
+
+
+def run_command(task: CurrentTask, argv: Seq[str]) -> dict[str, Any]:
+    """Run a command in its own process group and return `{"exitCode","stdout","stderr"}`.
+
+    Raises TaskFailed COMMAND_FAILED for a non-zero exit code.
+    """
+    import subprocess
+
+    hidden = "SMITHERS_API_KEY"  # the server's token is no business of a task
+    environment = {name: value for name, value in os.environ.items() if name != hidden}
+    environment.update(
+        SMITHERS_RUN_ID=task.run_id,
+        SMITHERS_NODE_ID=task.node_id,
+        SMITHERS_ITERATION=str(task.iteration),
+        SMITHERS_ATTEMPT=str(task.attempt),
+        SMITHERS_IDEMPOTENCY_KEY=task.idempotency_key,
+    )
+    with subprocess.Popen(
+        list(argv),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+        bufsize=0,
+    ) as process:
+        _live_groups.add(process.pid)
+        try:
+            with task.stopped_by(functools.partial(_signal_group, process.pid, signal.SIGTERM)):
+                tails = _follow(task, process)
+        except BaseException:
+            _signal_group(process.pid, signal.SIGKILL)
+            raise
+        finally:
+            _live_groups.discard(process.pid)
+    code = process.returncode
+    stdout, stderr = tails[0].text(), tails[1].text()
+    if code != 0:
+        last = (stderr.strip() or stdout.strip()).rpartition("\n")[2][-200:]
+        how = f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
+        raise TaskFailed(
+            f"{os.path.basename(argv[0])} {how}" + (f": {last}" if last else ""), "COMMAND_FAILED"
+        )
+    return {"exitCode": code, "stdout": stdout, "stderr": stderr}
+
+
+def _follow(task: CurrentTask, process: subprocess.Popen[bytes]) -> tuple[_Tail, _Tail]:
+    """Emit a command's lines until it has exited and its pipes are drained; escalate a stop to SIGKILL."""
+    assert process.stdout is not None and process.stderr is not None
+    tails = (_Tail(), _Tail())
+    kill_at: float | None = None
+    with selectors.DefaultSelector() as selector:
+        for pipe, tail, stream in zip(
+            (process.stdout, process.stderr), tails, ("stdout", "stderr")
+        ):
+            selector.register(pipe, selectors.EVENT_READ, (tail, stream))
+        while selector.get_map():
+            ready = selector.select(0.1)
+            for key, _ in ready:
+                tail, stream = key.data
+                data = os.read(key.fd, 65536)
+                _emit_lines(task, tail.feed(data) if data else tail.rest(), stream)
+                if not data:
+                    selector.unregister(key.fileobj)
+            if not ready and process.poll() is not None:
+                break  # a grandchild holds the pipe open: the command itself has ended
+            if task.cancelled.is_set():
+                kill_at = kill_at or time.monotonic() + task.kill_after
+                if time.monotonic() >= kill_at:
+                    _signal_group(process.pid, signal.SIGKILL)
+        _wait_for_exit(task, process, kill_at)
+    return tails
+
+
+def _emit_lines(task: CurrentTask, lines: list[bytes], stream: str) -> None:
+    if not task.cancelled.is_set():
+        for line in lines:
+            task.emit(line.decode("utf-8", "replace").rstrip("\r") or " ", stream)
+
+
+def _wait_for_exit(
+    task: CurrentTask, process: subprocess.Popen[bytes], kill_at: float | None
+) -> None:
+    """Wait for a command that has closed its pipes; it may still be running."""
+    import subprocess
+
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.1)
+            return
+        if task.cancelled.is_set():
+            kill_at = kill_at or time.monotonic() + task.kill_after
+            if time.monotonic() >= kill_at:
+                _signal_group(process.pid, signal.SIGKILL)
+
+
+_attempts_here: dict[
+    str, CurrentTask
+] = {}  # by token: lets an executor in this process find its live attempt
+
+
+class _RemoteTask(CurrentTask):
+    """A task in another process: no flag reaches it, its lines travel back with the result."""
+
+    def __init__(self, run_id: str, node_id: str, iteration: int, attempt: int) -> None:
+        super().__init__(run_id, node_id, iteration, attempt)
+        self.lines: list[tuple[str, str]] = []
+
+    def _send(self, text: str, stream: str) -> None:
+        self.lines.append((text, stream))
+
+
+def call_in_executor(
+    token: str,
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    run_id: str,
+    node_id: str,
+    iteration: int,
+    attempt: int,
+) -> tuple[str | None, dict[str, str] | None, list[tuple[str, str]]]:
+    """Run one attempt in an executor's worker: (output JSON, error, lines), plain values only.
+
+    A user exception never has to be pickled; what it said comes back as text.
+    """
+    here = _attempts_here.get(token)
+    task = here or _RemoteTask(run_id, node_id, iteration, attempt)
+    output, error = outcome_of(lambda: call_function(task, run, args, kwargs), node_id)
+    return output, error, task.lines if isinstance(task, _RemoteTask) else []
+
+
+def outcome_of(call: Callable[[], Any], node_id: str) -> Outcome:
+    """Call a task and return what came of it; whatever it raises is its failure, with the traceback in the log."""
+    try:
+        return Outcome(encode_output(call()))
+    except (
+        BaseException
+    ) as error:  # the outermost call of user code: SystemExit and CancelledError are failures too
+        if not isinstance(error, TaskFailed):
+            logger.warning("task %s failed", log_safe(node_id), exc_info=True)
+        return Outcome(None, describe_error(error))
+
+
+class TaskThreads:
+    """Daemon threads that run one call each at a time; a new one starts only when none is idle."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._lock = threading.Lock()  # guards _idle and _started
+        self._idle = 0
+        self._started = 0
+
+    def submit(self, call: Callable[..., None], *args: Any) -> None:
+        with self._lock:
+            if self._idle:
+                self._idle -= 1
+            else:
+                self._started += 1
+                start_thread(f"task-{self._started}", self._work)
+        self._calls.put((call, args))
+
+    def _work(self) -> None:
+        while True:
+            item = self._calls.get()
+            if item is None:
+                return
+            call, args = item
+            call(*args)
+            with self._lock:
+                self._idle += 1
+
+    def close(self) -> None:
+        """Let every thread leave after its call."""
+        for _ in range(self._started):
+            self._calls.put(None)
+
+
+# ---------------------------------------------------------------------------
+# Control: ownership, decisions and cancel, from any process with the file
+# ---------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def _host() -> str:
+    """Return this machine and its process-id namespace: within it, a process id can be looked up."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return f"{socket.gethostname()}|{namespace}"
+
+
+def new_owner_id() -> str:
+    return f"{_host()}|{os.getpid()}|{secrets.token_hex(8)}"
+
+
+def owner_is_alive(run: Run, at_ms: int) -> bool:
+    """Return whether the engine that owns the run still lives: a recent heartbeat, and its process if it is ours to see."""
+    if run.runtime_owner_id is None:
+        return False
+    if at_ms - (run.heartbeat_at_ms or 0) > HEARTBEAT_STALE_MS:
+        return False
+    host, _, rest = run.runtime_owner_id.rpartition("|")[0].rpartition("|")
+    return host != _host() or not rest.isdecimal() or _process_exists(int(rest))
+
+
+def _process_exists(pid: int) -> bool:
+    if os.name == "nt":  # os.kill would end it; the heartbeat has to do
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def decide(db: SmithersDb, run_id: str, node_id: str, decision: Decision) -> None:
+    """Approve or deny a gate; the same decision again changes nothing.
+
+    Raises RunNotFound, NodeNotFound, or ApprovalNotPending when the node does not wait or was decided otherwise.
+    """
+    with db.transaction(run_id, HTTP_LOCK_PATIENCE_SECONDS) as tx:
+        if tx.get_run() is None:
+            raise RunNotFound(f"there is no run {run_id}")
+        if not tx.has_node(node_id, decision.iteration):
+            at = "" if decision.iteration is None else f" in iteration {decision.iteration}"
+            raise NodeNotFound(f"there is no node {node_id!r}{at}")
+        if decision.iteration is None:
+            gate = tx.get_newest_gate(node_id)
+        else:
+            gate = tx.get_gate(node_id, decision.iteration)
+        if gate is None:
+            raise ApprovalNotPending(f"node {node_id!r} does not wait for a decision")
+        if gate.status == decision.verdict:
+            return
+        if gate.status != "requested":
+            raise ApprovalNotPending(
+                f"node {node_id!r} does not wait for a decision: it was {gate.status}"
+            )
+        record_decision(db.metrics, tx, gate, decision)
+
+
+def record_decision(metrics: Metrics, tx: Tx, gate: Gate, decision: Decision) -> None:
+    """Store a decision on an open gate, with its event."""
+    if not tx.decide_gate(gate, decision):
+        raise ApprovalNotPending(f"node {gate.node_id!r} does not wait for a decision")
+    granted = decision.verdict == "approved"
+    said = {"note": decision.note, "decidedBy": decision.decided_by}
+    tx.append_event(
+        "ApprovalGranted" if granted else "ApprovalDenied",
+        nodeId=gate.node_id,
+        iteration=gate.iteration,
+        **{key: value for key, value in said.items() if value is not None},
+    )
+    (metrics.approvals_granted if granted else metrics.approvals_denied).inc()
+    metrics.approval_wait.observe(max(0, tx.now_ms - (gate.requested_at_ms or tx.now_ms)))
+
+
+def cancel_run(db: SmithersDb, run_id: str) -> None:
+    """Ask the run's engine to cancel it; without a living engine cancel it here.
+
+    Raises RunNotFound, or RunNotActive when the run has ended.
+    """
+    with db.transaction(run_id, HTTP_LOCK_PATIENCE_SECONDS) as tx:
+        run = tx.get_run()
+        if run is None:
+            raise RunNotFound(f"there is no run {run_id}")
+        if run.is_terminal:
+            raise RunNotActive(f"run {run_id} is {run.status} already")
+        if owner_is_alive(run, tx.now_ms):
+            tx.request_cancel()
+        else:
+            close_run(tx, "cancelled", None)
+            db.metrics.runs_cancelled.inc()
+
+
+def close_run(tx: Tx, status: str, error: Mapping[str, Any] | None) -> None:
+    """End the run: what is open is cancelled, the row gets its status, the last event says so."""
+    reason = {
+        "finished": "no longer in the tree",
+        "failed": "the run failed",
+        "cancelled": "the run was cancelled",
+    }
+    for node_id, iteration, state, attempt in tx.list_open_nodes():
+        close_node(
+            tx,
+            node_id,
+            iteration,
+            attempt if state == "in-progress" else None,
+            reason[status],
+            attempt,
+        )
+    tx.end_run(status, None if error is None else to_json(error))
+    tx.append_event("RunStatusChanged", status=status)
+    if status == "failed":
+        tx.append_event("RunFailed", error=error)
+    else:
+        tx.append_event("RunFinished" if status == "finished" else "RunCancelled")
+
+
+def close_node(
+    tx: Tx, node_id: str, iteration: int, running: int | None, reason: str, last_attempt: int | None
+) -> None:
+    """Cancel one open node: its running attempt, or its gate."""
+    fields: dict[str, Any] = {"nodeId": node_id, "iteration": iteration}
+    if running is None:
+        tx.close_gate(node_id, iteration)
+    else:
+        tx.end_attempt(node_id, iteration, running, "cancelled")
+        fields["attempt"] = running
+    tx.update_node(node_id, iteration, "cancelled", last_attempt)
+    tx.append_event("NodeCancelled", **fields, reason=reason)
+
+
+# ---------------------------------------------------------------------------
+# Engine: drives one run, one transaction a transition
+# ---------------------------------------------------------------------------
+
+
+class RunResult(NamedTuple):
+    """How a run stands when its engine leaves it. `error` is `{"name","message","code"?}` of a failed run."""
+
+    run_id: str
+    status: str
+    error: dict[str, Any] | None
+
+
+class NodeRecord:
+    """What the engine remembers of a node between transitions; the rows say the same."""
+
+    __slots__ = ("state", "last_attempt", "failures", "is_fresh", "retry_at", "started_at")
+
+    def __init__(
+        self, state: str, last_attempt: int | None = None, failures: int = 0, is_fresh: bool = False
+    ) -> None:
+        self.state = state
+        self.last_attempt = last_attempt
+        self.failures = failures
+        self.is_fresh = is_fresh  # failed in an earlier life of the run: gets another try
+        self.retry_at: float | None = None
+        self.started_at: float | None = None
+
+
+class Running(CurrentTask):
+    """An attempt in flight. `stopped_for` says why it was told to stop."""
+
+    def __init__(self, engine: Engine, slot: LeafSlot, attempt: int) -> None:
+        super().__init__(engine.run_id, slot.key[0], slot.key[1], attempt)
+        self.slot = slot
+        self.engine = engine
+        self.started_at = time.monotonic()
+        self.stopped_for: str | None = None
+        self.token = secrets.token_hex(8)
+        self.future: Future[Any] | None = None
+
+    def _send(self, text: str, stream: str) -> None:
+        self.engine.accept_line(self, text, stream)
+
+
+class Engine(CtxSource):
+    """Drives one run from its claim to its end, in the thread that calls `run`.
+
+    Everything that happens elsewhere (a task that ends, a line, a decision, another process's commit) comes
+    in through one mailbox. Memory changes inside a transaction; when that fails the engine stops, so what it
+    knows is never ahead of the file.
+    """
+
+    MAX_WAITING_LINES = 2000  # lines a task may be ahead of the log before it is held back
+
+    def __init__(
+        self,
+        workflow: Workflow | Callable[[Ctx], Workflow],
+        adapter: SmithersDb,
+        run_id: str,
+        *,
+        input: Any = None,
+        abort: threading.Event | None = None,
+        max_concurrency: int = 4,
+        executor: Executor | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        park: bool = True,
+    ) -> None:
+        check_id(run_id, "run")
+        _check_number("run_workflow", "max_concurrency", max_concurrency, 1, whole=True)
+        if not isinstance(workflow, Workflow) and not callable(workflow):
+            raise AuthoringError(
+                f"a workflow is a function or a Workflow, got {workflow!r}", "INVALID_TREE"
+            )
+        self.run_id = run_id
+        self.result: RunResult | None = None
+        self._workflow = workflow
+        self._db = adapter
+        self._metrics = adapter.metrics
+        self._input_json = to_json({} if input is None else input)
+        self.abort = abort or threading.Event()
+        self._max_concurrency = max_concurrency
+        self._executor = executor
+        self._on_event = on_event
+        self._park = park
+        self._owner = new_owner_id()
+        self._mailbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self._line_room = threading.Semaphore(self.MAX_WAITING_LINES)
+        self._threads = TaskThreads()
+        self._stop_heartbeat = threading.Event()
+        self._hurry = threading.Event()
+        self._delivered = -1
+        # The run as it stands
+        self._status = "running"
+        self._began = time.monotonic()
+        self._nodes: dict[tuple[str, int], NodeRecord] = {}
+        self._loops: dict[str, tuple[int, bool]] = {}
+        self._slots: dict[tuple[str, int], LeafSlot] = {}
+        self._plan: Plan | None = None
+        self._scopes: dict[
+            str, str
+        ] = {}  # node id without loop scope -> with it, from the last frame of a resumed run
+        self._reads: set[tuple[str, str]] = set()
+        self._dirty = True  # something that the last render read has changed
+        self._frame: tuple[str, str] | None = None
+        self._xml: tuple[str, str] = ("", "")
+        self._renders_without_progress = 0
+        # What it waits for
+        self._ready: collections.deque[tuple[LeafSlot, float]] = collections.deque()
+        self._starting: list[Running] = []
+        self._inflight: dict[tuple[str, int], Running] = {}
+        self._retrying: set[tuple[str, int]] = set()
+        self._gates: dict[tuple[str, int], Approval | Task] = {}
+        self._timed_gates: set[tuple[str, int]] = set()
+        self._timers: list[tuple[float, int, Callable[[Tx], None]]] = []
+        self._tie = itertools.count()
+        # Why it ends
+        self._failed: list[str] = []
+        self._fatal: dict[str, str] | None = None
+        self._cancelling = False
+
+    # Life
+
+    def open(self, resume: bool = False, force: bool = False) -> bool:
+        """Insert or claim the run; True when there is something to drive. Raises RunExists, RunNotFound, RunOwned."""
+        if not resume:
+            self._insert()
+            return True
+        run = self._claim(force)
+        if run is None:
+            return False
+        self._recall(run)
+        return True
+
+    def run(self) -> RunResult:
+        """Drive the opened run until it ends, or waits only for gates and was told not to park.
+
+        Raises OwnerLost after a takeover and StorageError when the database fails; nothing is written then.
+        """
+        metrics = self._metrics
+        metrics.runs_total.inc()
+        metrics.runs_active.inc()
+        self._watch = self._db.watch()
+        self._db.subscribe(self._notice)
+        start_thread("heartbeat", self._beat)
+        try:
+            self._drive()
+        finally:
+            self._stop_heartbeat.set()
+            self._db.unsubscribe(self._notice)
+            self._watch.close()
+            self._let_go()
+            metrics.runs_active.inc(-1)
+        assert self.result is not None
+        return self.result
+
+    def hurry(self) -> None:
+        """Cancel now and wait only briefly for tasks: the process is about to leave. Safe in a signal handler."""
+        self._hurry.set()
+        self.abort.set()
+
+    def _insert(self) -> None:
+        path, digest = _source_of(self._workflow)
+        name = str(getattr(self._workflow, "name", getattr(self._workflow, "__name__", "workflow")))
+        config = to_json({"maxConcurrency": self._max_concurrency})
+        with self._db.transaction(self.run_id) as tx:
+            tx.insert_run(name, path, digest, self._owner, self._input_json, config)
+            tx.append_event("RunStarted")
+            tx.append_event("RunStatusChanged", status="running")
+        self._deliver(tx)
+
+    def _claim(self, force: bool) -> Run | None:
+        """Make this engine the owner and mend what the last one left half done; None for a finished run."""
+        with self._db.transaction(self.run_id) as tx:
+            run = tx.get_run()
+            if run is None:
+                raise RunNotFound(f"there is no run {self.run_id}")
+            if run.status == "finished":
+                self.result = RunResult(self.run_id, run.status, None)
+                return None
+            if owner_is_alive(run, tx.now_ms) and not force:
+                raise RunOwned(
+                    f"run {self.run_id} is driven by a living process; --force takes it over"
+                )
+            if not tx.claim_run(run, self._owner):
+                raise RunOwned(f"run {self.run_id} was claimed by another process")
+            self._check_source(tx, run)
+            tx.append_event("RunStatusChanged", status="running")
+            for node_id, iteration, state, attempt in tx.list_open_nodes():
+                if state == "in-progress":
+                    close_node(tx, node_id, iteration, attempt, "the run was interrupted", attempt)
+        self._metrics.runs_resumed.inc()
+        self._delivered = tx.events[0].seq - 1
+        self._deliver(tx)
+        return run
+
+    def _check_source(self, tx: Tx, run: Run) -> None:
+        path, digest = _source_of(self._workflow)
+        if run.workflow_hash is not None and digest != run.workflow_hash:
+            logger.warning(
+                "the workflow file has changed since run %s began; going on with the new one",
+                self.run_id,
+            )
+        tx.update_run_source(path, digest)
+
+    def _recall(self, run: Run) -> None:
+        """Read back what an earlier engine had committed."""
+        failures = self._db.count_failed_attempts(self.run_id)
+        was_failed = run.status == "failed"
+        for node in self._db.list_nodes(self.run_id):
+            key = (node.node_id, node.iteration)
+            fresh = was_failed and node.state == "failed"
+            self._nodes[key] = NodeRecord(
+                node.state, node.last_attempt, failures.get(key, 0), fresh
+            )
+        self._loops = self._db.list_loops(self.run_id)
+        self._input_json = self._db.get_input(self.run_id) or "{}"
+        for frame in self._db.list_frames(self.run_id, 1):
+            self._frame = (frame.xml_json, frame.mounted_task_ids_json)
+            mounted = (
+                entry.rpartition("::")[0]
+                for entry in json.loads(frame.mounted_task_ids_json or "[]")
+            )
+            self._scopes = {node_id.partition("@@")[0]: node_id for node_id in mounted}
+
+    def _beat(self) -> None:
+        """Prove once a second that this engine lives; report when it does not own the run any more."""
+        while not self._stop_heartbeat.wait(HEARTBEAT_SECONDS):
+            try:
+                with self._db.transaction(self.run_id) as tx:
+                    owned = tx.update_heartbeat(self._owner)
+            except Unavailable:
+                continue  # somebody holds the write lock: the engine waits for it as well
+            except SmithersError as error:
+                self._mailbox.put(("broken", error))
+                return
+            if not owned and not self._stop_heartbeat.is_set():
+                self._mailbox.put(("control",))
+                return
+
+    def _let_go(self) -> None:
+        """Stop whatever still runs; its results go nowhere."""
+        for running in self._inflight.values():
+            running.stop()
+            _attempts_here.pop(running.token, None)
+        self._inflight.clear()
+        self._metrics.nodes_active.set(0)
+        self._metrics.queue_depth.set(0)
+        self._metrics.utilization.set(0)
+        self._line_room.release(self.MAX_WAITING_LINES)
+        self._threads.close()
+
+    # Mailbox
+
+    def accept_line(self, running: Running, text: str, stream: str) -> None:
+        """Take a line from a task; holds the task back while too many wait to be written."""
+        while not self._line_room.acquire(timeout=0.5):
+            if running.cancelled.is_set():
+                return
+        self._mailbox.put(("line", running, text, stream))
+
+    def _notice(self, tx: Tx) -> None:
+        if tx.is_control and tx.run_id == self.run_id:
+            self._mailbox.put(("control",))
+
+    def _drive(self) -> None:
+        self._step([], look=False)
+        next_look = 0.0
+        while self.result is None:
+            messages = self._wait()
+            now = time.monotonic()
+            look = any(message[0] == "control" for message in messages)
+            if not look and now >= next_look:
+                next_look = now + WATCH_SECONDS
+                look = self._watch.changed()
+            aborted = self.abort.is_set() and not self._cancelling
+            if (
+                messages
+                or look
+                or aborted
+                or self._hurry.is_set()
+                or self._timers
+                and self._timers[0][0] <= now
+            ):
+                self._step(messages, look)
+
+    def _wait(self) -> list[tuple[Any, ...]]:
+        """Return all messages there are, after waiting for the first one, a timer or the next look around."""
+        timeout = WATCH_SECONDS
+        if self._timers:
+            timeout = min(timeout, max(0.0, self._timers[0][0] - time.monotonic()))
+        messages: list[tuple[Any, ...]] = []
+        with contextlib.suppress(queue.Empty):
+            messages.append(self._mailbox.get(timeout=timeout))
+            while len(messages) < 1000:
+                messages.append(self._mailbox.get_nowait())
+        return messages
+
+    def _step(self, messages: list[tuple[Any, ...]], look: bool) -> None:
+        """Carry the run as far as it goes now: one transaction, and one more after each render."""
+        with self._transaction() as tx:
+            for kind, *details in messages:
+                if kind == "done":
+                    self._end_attempt(tx, *details)
+                elif kind == "line":
+                    self._write_line(tx, *details)
+                elif kind == "broken":
+                    raise details[0]
+            if look:
+                self._collect_decisions(tx)
+            self._fire_timers(tx)
+            self._advance(tx)
+        self._after_commit(tx)
+        while self._dirty and not self._halting and self.result is None:
+            plan = self._render()
+            with self._transaction() as tx:
+                if plan is not None:
+                    self._mount(tx, plan)
+                self._advance(tx)
+            self._after_commit(tx)
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[Tx]:
+        """A transaction of this run's owner: fenced, and aware of a cancel request."""
+        with self._db.transaction(self.run_id) as tx:
+            if tx.get_control(self._owner) or self.abort.is_set():
+                self._begin_cancel()
+            if self._hurry.is_set():
+                self._set_grace(HURRY_SECONDS)
+            yield tx
+
+    def _after_commit(self, tx: Tx) -> None:
+        starting, self._starting = self._starting, []
+        for running in starting:
+            if running.stopped_for is None:
+                self._launch(running)
+            else:
+                self._mailbox.put(("done", running, Outcome(None)))
+        self._metrics.nodes_active.set(len(self._inflight))
+        self._metrics.queue_depth.set(len(self._ready))
+        self._metrics.utilization.set(len(self._inflight) / self._max_concurrency)
+        self._deliver(tx)
+
+    def _deliver(self, tx: Tx) -> None:
+        """Give the observer every event of the log in order, also those that other processes wrote."""
+        if self._on_event is None:
+            return
+        events = tx.events
+        if not events or events[0].seq != self._delivered + 1:
+            events = self._db.list_events(self.run_id, self._delivered)
+        for event in events:
+            self._delivered = event.seq
+            self._on_event(event)
+
+    def _at(self, deadline: float, call: Callable[[Tx], None]) -> None:
+        heapq.heappush(self._timers, (deadline, next(self._tie), call))
+
+    def _fire_timers(self, tx: Tx) -> None:
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            heapq.heappop(self._timers)[2](tx)
+
+    # Rendering
+
+    def find_output(self, id: str, iteration: int | None) -> str | None:
+        return self._db.find_output(self.run_id, self._node_id_of(id), iteration)
+
+    def find_state(self, id: str) -> str | None:
+        slot = self._plan.by_id.get(id) if self._plan is not None else None
+        if slot is not None:
+            return self._nodes[slot.key].state
+        states = [
+            record.state for key, record in self._nodes.items() if key[0] == self._node_id_of(id)
+        ]
+        return states[-1] if states else None
+
+    def find_error(self, id: str) -> dict[str, Any] | None:
+        slot = self._plan.by_id.get(id) if self._plan is not None else None
+        if slot is None or self._nodes[slot.key].state != "failed":
+            return None
+        found = self._db.find_error(self.run_id, *slot.key)
+        return None if found is None else dict(json.loads(found))
+
+    def find_iteration(self, loop_id: str) -> int:
+        slot = self._plan.loop_by_id.get(loop_id) if self._plan is not None else None
+        if slot is not None:
+            return slot.iteration
+        return self._loops.get(loop_id, (0, False))[0]
+
+    def _node_id_of(self, id: str) -> str:
+        """Return the node id behind an id as written: in a nested loop it carries the outer iteration."""
+        slot = self._plan.by_id.get(id) if self._plan is not None else None
+        return slot.key[0] if slot is not None else self._scopes.get(id, id)
+
+    def _render(self) -> Plan | None:
+        """Call the workflow function, outside of any transaction; a mistake in it becomes the run's failure."""
+        ctx = Ctx(self.run_id, json.loads(self._input_json), self)
+        self._dirty = False
+        self._renders_without_progress += 1
+        try:
+            tree = self._workflow if isinstance(self._workflow, Workflow) else self._workflow(ctx)
+            if not isinstance(tree, Workflow):
+                raise AuthoringError(
+                    f"a workflow function must return a Workflow, got {tree!r}", "INVALID_TREE"
+                )
+            plan = Plan(tree, self._loops)
+            self._refuse_endless_rendering(plan)
+            xml = to_json(xml_of(tree))
+        except (StorageError, Unavailable):
+            raise
+        except AuthoringError as error:
+            self._fatal = describe_error(error)
+            return None
+        except (
+            Exception
+        ) as error:  # user code: whatever it raises is the run's failure, never the engine's
+            logger.error("the workflow function failed", exc_info=True)
+            described = describe_error(error)
+            message = f"the workflow function raised {described['name']}: {described['message']}"
+            self._fatal = describe_error(AuthoringError(message, "RENDER_FAILED"))
+            return None
+        self._reads = ctx.reads
+        self._xml = (xml, hashlib.sha256(xml.encode("utf-8")).hexdigest())
+        return plan
+
+    def _refuse_endless_rendering(self, plan: Plan) -> None:
+        if self._renders_without_progress <= MAX_RENDERS_WITHOUT_PROGRESS or self._plan is None:
+            return
+        changed = sorted(plan.by_id.keys() ^ self._plan.by_id.keys())[:10]
+        what = f"; what changes: {', '.join(changed)}" if changed else ""
+        raise AuthoringError(
+            f"{MAX_RENDERS_WITHOUT_PROGRESS} renders in a row changed the tree and nothing ran{what}",
+            "RENDER_LOOP",
+        )
+
+    def _mount(self, tx: Tx, plan: Plan) -> None:
+        """Make a rendered tree the one that runs: its frame, its new nodes, and the end of what it dropped."""
+        if self._plan is None:
+            tx.update_run_name(plan.name)
+        self._plan = plan
+        self._slots = {}
+        self._ready.clear()
+        self._add_nodes(tx, list(plan.leaves()))
+        self._commit_frame(tx)
+        for key, running in self._inflight.items():
+            if key in self._slots:
+                for group in self._slots[key].groups:
+                    group.active += 1
+            else:
+                self._stop(running, "no longer in the tree")
+        for key in [key for key in self._gates if key not in self._slots]:
+            del self._gates[key]
+            self._timed_gates.discard(key)
+            self._nodes[key].state = "cancelled"
+            close_node(tx, *key, None, "no longer in the tree", self._nodes[key].last_attempt)
+        plan.start()
+
+    def _add_nodes(self, tx: Tx, slots: list[LeafSlot]) -> None:
+        for slot in slots:
+            self._slots[slot.key] = slot
+            if slot.key not in self._nodes:
+                self._nodes[slot.key] = NodeRecord("pending")
+                tx.insert_node(*slot.key, slot.leaf.label)
+                tx.append_event("NodePending", nodeId=slot.key[0], iteration=slot.key[1])
+
+    def _commit_frame(self, tx: Tx) -> None:
+        """Store the tree when it differs from the last frame."""
+        assert self._plan is not None
+        keys = [slot.key for slot in self._plan.leaves()]
+        mounted = to_json([f"{node_id}::{iteration}" for node_id, iteration in keys])
+        if self._frame == (self._xml[0], mounted):
+            return
+        self._frame = (self._xml[0], mounted)
+        index = to_json(
+            [{"nodeId": k[0], "ordinal": i, "iteration": k[1]} for i, k in enumerate(keys)]
+        )
+        frame_no = tx.insert_frame(*self._xml, mounted, index)
+        tx.append_event("FrameCommitted", frameNo=frame_no, xmlHash=self._xml[1])
+
+    def _changed(self, kind: str, id: str) -> None:
+        if (kind, id) in self._reads:
+            self._dirty = True
+
+    # Advancing
+
+    @property
+    def _halting(self) -> bool:
+        return self._cancelling or self._fatal is not None or bool(self._failed)
+
+    def _advance(self, tx: Tx) -> None:
+        """Do everything that needs no render, then see whether the run is at an end or parked."""
+        plan = self._plan
+        while plan is not None and not self._dirty and not self._halting:
+            if plan.reached:
+                self._reach(tx, plan.reached.popleft())
+            elif plan.due:
+                self._decide_loop(tx, plan.due.popleft())
+            elif not self._start_next(tx):
+                break
+        self._settle(tx)
+
+    def _reach(self, tx: Tx, slot: LeafSlot) -> None:
+        """Give a node its turn, whatever state it was left in."""
+        assert self._plan is not None
+        record, leaf = self._nodes[slot.key], slot.leaf
+        if (
+            record.state in ("finished", "skipped")
+            or record.state == "failed"
+            and not record.is_fresh
+        ):
+            if record.state != "failed" or leaf.continue_on_fail:
+                self._plan.complete(slot)
+            return
+        if record.state == "in-progress" or slot.key in self._gates:
+            return
+        if record.state not in ("pending", "waiting-approval"):
+            self._set_state(tx, slot, "pending", "NodePending")
+        if leaf.skip_if:
+            self._skip(tx, slot)
+        elif leaf.asks_first:
+            self._reach_gate(tx, slot, record)
+        else:
+            self._enqueue(slot, record)
+
+    def _reach_gate(self, tx: Tx, slot: LeafSlot, record: NodeRecord) -> None:
+        gate = tx.get_gate(*slot.key)
+        reopen = (
+            gate is None
+            or gate.status == "cancelled"
+            or record.is_fresh
+            and gate.status == "denied"
+        )
+        record.is_fresh = False
+        if gate is None or reopen:
+            self._open_gate(tx, slot)
+        elif gate.status == "requested":
+            self._wait_at_gate(tx, slot, gate)
+        else:
+            self._pass_gate(tx, slot, gate)
+
+    def _enqueue(self, slot: LeafSlot, record: NodeRecord) -> None:
+        record.is_fresh = False
+        if slot.key not in self._retrying:
+            self._ready.append((slot, time.monotonic()))
+
+    def _decide_loop(self, tx: Tx, slot: LoopSlot) -> None:
+        """Begin a loop, its next iteration, or end it. `until` comes from a render that has seen all of it."""
+        assert self._plan is not None
+        loop = slot.loop
+        next_iteration = slot.iteration + 1 if slot.has_begun else 0
+        if loop.until or next_iteration >= loop.max_iterations:
+            if not loop.until and loop.on_max == "fail":
+                message = (
+                    f"loop {slot.key!r} did not reach its end in {loop.max_iterations} iterations"
+                )
+                self._fatal = describe_error(TaskFailed(message, "LOOP_EXHAUSTED"))
+                return
+            self._loops[slot.key] = (slot.iteration, True)
+            tx.put_loop(slot.key, slot.iteration, True)
+            self._plan.complete(slot)
+            return
+        self._loops[slot.key] = (next_iteration, False)
+        tx.put_loop(slot.key, next_iteration, False)
+        if slot.has_begun:
+            self._renders_without_progress = 0
+            self._changed("iteration", loop.id)
+            for id in self._plan.ids_below(slot):
+                for kind in ("output", "state", "error", "iteration"):
+                    self._changed(kind, id)
+            for old in self._plan.leaves(slot):
+                del self._slots[old.key]
+            self._add_nodes(tx, self._plan.begin_loop(slot, next_iteration))
+            if not self._dirty:
+                self._commit_frame(tx)
+        else:
+            self._plan.begin_loop(slot, next_iteration)
+
+    def _set_state(self, tx: Tx, slot: LeafSlot, state: str, event: str, **fields: Any) -> None:
+        """Move a node, with its event; the render is due again if it has read what changed."""
+        record = self._nodes[slot.key]
+        record.state = state
+        tx.update_node(*slot.key, state, record.last_attempt)
+        tx.append_event(event, nodeId=slot.key[0], iteration=slot.key[1], **fields)
+        self._changed("state", slot.leaf.id)
+
+    def _skip(self, tx: Tx, slot: LeafSlot) -> None:
+        assert self._plan is not None
+        self._set_state(tx, slot, "skipped", "NodeSkipped")
+        self._plan.complete(slot)
+
+    def _finish(self, tx: Tx, slot: LeafSlot, output_json: str, attempt: int) -> None:
+        assert self._plan is not None
+        tx.put_output(*slot.key, output_json)
+        self._set_state(tx, slot, "finished", "NodeFinished", attempt=attempt)
+        self._changed("output", slot.leaf.id)
+        self._metrics.nodes_finished.inc()
+        self._observe_node(slot)
+        self._plan.complete(slot)
+
+    def _fail(self, tx: Tx, slot: LeafSlot, error: Mapping[str, Any], attempt: int) -> None:
+        """Fail a node for good; the run follows unless the node may fail."""
+        assert self._plan is not None
+        self._set_state(tx, slot, "failed", "NodeFailed", attempt=attempt, error=error)
+        self._changed("error", slot.leaf.id)
+        self._metrics.nodes_failed.inc()
+        self._observe_node(slot)
+        if slot.leaf.continue_on_fail:
+            self._plan.complete(slot)
+        else:
+            self._failed.append(slot.key[0])
+
+    def _observe_node(self, slot: LeafSlot) -> None:
+        started = self._nodes[slot.key].started_at
+        if started is not None:
+            self._metrics.node_duration.observe((time.monotonic() - started) * 1000)
+
+    def _settle(self, tx: Tx) -> None:
+        """End the run, park it, or say that it runs."""
+        if self._halting:
+            if not self._inflight:
+                self._end(tx)
+            return
+        if self._dirty or self._plan is None:
+            return
+        if self._inflight or self._ready or self._retrying:
+            self._show_status(tx, "running")
+        elif self._plan.root.is_done:
+            self._end(tx)
+        elif self._gates:
+            self._show_status(tx, "waiting-approval")
+            if not self._park and not self._timed_gates:
+                tx.release_run()
+                self.result = RunResult(self.run_id, "waiting-approval", None)
+        else:
+            raise AssertionError("nothing is left to wait for and the tree is not done")
+
+    def _show_status(self, tx: Tx, status: str) -> None:
+        if self._status != status:
+            self._status = status
+            tx.update_run_status(status)
+            tx.append_event("RunStatusChanged", status=status)
+
+    def _end(self, tx: Tx) -> None:
+        error: dict[str, Any] | None = None
+        metrics = self._metrics
+        if self._cancelling:
+            status, counter = "cancelled", metrics.runs_cancelled
+        elif self._halting:
+            status, counter = "failed", metrics.runs_failed
+            message = f"Task(s) failed: {', '.join(self._failed)}"
+            error = self._fatal or {"name": "TaskFailed", "message": message, "code": "TASK_FAILED"}
+            metrics.errors.inc()
+        else:
+            status, counter = "finished", metrics.runs_finished
+        close_run(tx, status, error)
+        counter.inc()
+        metrics.run_duration.observe((time.monotonic() - self._began) * 1000)
+        self.result = RunResult(self.run_id, status, error)
+
+    # Attempts
+
+    def _start_next(self, tx: Tx) -> bool:
+        """Start one ready task; False when none is ready or no place is free."""
+        while self._ready and len(self._inflight) < self._max_concurrency:
+            slot, since = self._ready.popleft()
+            full = next((group for group in slot.groups if group.active >= group.limit), None)
+            if full is None:
+                self._metrics.scheduler_wait.observe((time.monotonic() - since) * 1000)
+                self._start(tx, slot)
+                return True
+            full.waiting.append(slot)
+        return False
+
+    def _start(self, tx: Tx, slot: LeafSlot) -> None:
+        record = self._nodes[slot.key]
+        attempt = 0 if record.last_attempt is None else record.last_attempt + 1
+        record.last_attempt = attempt
+        record.started_at = record.started_at or time.monotonic()
+        self._renders_without_progress = 0
+        tx.insert_attempt(*slot.key, attempt)
+        self._set_state(tx, slot, "in-progress", "NodeStarted", attempt=attempt)
+        self._metrics.nodes_started.inc()
+        assert isinstance(slot.leaf, Task)
+        if isinstance(slot.leaf.run, dict):
+            self._finish_attempt(tx, slot, attempt, to_json(slot.leaf.run), 0.0)
+            return
+        running = Running(self, slot, attempt)
+        self._inflight[slot.key] = running
+        self._starting.append(running)
+        for group in slot.groups:
+            group.active += 1
+        if slot.leaf.timeout is not None:
+            self._at(
+                running.started_at + slot.leaf.timeout, functools.partial(self._time_out, running)
+            )
+
+    def _launch(self, running: Running) -> None:
+        """Hand an attempt, whose start is committed, to a thread or to the executor."""
+        task = running.slot.leaf
+        assert isinstance(task, Task)
+        if self._executor is None or not callable(task.run):
+            self._threads.submit(self._run_attempt, running, task)
+            return
+        _attempts_here[running.token] = running
+        try:
+            arguments = self._arguments_of(running.slot, task)
+            running.future = self._executor.submit(
+                call_in_executor, running.token, task.run, task.args, arguments,
+                running.run_id, running.node_id, running.iteration, running.attempt,
+            )  # fmt: skip
+        except Exception as error:  # foreign code: a broken or closed pool refuses in its own ways
+            self._mailbox.put(("done", running, _executor_failure(error)))
+            return
+        running.future.add_done_callback(functools.partial(self._take_future, running))
+
+    def _run_attempt(self, running: Running, task: Task) -> None:
+        """Run one attempt in a task thread and post what came of it."""
+
+        def call() -> Any:
+            if not callable(task.run):
+                return run_command(running, task.run)
+            return call_function(
+                running, task.run, task.args, self._arguments_of(running.slot, task)
+            )
+
+        self._mailbox.put(("done", running, outcome_of(call, running.node_id)))
+
+    def _arguments_of(self, slot: LeafSlot, task: Task) -> dict[str, Any]:
+        """Return the keyword arguments: those given, and the outputs of what the task needs."""
+        arguments = dict(task.kwargs)
+        for parameter, target, newest in slot.targets:
+            if parameter is not None:
+                node_id, iteration = target.key
+                found = self._db.find_output(self.run_id, node_id, None if newest else iteration)
+                arguments[parameter] = None if found is None else json.loads(found)
+        return arguments
+
+    def _take_future(self, running: Running, future: Future[Any]) -> None:
+        error = None if future.cancelled() else future.exception()
+        if future.cancelled() or error is not None:
+            self._mailbox.put(("done", running, _executor_failure(error)))
+            return
+        output, failure, lines = future.result()
+        for text, stream in lines:
+            self.accept_line(running, text, stream)
+        self._mailbox.put(("done", running, Outcome(output, failure)))
+
+    def _write_line(self, tx: Tx, running: Running, text: str, stream: str) -> None:
+        self._line_room.release()
+        if self._inflight.get(running.slot.key) is running and running.stopped_for is None:
+            node_id, iteration = running.slot.key
+            tx.append_event(
+                "NodeOutput",
+                nodeId=node_id,
+                iteration=iteration,
+                attempt=running.attempt,
+                text=text,
+                stream=stream,
+            )
+
+    def _end_attempt(self, tx: Tx, running: Running, outcome: Outcome) -> None:
+        """Book the end of an attempt; the late result of one that was given up is dropped."""
+        if self._inflight.get(running.slot.key) is not running:
+            return
+        slot = self._release(running)
+        ms = (time.monotonic() - running.started_at) * 1000
+        if running.stopped_for == "timeout":
+            self._fail_attempt(tx, slot, running.attempt, _timeout_error(slot), ms, may_retry=True)
+        elif running.stopped_for is not None:
+            self._cancel_attempt(tx, slot, running)
+        elif outcome.error is not None:
+            self._fail_attempt(tx, slot, running.attempt, outcome.error, ms, may_retry=True)
+        else:
+            assert outcome.output_json is not None
+            self._finish_attempt(tx, slot, running.attempt, outcome.output_json, ms)
+
+    def _release(self, running: Running) -> LeafSlot:
+        """Take an attempt out of flight and give its places to who waits; return its slot in today's tree."""
+        key = running.slot.key
+        del self._inflight[key]
+        _attempts_here.pop(running.token, None)
+        slot = self._slots.get(key, running.slot)
+        for group in slot.groups:
+            group.active -= 1
+            if group.waiting:
+                self._ready.append((group.waiting.popleft(), time.monotonic()))
+        self._renders_without_progress = 0
+        return slot
+
+    def _finish_attempt(
+        self, tx: Tx, slot: LeafSlot, attempt: int, output_json: str, ms: float
+    ) -> None:
+        tx.end_attempt(*slot.key, attempt, "finished")
+        self._metrics.attempt_duration.observe(ms)
+        self._finish(tx, slot, output_json, attempt)
+
+    def _cancel_attempt(self, tx: Tx, slot: LeafSlot, running: Running) -> None:
+        record = self._nodes[slot.key]
+        record.state = "cancelled"
+        close_node(tx, *slot.key, running.attempt, running.stopped_for or "", running.attempt)
+        self._changed("state", slot.leaf.id)
+        if self._plan is not None and slot.key in self._slots and not self._halting:
+            self._plan.reached.append(self._slots[slot.key])  # dropped and rendered again meanwhile
+
+    def _fail_attempt(
+        self,
+        tx: Tx,
+        slot: LeafSlot,
+        attempt: int,
+        error: Mapping[str, Any],
+        ms: float,
+        may_retry: bool,
+    ) -> None:
+        tx.end_attempt(*slot.key, attempt, "failed", to_json(error))
+        self._metrics.attempt_duration.observe(ms)
+        self._metrics.errors.inc()
+        record, task = self._nodes[slot.key], slot.leaf
+        assert isinstance(task, Task)
+        record.failures += 1
+        if (
+            not may_retry
+            or record.failures > task.retries
+            or self._halting
+            or slot.key not in self._slots
+        ):
+            self._fail(tx, slot, error, attempt)
+            return
+        fields = {"nodeId": slot.key[0], "iteration": slot.key[1]}
+        tx.append_event("NodeFailed", **fields, attempt=attempt, error=error)
+        self._set_state(tx, slot, "pending", "NodeRetrying", attempt=attempt + 1)
+        self._metrics.node_retries.inc()
+        self._retrying.add(slot.key)
+        delay = task.retry_delay_after(record.failures)
+        self._at(time.monotonic() + delay, functools.partial(self._retry, slot.key))
+
+    def _retry(self, key: tuple[str, int], tx: Tx) -> None:
+        if key in self._retrying:
+            self._retrying.discard(key)
+            if key in self._slots and self._nodes[key].state == "pending":
+                self._ready.append((self._slots[key], time.monotonic()))
+
+    def _time_out(self, running: Running, tx: Tx) -> None:
+        if self._inflight.get(running.slot.key) is running and running.stopped_for is None:
+            self._stop(running, "timeout")
+
+    # Stopping
+
+    def _stop(self, running: Running, reason: str) -> None:
+        """Tell an attempt to stop, and give it up when it does not."""
+        if running.stopped_for is None:
+            running.stopped_for = reason
+            running.stop()
+            if running.future is not None:
+                running.future.cancel()
+            self._at(
+                time.monotonic() + STOP_GRACE_SECONDS, functools.partial(self._give_up, running)
+            )
+
+    def _give_up(self, running: Running, tx: Tx) -> None:
+        """Abandon an attempt that ignores its flag. Its thread may go on; its result will be dropped."""
+        if self._inflight.get(running.slot.key) is not running:
+            return
+        logger.warning("task %s ignores its cancelled flag; it is abandoned", running.node_id)
+        slot = self._release(running)
+        if running.stopped_for == "timeout":
+            ms = (time.monotonic() - running.started_at) * 1000
+            self._fail_attempt(tx, slot, running.attempt, _timeout_error(slot), ms, may_retry=False)
+        else:
+            self._cancel_attempt(tx, slot, running)
+
+    def _begin_cancel(self) -> None:
+        if not self._cancelling:
+            self._cancelling = True
+            self._retrying.clear()
+            self._ready.clear()
+            for running in self._inflight.values():
+                self._stop(running, "the run was cancelled")
+
+    def _set_grace(self, seconds: float) -> None:
+        """Shorten what is left of every task's grace."""
+        self._hurry.clear()
+        for running in self._inflight.values():
+            running.kill_after = seconds / 2
+            self._at(time.monotonic() + seconds, functools.partial(self._give_up, running))
+
+    # Gates
+
+    def _open_gate(self, tx: Tx, slot: LeafSlot) -> None:
+        leaf = slot.leaf
+        assert isinstance(leaf, (Approval, Task))
+        if isinstance(leaf, Approval):
+            request = {"title": leaf.title, "summary": leaf.summary, "metadata": leaf.metadata}
+        else:
+            request = {"title": leaf.label, "summary": None, "metadata": None}
+        tx.open_gate(*slot.key, to_json(request))
+        tx.append_event("ApprovalRequested", nodeId=slot.key[0], iteration=slot.key[1])
+        self._set_state(tx, slot, "waiting-approval", "NodeWaitingApproval")
+        self._metrics.approvals_requested.inc()
+        self._renders_without_progress = 0
+        gate = tx.get_gate(*slot.key)
+        assert gate is not None
+        self._wait_at_gate(tx, slot, gate)
+
+    def _wait_at_gate(self, tx: Tx, slot: LeafSlot, gate: Gate) -> None:
+        leaf = slot.leaf
+        assert isinstance(leaf, (Approval, Task))
+        self._gates[slot.key] = leaf
+        if isinstance(leaf, Approval) and leaf.timeout is not None:
+            # The wall clock counts, so that the time while no engine ran counts too.
+            left = ((gate.requested_at_ms or tx.now_ms) - tx.now_ms) / 1000 + leaf.timeout
+            self._timed_gates.add(slot.key)
+            self._at(time.monotonic() + left, functools.partial(self._time_out_gate, slot.key))
+
+    def _collect_decisions(self, tx: Tx) -> None:
+        for key in list(self._gates):
+            gate = tx.get_gate(*key)
+            if gate is not None and gate.status in ("approved", "denied"):
+                self._leave_gate(key)
+                self._pass_gate(tx, self._slots[key], gate)
+
+    def _leave_gate(self, key: tuple[str, int]) -> None:
+        del self._gates[key]
+        self._timed_gates.discard(key)
+        self._renders_without_progress = 0
+        self._nodes[key].state = "pending"
+        self._changed("state", self._slots[key].leaf.id)
+
+    def _pass_gate(self, tx: Tx, slot: LeafSlot, gate: Gate) -> None:
+        """Go on after a decision."""
+        leaf = slot.leaf
+        output = to_json(gate.to_output())
+        if gate.status == "approved":
+            if isinstance(leaf, Approval):
+                self._finish(tx, slot, output, 0)
+            else:
+                self._enqueue(slot, self._nodes[slot.key])
+        elif leaf.on_deny == "fail":
+            by = f" by {gate.decided_by}" if gate.decided_by else ""
+            why = f": {gate.note}" if gate.note else ""
+            self._fail(
+                tx, slot, describe_error(TaskFailed(f"denied{by}{why}", "APPROVAL_DENIED")), 0
+            )
+        elif isinstance(leaf, Approval) and leaf.on_deny == "continue":
+            self._finish(tx, slot, output, 0)
+        else:
+            tx.put_output(*slot.key, output)
+            self._changed("output", leaf.id)
+            self._skip(tx, slot)
+
+    def _time_out_gate(self, key: tuple[str, int], tx: Tx) -> None:
+        leaf = self._gates.get(key)
+        gate = tx.get_gate(*key)
+        if not isinstance(leaf, Approval) or leaf.timeout is None or gate is None or self._halting:
+            return
+        if gate.status == "requested" and leaf.on_timeout == "fail":
+            self._leave_gate(key)
+            tx.close_gate(*key)
+            error = TaskFailed(f"nobody decided within {leaf.timeout:g} s", "APPROVAL_TIMEOUT")
+            self._fail(tx, self._slots[key], describe_error(error), 0)
+        elif gate.status == "requested":
+            verdict = "approved" if leaf.on_timeout == "approve" else "denied"
+            note = f"nobody decided within {leaf.timeout:g} s"
+            record_decision(self._metrics, tx, gate, Decision(verdict, note=note))
+            self._collect_decisions(tx)
+
+
+def _timeout_error(slot: LeafSlot) -> dict[str, str]:
+    assert isinstance(slot.leaf, Task) and slot.leaf.timeout is not None
+    return describe_error(TaskFailed(f"timed out after {slot.leaf.timeout:g} s", "TASK_TIMEOUT"))
+
+
+def _executor_failure(error: BaseException | None) -> Outcome:
+    reason = "the call was cancelled" if error is None else f"{type(error).__name__}: {error}"
+    return Outcome(
+        None,
+        describe_error(
+            TaskFailed(f"the executor could not run the task: {reason}", "EXECUTOR_FAILED")
+        ),
+    )
+
+
+def _source_of(workflow: Any) -> tuple[str | None, str | None]:
+    """Return the path and the sha256 of the file a workflow function comes from, where there is one."""
+    path = getattr(getattr(workflow, "__code__", None), "co_filename", None)
+    if path is None or not os.path.isfile(path):
+        return None, None
+    with open(path, "rb") as source:
+        return os.path.abspath(path), hashlib.sha256(source.read()).hexdigest()
+
+
+def new_run_id() -> str:
+    return f"run-{now_ms()}-{secrets.token_hex(3)}"
+
+
+def run_workflow(
+    workflow: Workflow | Callable[[Ctx], Workflow],
+    *,
+    adapter: SmithersDb,
+    run_id: str | None = None,
+    input: Any = None,
+    resume: bool = False,
+    force: bool = False,
+    abort: threading.Event | None = None,
+    max_concurrency: int = 4,
+    executor: Executor | None = None,
+    on_event: Callable[[Event], None] | None = None,
+    park: bool = True,
+) -> RunResult:
+    """Run a workflow to its end in this thread and return how it ended.
+
+    The run waits at its gates; with `park=False` it returns `waiting-approval` instead when nothing else is
+    left to do. Setting `abort` cancels it. Raises RunExists, RunNotFound or RunOwned before anything is
+    written, OwnerLost after a takeover, StorageError when the database fails.
+    """
+    engine = Engine(
+        workflow,
+        adapter,
+        run_id or new_run_id(),
+        input=input,
+        abort=abort,
+        max_concurrency=max_concurrency,
+        executor=executor,
+        on_event=on_event,
+        park=park,
+    )
+    if not engine.open(resume, force):
+        assert engine.result is not None
+        return engine.result
+    return engine.run()
+
+
+# ---------------------------------------------------------------------------
+# HTTP: requests, answers and the strict reading of both
+# ---------------------------------------------------------------------------
+
+# Bounds of a request, with their precedents: 8 KiB lines (nginx, Apache), 100 fields (Apache), and far more
+# body than a note on an approval needs.
+MAX_REQUEST_LINE = 8 << 10
+MAX_HEAD_BYTES = 32 << 10
+MAX_HEADER_COUNT = 100
+MAX_BODY_BYTES = 1 << 20
+MAX_NOTE_CHARS = 10_000
+MAX_NAME_CHARS = 200
+MAX_FRAMES = 1000  # frames of one answer
+
+# Source: RFC 9110 section 5.6.2 (token) and 5.5 (field values), RFC 9112 section 3 (request line).
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+_FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")
+_ABSOLUTE = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE)
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-9]{0,5})?")
+_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_INTEGER = re.compile(r"-?[0-9]{1,19}")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e\x80-\xff]*)?")
+# Fields that a second occurrence would make ambiguous.
+_SINGLE_FIELDS = frozenset(
+    {
+        "host",
+        "content-length",
+        "transfer-encoding",
+        "authorization",
+        "x-smithers-key",
+        "origin",
+        "sec-fetch-site",
+        "last-event-id",
+        "expect",
+        "content-type",
+    }  # fmt: skip
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The head of a request, checked. `segments` is the decoded path, None when it cannot be decoded."""
+
+    method: str
+    segments: tuple[str, ...] | None
+    query: str
+    headers: Mapping[str, str]
+    is_http10: bool = False
+    keep_alive: bool = True
+    content_length: int = 0
+    chunked: bool = False
+    expects_continue: bool = False
+
+    @property
+    def has_body(self) -> bool:
+        return self.chunked or self.content_length > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """An answer. `stream` replaces the body when events follow."""
+
+    status: int
+    body: bytes = b""
+    headers: tuple[tuple[str, str], ...] = ()
+    stream: StreamStart | None = None
+
+
+class StreamStart(NamedTuple):
+    """Where an event stream begins: after this seq."""
+
+    after_seq: int
+
+
+def parse_head(data: bytes) -> Head:
+    """Return the head of a request from its bytes, up to and without the empty line.
+
+    Raises a ServeError for whatever two parsers could read differently, and past the bounds.
+    Source: RFC 9112, the strict reading.
+    """
+    request_line, *lines = data.split(b"\r\n")
+    if len(request_line) > MAX_REQUEST_LINE:
+        raise UriTooLong(f"the request line has over {MAX_REQUEST_LINE} bytes")
+    match = _REQUEST_LINE.fullmatch(request_line)
+    if match is None:
+        raise InvalidRequest("the request line is malformed")
+    method, target, major, minor = (part.decode("ascii") for part in match.groups())
+    if major != "1" or minor not in "01":
+        raise VersionNotSupported(f"HTTP/{major}.{minor} is not spoken here, use HTTP/1.1")
+    is_http10 = minor == "0"
+    headers = _parse_fields(lines)
+    segments, query = _parse_target(target, headers, is_http10)
+    chunked, length = _parse_framing(headers, is_http10)
+    options = {option.strip().lower() for option in headers.get("connection", "").split(",")}
+    expects = headers.get("expect", "").lower()
+    if expects and expects != "100-continue" and not is_http10:
+        raise InvalidRequest("the only expectation known here is 100-continue")
+    return Head(
+        method=method,
+        segments=segments,
+        query=query,
+        headers=headers,
+        is_http10=is_http10,
+        keep_alive="keep-alive" in options if is_http10 else "close" not in options,
+        content_length=length,
+        chunked=chunked,
+        expects_continue=bool(expects) and not is_http10,
+    )
+
+
+# The clients of a server send the same few heads again and again; a checked one need not be checked twice.
+MAX_CACHED_HEAD = 2 << 10
+_parse_head_cached = functools.lru_cache(maxsize=256)(parse_head)
+
+
+def _parse_fields(lines: list[bytes]) -> dict[str, str]:
+    if len(lines) > MAX_HEADER_COUNT:
+        raise HeadersTooLarge(f"over {MAX_HEADER_COUNT} header fields")
+    headers: dict[str, str] = {}
+    for line in lines:
+        match = _FIELD_LINE.fullmatch(line)
+        if match is None:
+            raise InvalidRequest("a header line is malformed")
+        name = match[1].decode("ascii").lower()
+        value = match[2].decode("latin-1").strip(" \t")
+        if name in headers:
+            if name in _SINGLE_FIELDS:
+                raise InvalidRequest(f"the header {name} appears twice")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    return headers
+
+
+def _parse_target(
+    target: str, headers: Mapping[str, str], is_http10: bool
+) -> tuple[tuple[str, ...] | None, str]:
+    """Return the decoded path segments and the query of an origin-form or absolute-form target."""
+    host = headers.get("host")
+    if host is None and not is_http10:
+        raise InvalidRequest("the header host is missing")
+    if host is not None and not _HOST.fullmatch(host):
+        raise InvalidRequest("the header host is malformed")
+    if "#" in target:
+        raise InvalidRequest("the request target has a fragment")
+    absolute = _ABSOLUTE.fullmatch(target)
+    if absolute is not None:
+        authority, target = absolute[1], absolute[2] or "/"
+        if host is not None and authority.lower() != host.lower():
+            raise InvalidRequest("the request target and the header host differ")
+        if target.startswith("?"):
+            target = "/" + target
+    path, _, query = target.partition("?")
+    if path == "*":
+        return None, query
+    if not path.startswith("/"):
+        raise InvalidRequest("the request target is not a path")
+    return tuple(decode_segment(part) for part in path[1:].split("/")), query
+
+
+def decode_segment(text: str) -> str:
+    """Return percent-decoded text, decoded once. Raises InvalidRequest when that is not possible."""
+    if "%" not in text:
+        return text
+    if _BAD_ESCAPE.search(text):
+        raise InvalidRequest("the path has a malformed percent escape")
+    try:
+        return urllib.parse.unquote_to_bytes(text).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("the path is not UTF-8") from error
+
+
+def _parse_framing(headers: Mapping[str, str], is_http10: bool) -> tuple[bool, int]:
+    """Return (chunked, content length).
+
+    Source: RFC 9112 section 6; where it allows a choice, the refusal.
+    """
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+    if coding is not None:
+        if length is not None or is_http10:
+            raise InvalidRequest("transfer-encoding does not go with content-length or HTTP/1.0")
+        if coding.lower() != "chunked":
+            raise NotImplementedHere("the only transfer-encoding known here is chunked")
+        return True, 0
+    if length is None:
+        return False, 0
+    if not (length.isascii() and length.isdigit()) or len(length) > 19:
+        raise InvalidRequest("the header content-length is not a number")
+    if int(length) > MAX_BODY_BYTES:
+        raise PayloadTooLarge(f"the body may have {MAX_BODY_BYTES} bytes, not {length}")
+    return False, int(length)
+
+
+def parse_query(query: str) -> dict[str, str]:
+    """Return the parameters of a query string, decoded. Raises InvalidRequest for malformed or repeated ones."""
+    parameters: dict[str, str] = {}
+    for part in query.split("&"):
+        if part:
+            name, _, value = part.replace("+", " ").partition("=")
+            name, value = decode_segment(name), decode_segment(value)
+            if name in parameters:
+                raise InvalidRequest(f"the query parameter {name[:50]!r} appears twice")
+            parameters[name] = value
+    return parameters
+
+
+def integer_in(name: str, text: str, low: int, high: int = INT64_MAX) -> int:
+    """Return a decimal integer in bounds. Raises InvalidRequest with the name and the bounds."""
+    if not _INTEGER.fullmatch(text) or not low <= int(text) <= high:
+        raise InvalidRequest(
+            f"{name} must be a whole number from {low} to {high}, got {text[:40]!r}"
+        )
+    return int(text)
+
+
+JSON_HEADERS = (
+    ("Content-Type", "application/json"),
+    ("Cache-Control", "no-store"),
+    ("X-Content-Type-Options", "nosniff"),
+)
+
+
+def json_response(
+    value: Any, status: int = 200, headers: tuple[tuple[str, str], ...] = ()
+) -> Response:
+    return Response(status, to_json(value).encode("utf-8"), JSON_HEADERS + headers)
+
+
+def error_response(error: ServeError) -> Response:
+    """Return the envelope of an error: the one place where errors become answers."""
+    message = printable(scrub_paths(str(error)))
+    return json_response(
+        {"error": {"code": error.code, "message": message}}, error.status, error.headers
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _head_lines(status: int, headers: tuple[tuple[str, str], ...]) -> bytes:
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
+    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{lines}".encode("latin-1")
+
+
+_date_line: tuple[int, bytes] = (0, b"")
+
+
+def _date() -> bytes:
+    """Return the Date line, made once a second. Source: RFC 9110 section 6.6.1."""
+    global _date_line
+    second = int(time.time())
+    if _date_line[0] != second:
+        days = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+        months = (
+            "Jan",
+            "Feb",
+            "Mar",
+            "Apr",
+            "May",
+            "Jun",
+            "Jul",
+            "Aug",
+            "Sep",
+            "Oct",
+            "Nov",
+            "Dec",
+        )
+        at = time.gmtime(second)
+        text = f"{days[at.tm_wday]}, {at.tm_mday:02} {months[at.tm_mon - 1]} {at.tm_year} {time.strftime('%H:%M:%S', at)}"
+        _date_line = (second, f"Date: {text} GMT\r\n".encode("ascii"))
+    return _date_line[1]
+
+
+def render_response(response: Response, is_head: bool, keep_alive: bool, is_http10: bool) -> bytes:
+    """Return the bytes of an answer that is not a stream."""
+    parts = [_head_lines(response.status, response.headers), _date()]
+    if response.status != 204:
+        parts.append(b"Content-Length: %d\r\n" % len(response.body))
+    if not keep_alive:
+        parts.append(b"Connection: close\r\n")
+    elif is_http10:
+        parts.append(b"Connection: keep-alive\r\n")
+    parts.append(b"\r\n")
+    if not is_head:
+        parts.append(response.body)
+    return b"".join(parts)
+
+
+# ---------------------------------------------------------------------------
+# Routes: one short function per route, one table, one app
+# ---------------------------------------------------------------------------
+
+
+class Request(NamedTuple):
+    """What a route function gets: the head, the body, and the parameters from the path."""
+
+    head: Head
+    body: bytes
+    parameters: tuple[str, ...]
+
+
+class Route(NamedTuple):
+    method: str
+    pattern: str
+    handler: Callable[[ServeApp, Request], Response]
+    public: bool = False
+
+
+def get_health(app: ServeApp, request: Request) -> Response:
+    return HEALTHY
+
+
+HEALTHY = json_response({"ok": True})
+
+
+def get_status(app: ServeApp, request: Request) -> Response:
+    return app.cached(("status",), app.read_status)
+
+
+def get_frames(app: ServeApp, request: Request) -> Response:
+    query = parse_query(request.head.query)
+    limit = min(integer_in("limit", query.get("limit", "50"), 1), MAX_FRAMES)
+    after = (
+        integer_in("afterFrameNo", query["afterFrameNo"], -1) if "afterFrameNo" in query else None
+    )
+    return app.cached(("frames", limit, after), lambda: app.read_frames(limit, after))
+
+
+def get_events(app: ServeApp, request: Request) -> Response:
+    after = integer_in("afterSeq", parse_query(request.head.query).get("afterSeq", "-1"), -1)
+    last_id = request.head.headers.get("last-event-id")
+    if last_id is not None:
+        after = integer_in("Last-Event-ID", last_id, -1)
+        ended, newest = app.adapter.get_tail(app.run_id)
+        if ended and newest <= after:
+            return Response(
+                204, headers=(("Cache-Control", "no-store"),)
+            )  # tells an EventSource to stop
+    headers = (
+        ("Content-Type", "text/event-stream"),
+        ("Cache-Control", "no-cache"),
+        ("X-Accel-Buffering", "no"),
+    )
+    return Response(200, headers=headers, stream=StreamStart(after))
+
+
+def post_approve(app: ServeApp, request: Request) -> Response:
+    return app.decide("approved", request)
+
+
+def post_deny(app: ServeApp, request: Request) -> Response:
+    return app.decide("denied", request)
+
+
+def post_cancel(app: ServeApp, request: Request) -> Response:
+    cancel_run(app.adapter, app.run_id)
+    app.abort.set()
+    return json_response({"runId": app.run_id})
+
+
+def get_metrics(app: ServeApp, request: Request) -> Response:
+    if not app.metrics_enabled:
+        raise NotFound("metrics are switched off")
+    headers = (
+        ("Content-Type", "text/plain; version=0.0.4; charset=utf-8"),
+        ("Cache-Control", "no-store"),
+    )
+    return Response(200, app.metrics.render().encode("utf-8"), headers)
+
+
+ROUTES = (
+    Route("GET", "/health", get_health, public=True),
+    Route("GET", "/", get_status),
+    Route("GET", "/events", get_events),
+    Route("GET", "/frames", get_frames),
+    Route("POST", "/approve/:nodeId", post_approve),
+    Route("POST", "/deny/:nodeId", post_deny),
+    Route("POST", "/cancel", post_cancel),
+    Route("GET", "/metrics", get_metrics),
+)
+
+# By first segment and number of segments: every pattern here is told apart by these two.
+_ROUTES_BY_SHAPE: dict[tuple[str, int], list[Route]] = {}
+for _route in ROUTES:
+    _parts = _route.pattern[1:].split("/")
+    _ROUTES_BY_SHAPE.setdefault((_parts[0], len(_parts)), []).append(_route)
+
+UNMATCHED = "unmatched"  # the metric label of every request without a route: never a raw path
+
+
+def find_routes(segments: tuple[str, ...] | None) -> list[Route]:
+    """Return the routes of a path, whatever their method."""
+    if segments is None or not segments:
+        return []
+    routes = _ROUTES_BY_SHAPE.get((segments[0], len(segments)), [])
+    return routes if all(segments[1:]) else []
+
+
+def _decision_of(verdict: str, body: bytes) -> Decision:
+    """Return the decision that a request body holds. Raises InvalidRequest for what it should not be."""
+    if not body:
+        return Decision(verdict)
+    try:
+        value = parse_json(body)
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not JSON: {log_safe(error)[:200]}") from error
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"the body must be a JSON object, not {type(value).__name__}")
+    iteration = value.get("iteration")
+    if iteration is not None and (
+        isinstance(iteration, bool)
+        or not isinstance(iteration, int)
+        or not 0 <= iteration <= INT64_MAX
+    ):
+        raise InvalidRequest("iteration must be a whole number of at least 0")
+    texts = {}
+    for name, limit in (("note", MAX_NOTE_CHARS), ("decidedBy", MAX_NAME_CHARS)):
+        text = texts[name] = value.get(name)
+        if text is not None and (not isinstance(text, str) or len(text) > limit):
+            raise InvalidRequest(f"{name} must be text of at most {limit} characters")
+    return Decision(verdict, iteration, texts["note"], texts["decidedBy"])
+
+
+class Answer(NamedTuple):
+    """What `app.request` returns. For an event stream, `chunks` yields as events come and `body` waits for the end."""
+
+    status: int
+    headers: dict[str, str]
+    chunks: Iterator[bytes]
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self.chunks)
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class ServeApp:
+    """The HTTP surface of one run: a WSGI callable, `request` without a socket, and the core behind make_server."""
+
+    MAX_CACHED_ANSWERS = 16
+
+    def __init__(
+        self,
+        adapter: SmithersDb,
+        run_id: str,
+        abort: threading.Event,
+        auth_token: str | None,
+        metrics: bool,
+    ) -> None:
+        self.adapter = adapter
+        self.run_id = run_id
+        self.abort = abort
+        self.metrics = adapter.metrics
+        self.metrics_enabled = metrics
+        # Host names that may be asked for; None means any. make_server narrows it on a loopback bind without token.
+        self.allowed_hosts: frozenset[str] | None = None
+        self.trusted_hosts: frozenset[str] = frozenset()
+        self._token = None if auth_token is None else _checked_token(auth_token).encode("ascii")
+        self._watch = adapter.watch()
+        self._answers: dict[tuple[Any, ...], tuple[int, Response]] = {}
+        self._pending = 0
+        self.metrics.read_at_scrape(self.metrics.approval_pending, self._count_pending)
+
+    @property
+    def has_token(self) -> bool:
+        return self._token is not None
+
+    def close(self) -> None:
+        self._watch.close()
+
+    # The core: head and body in, answer out
+
+    def admit(self, head: Head) -> Route:
+        """Return the route of a request that may go on. Raises before a body is read: 401, 403 or 404."""
+        if (
+            self.allowed_hosts is not None
+            and _host_name(head.headers.get("host", "")) not in self.allowed_hosts
+        ):
+            raise Forbidden("this host name is not served here; --allowed-host adds one")
+        method = "GET" if head.method == "HEAD" else head.method
+        routes = find_routes(head.segments)
+        route = next((route for route in routes if route.method == method), None)
+        if not (route is not None and route.public) and not self._is_authorized(head.headers):
+            raise Unauthorized(
+                "a valid token is required: Authorization: Bearer <token>, or x-smithers-key"
+            )
+        if method not in ("GET", "OPTIONS"):
+            self._refuse_foreign_page(head.headers)
+        if route is None and routes:
+            allow = sorted(
+                {route.method for route in routes}
+                | {"HEAD" for route in routes if route.method == "GET"}
+            )
+            raise MethodMismatch(f"{method[:20]} is not possible here", ", ".join(allow))
+        if route is None:
+            raise NotFound("there is no such route")
+        return route
+
+    def respond(self, route: Route, head: Head, body: bytes) -> Response:
+        """Return the route's answer; every failure is answered in the envelope, the unexpected ones are logged."""
+        try:
+            return route.handler(self, Request(head, body, (head.segments or ())[1:]))
+        except ServeError as error:
+            return error_response(error)
+        except Exception:  # the outermost call of a request
+            logger.error("%s failed", route.pattern, exc_info=True)
+            self.metrics.errors.inc()
+            return error_response(ServeError("the server failed to answer; its log says why"))
+
+    def handle(self, head: Head, read_body: Callable[[], bytes]) -> Response:
+        """Answer one request; the body is read only when the request may go on."""
+        started = time.perf_counter()
+        label = UNMATCHED
+        try:
+            route = self.admit(head)
+            label = route.pattern
+            response = self.respond(route, head, read_body())
+        except ServeError as error:
+            response = error_response(error)
+        self.observe(head.method, label, response.status, started)
+        return response
+
+    def observe(self, method: str, label: str, status: int, started: float) -> None:
+        known = (
+            method
+            if method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
+            else "OTHER"
+        )
+        self.metrics.observe_request(known, label, status, (time.perf_counter() - started) * 1000)
+
+    def _is_authorized(self, headers: Mapping[str, str]) -> bool:
+        if self._token is None:
+            return True
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = [token.strip(" ")] if scheme.lower() == "bearer" else []
+        given.append(headers.get("x-smithers-key", ""))
+        return any(
+            [hmac.compare_digest(text.encode("latin-1", "replace"), self._token) for text in given]
+        )
+
+    def _refuse_foreign_page(self, headers: Mapping[str, str]) -> None:
+        """Refuse what a page of another site makes a browser send, also with the right token."""
+        origin = headers.get("origin")
+        if headers.get("sec-fetch-site", "").lower() == "cross-site":
+            raise Forbidden("a page of another site may not do this")
+        if origin is not None:
+            authority = origin.lower().partition("://")[2]
+            if (
+                authority != headers.get("host", "").lower()
+                and _host_name(authority) not in self.trusted_hosts
+            ):
+                raise Forbidden("a page of another origin may not do this")
+
+    # What routes read and do
+
+    def cached(self, key: tuple[Any, ...], read: Callable[[], Response]) -> Response:
+        """Return the answer for `key`, read again only after a commit by anybody."""
+        version = self._version()
+        found = self._answers.get(key)
+        if found is not None and found[0] == version:
+            return found[1]
+        response = read()
+        if len(self._answers) >= self.MAX_CACHED_ANSWERS:
+            self._answers = {}
+        self._answers[key] = (version, response)
+        return response
+
+    def _version(self) -> int:
+        try:
+            return self._watch.version()
+        except sqlite3.OperationalError as error:
+            raise Unavailable("the database is locked by another process") from error
+
+    def read_status(self) -> Response:
+        run, summary = self.adapter.get_run_and_summary(self.run_id)
+        if run is None:
+            raise RunNotFound(f"there is no run {self.run_id}")
+        self._pending = summary.get("waiting-approval", 0)
+        return json_response(run.to_json(summary))
+
+    def read_frames(self, limit: int, after: int | None) -> Response:
+        frames = self.adapter.list_frames(self.run_id, limit, after)
+        if not frames and self.adapter.get_run(self.run_id) is None:
+            raise RunNotFound(f"there is no run {self.run_id}")
+        return json_response([frame.to_json() for frame in frames])
+
+    def decide(self, verdict: str, request: Request) -> Response:
+        decide(
+            self.adapter, self.run_id, request.parameters[0], _decision_of(verdict, request.body)
+        )
+        return json_response({"runId": self.run_id})
+
+    def _count_pending(self) -> float:
+        """Return how many gates of this run wait, from the same cached reading as GET /."""
+        with contextlib.suppress(RunNotFound):
+            self.cached(("status",), self.read_status)
+        return self._pending
+
+    # Without a socket, and under another web framework
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        json: Any = None,
+        headers: Mapping[str, str] | None = None,
+        body: bytes = b"",
+    ) -> Answer:
+        """Answer a request without a socket."""
+        data = to_json(json).encode("utf-8") if json is not None else body
+        fields = {name.lower(): value for name, value in (headers or {}).items()}
+        try:
+            segments, query = _parse_target(path, {"host": "app", **fields}, is_http10=False)
+            head = Head(method.upper(), segments, query, fields, content_length=len(data))
+            response = self.handle(head, lambda: data)
+        except ServeError as error:
+            response = error_response(error)
+        return Answer(
+            response.status,
+            dict(self._plain_headers(response)),
+            self._chunks(method.upper(), response),
+        )
+
+    def __call__(
+        self, environ: dict[str, Any], start_response: Callable[..., Any]
+    ) -> Iterable[bytes]:
+        """Answer as a WSGI application; a stream occupies the calling thread until it ends.
+
+        Source: PEP 3333.
+        """
+        method = environ["REQUEST_METHOD"]
+        try:
+            response = self.handle(_head_of(environ), lambda: _wsgi_body(environ))
+        except ServeError as error:
+            response = error_response(error)
+        reason = HTTPStatus(response.status).phrase
+        start_response(f"{response.status} {reason}", self._plain_headers(response))
+        return self._chunks(method, response)
+
+    @staticmethod
+    def _plain_headers(response: Response) -> list[tuple[str, str]]:
+        headers = list(response.headers)
+        if response.stream is None and response.status != 204:
+            headers.append(("Content-Length", str(len(response.body))))
+        return headers
+
+    def _chunks(self, method: str, response: Response) -> Iterator[bytes]:
+        if method == "HEAD":
+            return iter(())
+        if response.stream is None:
+            return iter((response.body,))
+        return follow_events(self, response.stream.after_seq)
+
+
+def _head_of(environ: Mapping[str, Any]) -> Head:
+    """Return the head of a WSGI request. PATH_INFO is decoded already, so a segment is taken as it is."""
+    headers = {
+        name[5:].replace("_", "-").lower(): value
+        for name, value in environ.items()
+        if name.startswith("HTTP_")
+    }
+    try:
+        path = environ.get("PATH_INFO", "").encode("latin-1").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("the path is not UTF-8") from error
+    length = environ.get("CONTENT_LENGTH") or "0"
+    segments = tuple((path or "/")[1:].split("/"))
+    return Head(
+        environ["REQUEST_METHOD"],
+        segments,
+        environ.get("QUERY_STRING", ""),
+        headers,
+        content_length=integer_in("Content-Length", length, 0),
+    )
+
+
+def _wsgi_body(environ: Mapping[str, Any]) -> bytes:
+    length = integer_in("Content-Length", environ.get("CONTENT_LENGTH") or "0", 0)
+    if length > MAX_BODY_BYTES:
+        raise PayloadTooLarge(f"the body may have {MAX_BODY_BYTES} bytes, not {length}")
+    if environ.get("wsgi.input_terminated"):
+        data: bytes = environ["wsgi.input"].read(MAX_BODY_BYTES + 1)
+        if len(data) > MAX_BODY_BYTES:
+            raise PayloadTooLarge(f"the body may have {MAX_BODY_BYTES} bytes")
+        return data
+    return bytes(environ["wsgi.input"].read(length)) if length else b""
+
+
+def _checked_token(token: str) -> str:
+    """Return a token that a header can carry. Raises ValueError otherwise."""
+    if not token or not all("!" <= character <= "~" for character in token):
+        raise ValueError(
+            "the auth token must be non-empty, of visible ASCII characters without spaces"
+        )
+    return token
+
+
+def _host_name(authority: str) -> str:
+    """Return the name in `name:port` or `[address]:port`, in lower case."""
+    if authority.startswith("["):
+        return authority.partition("]")[0].lower() + "]"
+    return authority.partition(":")[0].lower()
+
+
+def create_serve_app(
+    *,
+    adapter: SmithersDb,
+    run_id: str,
+    abort: threading.Event | None = None,
+    workflow: Workflow | Callable[[Ctx], Workflow] | None = None,
+    auth_token: str | None = None,
+    metrics: bool = True,
+) -> ServeApp:
+    """Return the app that shows and steers one run of the adapter's file; an engine may run here or elsewhere.
+
+    `auth_token` falls back to the environment's SMITHERS_API_KEY; without either, nobody is asked for one.
+    `abort` is set by POST /cancel. `workflow` is accepted as in the original; the run's rows say all there is
+    to show. Raises ValueError for a token that no header could carry.
+    """
+    token = auth_token if auth_token is not None else os.environ.get("SMITHERS_API_KEY") or None
+    return ServeApp(adapter, run_id, abort or threading.Event(), token, metrics)
+
+
+# ---------------------------------------------------------------------------
+# Event stream: SSE bytes, one thread for all native streams
+# ---------------------------------------------------------------------------
+
+RETRY_LINE = b"retry: 1000\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+KEEP_ALIVE_SECONDS = 10.0
+UNWRITABLE_SECONDS = (
+    60.0  # a socket that takes nothing for so long is dropped; its client can come back
+)
+MAX_STREAMS = 10_000
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+def encode_event(seq: int, payload: str) -> str:
+    """Return one event as SSE text. Source: WHATWG HTML, server-sent events."""
+    if (
+        "\n" in payload or "\r" in payload
+    ):  # not ours: compact JSON has none. A newline would forge an event.
+        payload = to_json(json.loads(payload))
+    return f"event: smithers\ndata: {payload}\nid: {seq}\n\n"
+
+
+def chunk(data: bytes) -> bytes:
+    """Return `data` as one HTTP chunk; never empty, for an empty chunk ends the body. Source: RFC 9112 section 7.1."""
+    assert data
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+class Block:
+    """Consecutive events of a log, encoded once for everybody: `data` and, per event, its seq and where it starts."""
+
+    __slots__ = ("seqs", "starts", "data")
+
+    def __init__(self) -> None:
+        self.seqs: list[int] = []
+        self.starts: list[int] = []
+        self.data = b""
+
+    def extend(self, rows: list[tuple[int, str]]) -> None:
+        parts = [self.data]
+        size = len(self.data)
+        for seq, payload in rows:
+            encoded = encode_event(seq, payload).encode("utf-8")
+            self.seqs.append(seq)
+            self.starts.append(size)
+            parts.append(encoded)
+            size += len(encoded)
+        self.data = b"".join(parts)
+
+    def after(self, seq: int) -> bytes:
+        """Return the bytes of the events with a greater seq."""
+        index = bisect.bisect_right(self.seqs, seq)
+        return self.data[self.starts[index] :] if index < len(self.seqs) else b""
+
+
+class EventLog:
+    """A run's events in encoded blocks: those in memory serve every reader, older ones are read when asked for.
+
+    Used by one thread at a time.
+    """
+
+    BLOCK_EVENTS = 256
+    MAX_CACHED_BYTES = 8 << 20
+
+    def __init__(self, adapter: SmithersDb, run_id: str) -> None:
+        self._adapter = adapter
+        self._run_id = run_id
+        self.newest = -1
+        self.has_ended = False
+        self._blocks: collections.OrderedDict[int, Block] = collections.OrderedDict()
+        self._cached_bytes = 0
+
+    def refresh(self) -> bool:
+        """Look at the run; True when there are new events or it has ended."""
+        before = (self.has_ended, self.newest)
+        self.has_ended, self.newest = self._adapter.get_tail(self._run_id)
+        return before != (self.has_ended, self.newest)
+
+    def read(self, after_seq: int) -> tuple[bytes, int]:
+        """Return encoded events after a seq, at most to the end of their block, and the seq reached."""
+        while after_seq < self.newest:
+            number = (after_seq + 1) // self.BLOCK_EVENTS
+            reached = min((number + 1) * self.BLOCK_EVENTS - 1, self.newest)
+            data = self._block(number, reached).after(after_seq)
+            after_seq = reached
+            if data:  # a foreign log may have gaps as long as a block
+                return data, reached
+        return b"", after_seq
+
+    def _block(self, number: int, reached: int) -> Block:
+        """Return a block that holds everything up to `reached`."""
+        block = self._blocks.get(number)
+        if block is None:
+            block = self._blocks[number] = Block()
+        else:
+            self._blocks.move_to_end(number)
+        known = block.seqs[-1] if block.seqs else number * self.BLOCK_EVENTS - 1
+        if known < reached:
+            size = len(block.data)
+            block.extend(self._adapter.list_payloads(self._run_id, known, reached))
+            self._cached_bytes += len(block.data) - size
+            while self._cached_bytes > self.MAX_CACHED_BYTES and len(self._blocks) > 1:
+                self._cached_bytes -= len(self._blocks.popitem(last=False)[1].data)
+        return block
+
+
+def follow_events(app: ServeApp, after_seq: int) -> Iterator[bytes]:
+    """Yield the stream's bytes until the run ends: for WSGI, where a stream holds its own thread."""
+    log = EventLog(app.adapter, app.run_id)
+    watch = app.adapter.watch()
+    committed = threading.Event()
+
+    def notice(tx: Tx) -> None:
+        committed.set()
+
+    app.adapter.subscribe(notice)
+    app.metrics.streams_active.inc()
+    try:
+        yield RETRY_LINE
+        spoke_at = time.monotonic()
+        log.refresh()
+        while True:
+            data, after_seq = log.read(after_seq)
+            if data:
+                yield data
+                spoke_at = time.monotonic()
+                continue
+            if log.has_ended and after_seq >= log.newest:
+                return
+            if committed.wait(WATCH_SECONDS) or watch.changed():
+                committed.clear()
+                log.refresh()
+            if time.monotonic() - spoke_at >= KEEP_ALIVE_SECONDS:
+                yield KEEP_ALIVE
+                spoke_at = time.monotonic()
+    finally:
+        app.metrics.streams_active.inc(-1)
+        app.adapter.unsubscribe(notice)
+        watch.close()
+
+
+class Stream:
+    """One client: a socket, a cursor into the log, and what the socket has not taken yet."""
+
+    __slots__ = (
+        "socket",
+        "cursor",
+        "pending",
+        "is_chunked",
+        "is_ending",
+        "is_blocked",
+        "half_closed",
+        "wrote_at",
+        "next_keep_alive",
+    )
+
+    def __init__(self, sock: socket.socket, cursor: int, is_chunked: bool) -> None:
+        self.socket = sock
+        self.cursor = cursor
+        self.pending: bytes | memoryview = b""
+        self.is_chunked = is_chunked
+        self.is_ending = False
+        self.is_blocked = False
+        self.half_closed = False
+        self.wrote_at = time.monotonic()
+        self.next_keep_alive = self.wrote_at + KEEP_ALIVE_SECONDS
+
+
+class StreamThread:
+    """Writes every native event stream of a server from one thread.
+
+    A client is a cursor, not a queue: one that is slow costs a reference to bytes that others share, and reads on
+    from the database when its socket takes more.
+    """
+
+    def __init__(self, app: ServeApp) -> None:
+        self._app = app
+        self._log = EventLog(app.adapter, app.run_id)
+        self._frames: dict[
+            int, tuple[bytes, bytes, int]
+        ] = {}  # by cursor: raw, chunked, seq reached
+        self._streams: dict[int, Stream] = {}
+        self._incoming: collections.deque[Stream] = collections.deque()
+        self._selector = selectors.DefaultSelector()
+        self._waker, self._wakened = socket.socketpair()
+        self._waker.setblocking(False)
+        self._wakened.setblocking(False)
+        self._selector.register(self._wakened, selectors.EVENT_READ, None)
+        self._wake_sent = False
+        self._stopping = False
+        self._behind = False  # some stream that can be written to has not got everything yet
+        self._lock = threading.Lock()  # guards _count, _thread and _stopping against adding streams
+        self._count = 0
+        self._thread: threading.Thread | None = None
+
+    def add(self, sock: socket.socket, cursor: int, is_chunked: bool) -> None:
+        """Take over a socket whose head has been sent. Raises Unavailable when there are too many streams."""
+        sock.setblocking(False)
+        with self._lock:
+            if self._stopping or self._count >= MAX_STREAMS:
+                raise Unavailable(f"{MAX_STREAMS} event streams are open already")
+            self._count += 1
+            self._app.metrics.streams_active.inc()
+            self._incoming.append(Stream(sock, cursor, is_chunked))
+            if self._thread is None:
+                self._app.adapter.subscribe(self._notice)
+                self._thread = start_thread("streams", self._run)
+        self._wake()
+
+    @property
+    def is_full(self) -> bool:
+        return self._count >= MAX_STREAMS
+
+    def stop(self, timeout: float) -> None:
+        """End every stream properly and wait for the thread."""
+        with self._lock:
+            self._stopping = True
+            thread = self._thread
+        if thread is not None:
+            self._wake()
+            thread.join(timeout)
+            self._app.adapter.unsubscribe(self._notice)
+        self._selector.close()
+        self._waker.close()
+        self._wakened.close()
+
+    def _notice(self, tx: Tx) -> None:
+        if self._count and (tx.events or tx.is_control):
+            self._wake()
+
+    def _wake(self) -> None:
+        if not self._wake_sent:
+            self._wake_sent = True
+            with contextlib.suppress(OSError):  # full: it will wake anyway; closed: it has left
+                self._waker.send(b"w")
+
+    # Everything below runs in the stream thread
+
+    def _run(self) -> None:
+        watch = self._app.adapter.watch()
+        tick_at = 0.0
+        try:
+            while not self._stopping:
+                self._select(0.0 if self._behind else WATCH_SECONDS if self._streams else None)
+                self._admit()
+                try:
+                    if watch.changed() and self._log.refresh():
+                        self._frames.clear()
+                        self._behind = True
+                    if self._behind:
+                        self._pump_all()
+                except (StorageError, Unavailable):
+                    logger.error("event streams wait: the database cannot be read", exc_info=True)
+                    time.sleep(WATCH_SECONDS)
+                now = time.monotonic()
+                if now >= tick_at:
+                    tick_at = now + 1.0
+                    self._tick(now)
+            self._admit()
+            self._end_all()
+        finally:
+            watch.close()
+
+    def _select(self, timeout: float | None) -> None:
+        for key, events in self._selector.select(timeout):
+            if key.data is None:
+                self._wake_sent = False
+                self._wakened.recv(4096)
+                continue
+            stream = key.data
+            if events & selectors.EVENT_READ:
+                self._read(stream)
+            if events & selectors.EVENT_WRITE and stream.is_blocked:
+                self._pump(stream)
+
+    def _admit(self) -> None:
+        while self._incoming:
+            stream = self._incoming.popleft()
+            self._streams[stream.socket.fileno()] = stream
+            self._selector.register(stream.socket, selectors.EVENT_READ, stream)
+            stream.pending = chunk(RETRY_LINE) if stream.is_chunked else RETRY_LINE
+            self._behind = True
+
+    def _read(self, stream: Stream) -> None:
+        """Take what a client says: nothing is expected but its end."""
+        try:
+            data = stream.socket.recv(4096)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            if not _would_block(error):
+                self._drop(stream)
+            return
+        if data:
+            return
+        # The end of its sending may be all (half-closed) or the end of everything: a write or two will tell.
+        stream.half_closed = True
+        self._watch_socket(stream)
+        stream.next_keep_alive = 0.0
+
+    def _watch_socket(self, stream: Stream) -> None:
+        wanted = (0 if stream.half_closed else selectors.EVENT_READ) | (
+            selectors.EVENT_WRITE if stream.is_blocked else 0
+        )
+        known = stream.socket.fileno() in self._selector.get_map()
+        if wanted and known:
+            self._selector.modify(stream.socket, wanted, stream)
+        elif wanted:
+            self._selector.register(stream.socket, wanted, stream)
+        elif known:
+            self._selector.unregister(stream.socket)
+
+    def _pump_all(self) -> None:
+        """Give every stream that can be written to at most one block: nobody waits for a long replay."""
+        self._behind = False
+        for stream in list(self._streams.values()):
+            if not stream.is_blocked and (
+                stream.pending or stream.cursor < self._log.newest or self._log.has_ended
+            ):
+                self._pump(stream)
+
+    def _pump(self, stream: Stream) -> None:
+        if stream.pending and not self._send(stream):
+            return
+        if stream.is_ending:
+            self._drop(stream)
+            return
+        self._fill(stream)
+        if not stream.pending or self._send(stream):
+            if stream.is_ending:
+                self._drop(stream)
+            elif stream.cursor < self._log.newest or self._log.has_ended:
+                self._behind = True
+
+    def _fill(self, stream: Stream) -> None:
+        """Give a stream its next bytes: events, or the end."""
+        if stream.cursor < self._log.newest:
+            frame = self._frames.get(stream.cursor)
+            if frame is None:
+                data, reached = self._log.read(stream.cursor)
+                if len(self._frames) >= 64:
+                    self._frames.clear()
+                frame = self._frames[stream.cursor] = (data, chunk(data) if data else b"", reached)
+            stream.pending = frame[1] if stream.is_chunked else frame[0]
+            stream.cursor = frame[2]
+        elif self._log.has_ended:
+            self._end(stream)
+
+    def _end(self, stream: Stream) -> None:
+        stream.is_ending = True
+        if stream.is_chunked:
+            stream.pending = LAST_CHUNK
+        else:
+            self._drop(stream)
+
+    def _send(self, stream: Stream) -> bool:
+        """Write what is pending; False when the socket did not take all of it, or is gone."""
+        try:
+            sent = stream.socket.send(stream.pending)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError as error:
+            if not _would_block(error):
+                self._drop(stream)
+                return False
+            sent = 0
+        if sent:
+            stream.wrote_at = time.monotonic()
+            stream.next_keep_alive = stream.wrote_at + (
+                0.5 if stream.next_keep_alive == 0.0 else KEEP_ALIVE_SECONDS
+            )
+        if sent == len(stream.pending):
+            stream.pending = b""
+            self._set_blocked(stream, False)
+            return True
+        stream.pending = memoryview(stream.pending)[sent:]
+        self._set_blocked(stream, True)
+        return False
+
+    def _set_blocked(self, stream: Stream, is_blocked: bool) -> None:
+        if stream.is_blocked != is_blocked:
+            stream.is_blocked = is_blocked
+            self._watch_socket(stream)
+
+    def _tick(self, now: float) -> None:
+        """Once a second: say that silent streams live, drop those that take nothing."""
+        for stream in list(self._streams.values()):
+            if stream.pending:
+                if now - stream.wrote_at >= UNWRITABLE_SECONDS:
+                    self._drop(stream)
+            elif now >= stream.next_keep_alive:
+                stream.pending = chunk(KEEP_ALIVE) if stream.is_chunked else KEEP_ALIVE
+                self._send(stream)
+
+    def _drop(self, stream: Stream) -> None:
+        number = stream.socket.fileno()
+        if self._streams.pop(number, None) is None:
+            return
+        if number in self._selector.get_map():
+            self._selector.unregister(stream.socket)
+        close_socket(stream.socket)
+        with self._lock:
+            self._count -= 1
+        self._app.metrics.streams_active.inc(-1)
+
+    def _end_all(self) -> None:
+        """At shutdown: a last chunk for everybody who takes it at once."""
+        for stream in list(self._streams.values()):
+            if not stream.pending or self._send(stream):
+                self._end(stream)
+                if stream.pending:
+                    self._send(stream)
+            self._drop(stream)
+
+
+def _would_block(error: OSError) -> bool:
+    """Return whether a non-blocking TLS socket only wants to be asked again."""
+    return type(error).__name__ in ("SSLWantReadError", "SSLWantWriteError")
+
+
+def close_socket(sock: socket.socket) -> None:
+    """Close a socket so that the peer reads the end after everything that was sent."""
+    with contextlib.suppress(OSError):  # the peer may have left first
+        socket.socket.shutdown(sock, socket.SHUT_WR)
+    sock.close()
+
+
+# ---------------------------------------------------------------------------
+# Server: sockets, connections and their deadlines
+# ---------------------------------------------------------------------------
+
+MAX_CONNECTIONS = 1000
+LISTEN_BACKLOG = 1024  # http.server's 5 drops connections in a burst
+HEAD_SECONDS = 10.0
+BODY_SECONDS = 30.0
+WRITE_BYTES = 256 << 10
+WRITE_SECONDS = 60.0  # per 256 KiB: a reader slower than that is dropped
+IDLE_SECONDS = 75.0
+LINGER_SECONDS = 2.0
+_BARE_LF = re.compile(rb"(?<!\r)\n")
+
+
+class Connection:
+    """One client connection, served by its own thread; blocking reads, with the server watching the deadlines.
+
+    `waits_since` is set while the next move is the client's: such a connection can be ended to make room.
+    """
+
+    def __init__(self, server: ServeServer, sock: socket.socket) -> None:
+        self.server = server
+        self.socket = sock
+        self.deadline = math.inf
+        self.waits_since: float | None = None
+        self.has_expired = False
+        self._buffer = b""
+        self._handed_over = False
+
+    # Life
+
+    def run(self) -> None:
+        """Serve requests until the connection ends, or its socket goes to the stream thread."""
+        try:
+            self._shake_hands()
+            while self._serve_one():
+                pass
+        except OSError:
+            pass  # the client has gone, which is normal
+        except Exception:  # the outermost call of a connection's thread
+            logger.error("a connection failed", exc_info=True)
+            self.server.app.metrics.errors.inc()
+        finally:
+            self.server.forget(self)
+            if not self._handed_over:
+                close_socket(self.socket)
+
+    def expire(self) -> None:
+        """End the client's turn, from another thread: its next read finds the end."""
+        self.has_expired = True
+        self.deadline = math.inf
+        with contextlib.suppress(OSError):  # closed meanwhile
+            # not SSLSocket.shutdown: that would take the TLS state away from under the reading thread
+            socket.socket.shutdown(
+                self.socket, socket.SHUT_RD if self.waits_since else socket.SHUT_RDWR
+            )
+
+    def _shake_hands(self) -> None:
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.server.ssl_context is not None:
+            self._await_client(HEAD_SECONDS)
+            self.socket = self.server.ssl_context.wrap_socket(
+                self.socket, server_side=True, do_handshake_on_connect=False
+            )
+            self.socket.do_handshake()
+
+    def _await_client(self, seconds: float) -> None:
+        self.waits_since = time.monotonic()
+        self.deadline = self.waits_since + seconds
+
+    def _serve_one(self) -> bool:
+        """Answer the next request; False when the connection ends."""
+        app = self.server.app
+        started = time.perf_counter()
+        try:
+            data = self._read_head()
+            if data is None:
+                return False
+            head = _parse_head_cached(data) if len(data) <= MAX_CACHED_HEAD else parse_head(data)
+        except ServeError as error:
+            app.observe("", UNMATCHED, error.status, started)
+            self._write(render_response(error_response(error), False, False, False))
+            self._linger()
+            return False
+        self.waits_since = None
+        self.deadline = math.inf
+        has_read = not head.has_body
+
+        def read_body() -> bytes:
+            nonlocal has_read
+            if has_read:
+                return b""
+            body = self._read_body(head)
+            has_read = True
+            return body
+
+        response = app.handle(head, read_body)
+        if response.stream is not None and head.method != "HEAD":
+            if not self.server.streams.is_full:
+                return self._hand_over(head, response, response.stream)
+            response = error_response(Unavailable(f"{MAX_STREAMS} event streams are open already"))
+        keep_alive = head.keep_alive and has_read and not self.server.is_stopping
+        if response.stream is not None:
+            self._write(self._stream_head(head, response))
+            return False
+        self._write(render_response(response, head.method == "HEAD", keep_alive, head.is_http10))
+        if not has_read:
+            self._linger()
+        return keep_alive
+
+    def _stream_head(self, head: Head, response: Response) -> bytes:
+        chunked = b"" if head.is_http10 else b"Transfer-Encoding: chunked\r\n"
+        return (
+            _head_lines(response.status, response.headers)
+            + _date()
+            + chunked
+            + b"Connection: close\r\n\r\n"
+        )
+
+    def _hand_over(self, head: Head, response: Response, start: StreamStart) -> bool:
+        """Send the head of a stream and give its socket to the stream thread."""
+        self._write(self._stream_head(head, response))
+        try:
+            self.server.streams.add(self.socket, start.after_seq, not head.is_http10)
+        except Unavailable:
+            return (
+                False  # full or stopping since we looked; the head is out, so there is only the end
+            )
+        self._handed_over = True
+        return False
+
+    # Reading
+
+    def _recv(self) -> bytes:
+        return self.socket.recv(65536)
+
+    def _read_head(self) -> bytes | None:
+        """Return the bytes of the next head, or None when the client has ended between requests."""
+        buffer = self._buffer
+        self._await_client(IDLE_SECONDS if not buffer else HEAD_SECONDS)
+        seen = 0
+        while True:
+            end = buffer.find(b"\r\n\r\n", max(0, seen - 3))
+            if end > MAX_HEAD_BYTES or end < 0 and len(buffer) > MAX_HEAD_BYTES:
+                raise HeadersTooLarge(f"the head has over {MAX_HEAD_BYTES} bytes")
+            if end >= 0:
+                self._buffer = buffer[end + 4 :]
+                return buffer[:end]
+            if _BARE_LF.search(buffer):
+                raise InvalidRequest("a line ends without a carriage return")
+            if len(buffer) > MAX_REQUEST_LINE and buffer.find(b"\r\n", 0, MAX_REQUEST_LINE + 2) < 0:
+                raise UriTooLong(f"the request line has over {MAX_REQUEST_LINE} bytes")
+            data = self._recv()
+            if not data:
+                if buffer and self.has_expired:
+                    raise RequestTimeout("the head of the request did not arrive in time")
+                return None
+            if not buffer:
+                self._await_client(HEAD_SECONDS)
+            seen = len(buffer)
+            buffer += data
+
+    def _read_body(self, head: Head) -> bytes:
+        """Return the whole body. Raises a ServeError when it is malformed, too large or too slow."""
+        self._await_client(BODY_SECONDS)
+        if head.expects_continue and not self._buffer:
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._await_client(BODY_SECONDS)
+        body = self._read_chunks() if head.chunked else self._read_bytes(head.content_length)
+        self.waits_since = None
+        self.deadline = math.inf
+        return body
+
+    def _read_more(self) -> None:
+        data = self._recv()
+        if not data:
+            if self.has_expired:
+                raise RequestTimeout("the body of the request did not arrive in time")
+            raise InvalidRequest("the body ends early")
+        self._buffer += data
+
+    def _read_bytes(self, count: int) -> bytes:
+        parts = [self._buffer]
+        missing = count - len(self._buffer)
+        while missing > 0:
+            self._buffer = b""
+            self._read_more()
+            parts.append(self._buffer)
+            missing -= len(self._buffer)
+        data = b"".join(parts)
+        self._buffer = data[count:]
+        return data[:count]
+
+    def _read_line(self) -> bytes:
+        while b"\r\n" not in self._buffer:
+            if len(self._buffer) > MAX_REQUEST_LINE or _BARE_LF.search(self._buffer):
+                raise InvalidRequest("a line of the chunked body is malformed")
+            self._read_more()
+        line, _, self._buffer = self._buffer.partition(b"\r\n")
+        return line
+
+    def _read_chunks(self) -> bytes:
+        """Return a chunked body. Source: RFC 9112 section 7.1."""
+        parts: list[bytes] = []
+        total = 0
+        while True:
+            match = _CHUNK_SIZE.fullmatch(self._read_line())
+            if match is None:
+                raise InvalidRequest("a chunk size is malformed")
+            size = int(match[1], 16)
+            if size == 0:
+                break
+            total += size
+            if total > MAX_BODY_BYTES:
+                raise PayloadTooLarge(f"the body may have {MAX_BODY_BYTES} bytes")
+            parts.append(self._read_bytes(size))
+            if self._read_bytes(2) != b"\r\n":
+                raise InvalidRequest("a chunk does not end where it should")
+        for _ in range(MAX_HEADER_COUNT):
+            line = self._read_line()
+            if not line:
+                return b"".join(parts)
+            if not _FIELD_LINE.fullmatch(line):
+                raise InvalidRequest("a trailer line is malformed")
+        raise HeadersTooLarge(f"over {MAX_HEADER_COUNT} trailer fields")
+
+    # Writing
+
+    def _write(self, data: bytes) -> None:
+        """Send everything; the client has a minute for every 256 KiB."""
+        self.waits_since = None
+        sent = 0
+        while sent < len(data):
+            self.deadline = time.monotonic() + WRITE_SECONDS
+            sent += self.socket.send(data[sent : sent + WRITE_BYTES])
+        self.deadline = math.inf
+
+    def _linger(self) -> None:
+        """Read on for a moment before closing: closing on unread data would reset the connection and lose the answer."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.socket, socket.SHUT_WR)
+            self._await_client(LINGER_SECONDS)
+            left = MAX_BODY_BYTES
+            while left > 0:
+                data = self._recv()
+                if not data:
+                    break
+                left -= len(data)
+
+
+class ServeServer(ThreadingHTTPServer):
+    """Serves one app: a thread per connection, one more for all event streams.
+
+    Raises OSError when the address cannot be bound. `attach` gives it its app before `serve_forever`.
+    """
+
+    request_queue_size = LISTEN_BACKLOG
+    daemon_threads = True
+    REAP_SECONDS = 0.5
+
+    def __init__(self, host: str, port: int, ssl_context: ssl.SSLContext | None = None) -> None:
+        if ":" in host:
+            self.address_family = socket.AF_INET6
+        self.ssl_context = ssl_context
+        self.is_stopping = False
+        self._reap_at = 0.0
+        # Guards _connections. Held to add, drop or copy; never while a socket is used.
+        self._connections_lock = threading.Lock()
+        self._connections: set[Connection] = set()
+        # Only our own Connection reads from sockets, so no handler class is given.
+        super().__init__((host, port), None)  # type: ignore[arg-type]
+        self.host = host
+
+    def server_bind(self) -> None:
+        """Bind without HTTPServer's look-up of the host's full name, which may hang where there is no DNS."""
+        if self.allow_reuse_address:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = (
+            str(self.server_address[0]),
+            int(self.server_address[1]),
+        )
+
+    def attach(self, app: ServeApp, allowed_hosts: Iterable[str] = ()) -> None:
+        """Serve `app`. On a loopback bind without token only loopback names and `allowed_hosts` may be asked for."""
+        self.app = app
+        self.streams = StreamThread(app)
+        app.trusted_hosts = frozenset(_host_name(name) for name in allowed_hosts)
+        if is_loopback(self.host) and not app.has_token:
+            own = self.host if ":" not in self.host else f"[{self.host}]"
+            app.allowed_hosts = (
+                frozenset({"localhost", "127.0.0.1", "[::1]", own.lower()}) | app.trusted_hosts
+            )
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'http' if self.ssl_context is None else 'https'}://{host}:{self.server_port}"
+
+    def start(self) -> None:
+        """Serve in a thread of its own."""
+        start_thread("server", self.serve_forever, 0.25)
+
+    def stop(self) -> None:
+        """Stop accepting, end the streams with a proper last chunk, and let connections go."""
+        self.is_stopping = True
+        self.shutdown()
+        self.server_close()
+        self.streams.stop(3.0)
+        for connection in self._copy_connections():
+            if connection.waits_since is not None:
+                connection.expire()
+
+    # Connections
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return self.socket.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self._make_room()
+                time.sleep(0.02)  # the waiting connection would be offered again at once
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give a new connection its thread; when there are too many, one that only waits has to go."""
+        with self._connections_lock:
+            count = len(self._connections)
+        if count >= MAX_CONNECTIONS and not self._make_room():
+            self._refuse(request)
+            return
+        connection = Connection(self, request)
+        with self._connections_lock:
+            self._connections.add(connection)
+        try:
+            start_thread("http", connection.run)
+        except RuntimeError:  # the system has no thread left
+            self.forget(connection)
+            self._refuse(request)
+
+    def forget(self, connection: Connection) -> None:
+        with self._connections_lock:
+            self._connections.discard(connection)
+
+    def _copy_connections(self) -> list[Connection]:
+        with self._connections_lock:
+            return list(self._connections)
+
+    def _make_room(self) -> bool:
+        """End the connection that has waited longest for its client; False when all are being served."""
+        waiting = [
+            (c.waits_since, id(c), c)
+            for c in self._copy_connections()
+            if c.waits_since and not c.has_expired
+        ]
+        if not waiting:
+            return False
+        min(waiting)[2].expire()
+        return True
+
+    def _refuse(self, sock: socket.socket) -> None:
+        error = Unavailable(f"{MAX_CONNECTIONS} connections are open already")
+        self.app.observe("", UNMATCHED, error.status, time.perf_counter())
+        with contextlib.suppress(OSError):
+            sock.setblocking(False)
+            sock.send(render_response(error_response(error), False, False, False))
+        close_socket(sock)
+
+    def service_actions(self) -> None:
+        """Called by serve_forever a few times a second: end what is past its deadline."""
+        now = time.monotonic()
+        if now < self._reap_at:
+            return
+        self._reap_at = now + self.REAP_SECONDS
+        for connection in self._copy_connections():
+            if connection.deadline < now:
+                connection.expire()
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of open files to the hard one: every stream holds a descriptor."""
+    try:
+        import resource
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS refuses "unlimited"
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def make_server(
+    app: ServeApp,
+    host: str = "127.0.0.1",
+    port: int = 7331,
+    *,
+    ssl_context: ssl.SSLContext | None = None,
+    allowed_hosts: Iterable[str] = (),
+) -> ServeServer:
+    """Return a bound server for `app`: `serve_forever()` in this thread, or `start()`; `stop()` ends it.
+
+    Raises the limit of open files to its hard limit. Raises OSError when the address cannot be bound.
+    """
+    raise_descriptor_limit()
+    server = ServeServer(host, port, ssl_context)
+    server.attach(app, allowed_hosts)
+    return server
+
+
+# ---------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------
+
+EXIT_CODES = {"finished": 0, "failed": 1, "cancelled": 2, "waiting-approval": 3}
+EXIT_FAILURE = 1
+EXIT_CANCELLED = 2
+EXIT_USAGE = 4
+
+
+class UsageError(SmithersError):
+    """A mistake of the person at the keyboard: one clear line, exit code 4, nothing written."""
+
+    code = "USAGE"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message}\n")
+
+
+def say(text: str) -> None:
+    """Write one progress line to stderr."""
+    print(f"[smithers] {text}", file=sys.stderr, flush=True)
+
+
+def parse_flag(text: str) -> bool:
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return values[text.lower()]
+
+
+def parse_port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
+    return int(text)
+
+
+def parse_count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 10_000:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to 10000, got {text!r}")
+    return int(text)
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="smithers_serve", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="up | demo")
+    commands.required = True
+    up = commands.add_parser("up", help="run a workflow file", description="Run a workflow file.")
+    up.add_argument(
+        "workflow", metavar="FILE[:name]", help="the workflow file, and the object in it (workflow)"
+    )
+    up.add_argument(
+        "--serve",
+        action="store_true",
+        help="serve the run over HTTP; the process stays after its end",
+    )
+    _add_serve_arguments(up)
+    up.add_argument(
+        "-d",
+        "--detach",
+        action="store_true",
+        help="run in the background; prints runId, pid, logFile, url",
+    )
+    up.add_argument("-r", "--run-id", help="the run's id (default: a new one)")
+    up.add_argument(
+        "-i", "--input", help="the run's input: JSON, @file or - for standard input (default: {})"
+    )
+    up.add_argument("--resume", action="store_true", help="go on with the run given by --run-id")
+    up.add_argument(
+        "--force",
+        action="store_true",
+        help="with --resume: take the run over from a living process",
+    )
+    up.add_argument(
+        "-c", "--max-concurrency", type=parse_count, default=4, help="tasks at once (default: 4)"
+    )
+    up.add_argument("--db", default="smithers.db", help="the sqlite file (default: smithers.db)")
+    up.add_argument(
+        "--executor",
+        metavar="MODULE:FACTORY",
+        help="run functions in the Executor that FACTORY() returns",
+    )
+    demo = commands.add_parser("demo", help="run and serve a small workflow with a gate")
+    _add_serve_arguments(demo)
+    return parser
+
+
+def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="bind address (default: 127.0.0.1)")
+    parser.add_argument(
+        "--port", type=parse_port, default=7331, help="TCP port, 0 picks one (default: 7331)"
+    )
+    parser.add_argument(
+        "--auth-token", help="bearer token (default: the environment's SMITHERS_API_KEY)"
+    )
+    parser.add_argument(
+        "--auth-token-file", metavar="FILE", help="file that holds the bearer token"
+    )
+    parser.add_argument(
+        "--metrics",
+        type=parse_flag,
+        nargs="?",
+        const=True,
+        default=True,
+        help="serve /metrics (default: true)",
+    )
+    parser.add_argument(
+        "--no-metrics", dest="metrics", action="store_false", help="do not serve /metrics"
+    )
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also answer to this host",
+    )
+    parser.add_argument("--certfile", help="TLS certificate chain (PEM)")
+    parser.add_argument("--keyfile", help="TLS private key (PEM; default: in the certificate file)")
+
+
+def load_workflow(spec: str) -> Any:
+    """Return the workflow that `FILE[:name]` names. Raises UsageError with the line of the mistake."""
+    import importlib.util
+
+    path, name = spec, "workflow"
+    if not os.path.isfile(path) and ":" in spec:
+        path, _, name = spec.rpartition(":")
+    if not os.path.isfile(path):
+        raise UsageError(f"there is no workflow file {path}")
+    path = os.path.abspath(path)
+    sys.path.insert(0, os.path.dirname(path))
+    stem = os.path.splitext(os.path.basename(path))[0]
+    taken = stem in sys.modules or stem in getattr(sys, "stdlib_module_names", ())
+    module_name = f"workflow_{stem}" if taken or not stem.isidentifier() else stem
+    found = importlib.util.spec_from_file_location(module_name, path)
+    if found is None or found.loader is None:
+        raise UsageError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[module_name] = module  # where pickle and dataclasses look for it
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:  # user code: whatever its import raises is told in one line
+        raise UsageError(
+            f"cannot load {path}{_line_in(error, path)}: {type(error).__name__}: {error}"
+        ) from error
+    workflow = getattr(module, name, None)
+    if workflow is None:
+        raise UsageError(f"{path} has no object called {name!r}; `up FILE:name` picks another one")
+    if not callable(workflow) and not isinstance(workflow, Workflow):
+        raise UsageError(
+            f"{name!r} in {path} is not a workflow function but a {type(workflow).__name__}"
+        )
+    return workflow
+
+
+def _line_in(error: BaseException, path: str) -> str:
+    """Return `, line N` of the last frame in `path`."""
+    line = error.lineno if isinstance(error, SyntaxError) and error.filename == path else None
+    traceback = error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == path:
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    return "" if line is None else f", line {line}"
+
+
+def load_executor(spec: str) -> Any:
+    """Return the Executor that `MODULE:FACTORY` makes."""
+    import importlib
+
+    module_name, _, factory_name = spec.partition(":")
+    try:
+        executor = getattr(importlib.import_module(module_name), factory_name)()
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise UsageError(f"--executor {spec}: expected MODULE:FACTORY: {error}") from error
+    if not callable(getattr(executor, "submit", None)):
+        raise UsageError(f"--executor {spec}: {type(executor).__name__} is not an executor")
+    return executor
+
+
+def read_input(text: str | None) -> Any:
+    """Return the run's input from `--input`: JSON, @file or - for standard input."""
+    if text is None:
+        return {}
+    try:
+        if text == "-":
+            text = sys.stdin.read()
+        elif text.startswith("@"):
+            with open(text[1:], encoding="utf-8") as file:
+                text = file.read()
+        value = parse_json(text)
+    except OSError as error:
+        raise UsageError(f"--input: cannot read {error.filename}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"--input is not JSON: {error}") from error
+    if len(to_json(value).encode()) > MAX_OUTPUT_BYTES:
+        raise UsageError(f"--input has over {MAX_OUTPUT_BYTES} bytes of JSON")
+    return value
+
+
+def read_token(args: argparse.Namespace) -> str | None:
+    """Return the token that is asked for: from the flag, the file or the environment."""
+    token: str | None = args.auth_token
+    if token is None and args.auth_token_file is not None:
+        try:
+            with open(args.auth_token_file, encoding="utf-8") as file:
+                token = file.read().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"--auth-token-file: cannot read {args.auth_token_file}: {error}"
+            ) from error
+    if token is None:
+        token = os.environ.get("SMITHERS_API_KEY") or None
+    if token is not None:
+        try:
+            _checked_token(token)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    return token
+
+
+def make_ssl_context(certfile: str | None, keyfile: str | None) -> ssl.SSLContext | None:
+    if certfile is None:
+        if keyfile is not None:
+            raise UsageError("--keyfile needs --certfile")
+        return None
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(certfile, keyfile)
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(f"cannot use {certfile} for TLS: {error}") from error
+    return context
+
+
+class Progress:
+    """Writes a line per node event, and for a gate the command that approves it."""
+
+    WORDS = {
+        "NodeStarted": "started",
+        "NodeFinished": "finished",
+        "NodeFailed": "failed",
+        "NodeRetrying": "will be tried again",
+        "NodeCancelled": "cancelled",
+        "NodeSkipped": "skipped",
+        "NodeWaitingApproval": "waits for approval",
+        "ApprovalGranted": "approved",
+        "ApprovalDenied": "denied",
+    }
+
+    def __init__(self, url: str | None, has_token: bool) -> None:
+        self._url = url
+        self._auth = ' -H "Authorization: Bearer $SMITHERS_API_KEY"' if has_token else ""
+
+    def __call__(self, event: Event) -> None:
+        payload = event.payload
+        if event.type == "NodeOutput":
+            say(f"{payload['nodeId']} | {log_safe(payload['text'])}")
+        elif event.type in self.WORDS:
+            say(f"{self._name(payload)} {self.WORDS[event.type]}{self._detail(payload)}")
+        if event.type == "NodeWaitingApproval" and self._url is not None:
+            node = urllib.parse.quote(payload["nodeId"], safe="")
+            say(f"Approve it: curl -X POST {self._url}/approve/{node}{self._auth}")
+
+    @staticmethod
+    def _name(payload: dict[str, Any]) -> str:
+        again = payload.get("attempt") or 0
+        name = payload["nodeId"] + (
+            f" iteration {payload['iteration']}" if payload["iteration"] else ""
+        )
+        return name + (f" attempt {again}" if again else "")
+
+    @staticmethod
+    def _detail(payload: dict[str, Any]) -> str:
+        if "error" in payload:
+            return f": {log_safe(payload['error']['message'])}"
+        by = f" by {log_safe(payload['decidedBy'])}" if "decidedBy" in payload else ""
+        return by + (f": {log_safe(payload['note'])}" if "note" in payload else "")
+
+
+def open_database(args: argparse.Namespace) -> SmithersDb:
+    if args.resume and not os.path.exists(args.db):
+        raise UsageError(f"there is no database {args.db} to resume from")
+    try:
+        return SmithersDb(args.db)
+    except (StorageError, Unavailable) as error:
+        raise UsageError(str(error)) from error
+
+
+def check_up_arguments(args: argparse.Namespace) -> None:
+    if args.resume and args.run_id is None:
+        known = ""
+        if os.path.exists(args.db):
+            with contextlib.closing(open_database(args)) as db:
+                known = ", ".join(
+                    run.run_id
+                    for run in db.list_runs((*ACTIVE_STATUSES, "failed", "cancelled"))[:10]
+                )
+        raise UsageError("--resume needs --run-id" + (f"; there are: {known}" if known else ""))
+    if args.force and not args.resume:
+        raise UsageError("--force goes with --resume")
+    if args.resume and args.input is not None:
+        raise UsageError("--input does not go with --resume: the run keeps the input it began with")
+    if args.run_id is not None:
+        check_id(args.run_id, "run")
+
+
+def run_up(args: argparse.Namespace) -> int:
+    """Run a workflow, served or not, and return the exit code."""
+    token = read_token(args)
+    check_up_arguments(args)
+    if args.detach:
+        return detach(args, token)
+    return run_here(args, load_workflow(args.workflow), token)
+
+
+def run_here(args: argparse.Namespace, workflow: Any, token: str | None) -> int:
+    """Bind, open, claim, in that order, so that a mistake leaves nothing behind; then drive the run."""
+    value = read_input(args.input)
+    executor = load_executor(args.executor) if args.executor else None
+    server = bind_server(args) if args.serve else None
+    try:
+        db = open_database(args)
+        run_id = args.run_id or new_run_id()
+        progress = Progress(server.url if server else None, token is not None)
+        engine = Engine(
+            workflow,
+            db,
+            run_id,
+            input=value,
+            max_concurrency=args.max_concurrency,
+            executor=executor,
+            on_event=progress,
+            park=server is not None,
+        )
+        engine.open(args.resume, args.force)
+        if server is not None:
+            app = create_serve_app(
+                adapter=db,
+                run_id=run_id,
+                abort=engine.abort,
+                auth_token=token,
+                metrics=args.metrics,
+            )
+            server.attach(app, args.allowed_host)
+    except BaseException:
+        if server is not None:
+            server.server_close()
+        raise
+    return Process(engine, db, server).run()
+
+
+def bind_server(args: argparse.Namespace) -> ServeServer:
+    context = make_ssl_context(args.certfile, args.keyfile)
+    raise_descriptor_limit()
+    try:
+        return ServeServer(args.host, args.port, context)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot listen on {args.host}:{args.port}: {reason}") from error
+
+
+class Process:
+    """The process of one `up`: the engine in a thread, the server beside it, signals in the main thread."""
+
+    def __init__(self, engine: Engine, db: SmithersDb, server: ServeServer | None) -> None:
+        self._engine = engine
+        self._db = db
+        self._server = server
+        # A SimpleQueue, not an Event: its put is safe in a signal handler that interrupts its own get.
+        self._inbox: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._signals = 0
+        self._error: SmithersError | None = None
+
+    def run(self) -> int:
+        """Drive the run and return the exit code."""
+        signal.signal(signal.SIGINT, self._take_signal)
+        signal.signal(signal.SIGTERM, self._take_signal)
+        if self._server is not None:
+            sys.setswitchinterval(
+                0.0005
+            )  # a task that computes holds the server up for no longer than this at a time
+            self._server.start()
+            self._say_where()
+        announce_ready(
+            {"runId": self._engine.run_id, "url": self._server.url if self._server else None}
+        )
+        start_thread("engine", self._drive)
+        code = self._wait_for_end()
+        if self._server is not None:
+            self._server.stop()
+            self._server.app.close()
+        kill_live_commands()
+        if self._error is None:
+            self._db.close()
+        return code
+
+    def _say_where(self) -> None:
+        assert self._server is not None
+        say(f"HTTP server listening on {self._server.url}")
+        if not is_loopback(self._server.host) and not self._server.app.has_token:
+            say(
+                "WARNING: anybody who reaches this port can approve gates and cancel the run: set --auth-token"
+            )
+
+    def _take_signal(self, number: int, frame: Any) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            kill_live_commands()
+            os._exit(EXIT_CANCELLED)
+        self._inbox.put("signal")
+
+    def _drive(self) -> None:
+        try:
+            if self._engine.result is None:
+                self._engine.run()
+        except SmithersError as error:
+            self._error = error
+        except Exception as error:  # the outermost call of the engine's thread
+            logger.error("the engine failed", exc_info=True)
+            self._error = SmithersError(f"the engine failed: {type(error).__name__}: {error}")
+        finally:
+            self._inbox.put("end")
+
+    def _wait_for_end(self) -> int:
+        signalled = False
+        while self._inbox.get() == "signal":
+            signalled = True
+            say("Stopping: the run is being cancelled")
+            self._engine.hurry()
+        if self._error is not None:
+            say(f"Engine stopped: {log_safe(self._error)}")
+            return EXIT_FAILURE
+        result = self._engine.result
+        assert result is not None
+        self._print_result(result)
+        if self._server is not None and not signalled:
+            say(f"Workflow {result.status}. Server still running — press Ctrl+C to stop.")
+            self._inbox.get()
+        elif result.status == "waiting-approval":
+            say(
+                "The run waits for approval; serve it with: up FILE --serve --resume --run-id "
+                + result.run_id
+            )
+        return EXIT_CODES[result.status]
+
+    def _print_result(self, result: RunResult) -> None:
+        _, summary = self._db.get_run_and_summary(result.run_id)
+        shown: dict[str, Any] = {
+            "runId": result.run_id,
+            "status": result.status,
+            "summary": summary,
+        }
+        if result.error is not None:
+            shown["error"] = result.error
+            say(f"Workflow failed: {log_safe(result.error['message'])}")
+        print(to_json(shown), file=RESULT_STREAM[0], flush=True)
+
+
+RESULT_STREAM: list[Any] = [
+    None
+]  # the real stdout, while sys.stdout shows what tasks print among the progress lines
+
+READY_FD = "SMITHERS_READY_FD"
+
+
+def announce_ready(facts: dict[str, Any]) -> None:
+    """Tell the process that detached this one that it serves."""
+    descriptor = os.environ.pop(READY_FD, None)
+    if descriptor is not None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with os.fdopen(int(descriptor), "w") as pipe:
+            pipe.write(to_json(facts))
+
+
+def detach(args: argparse.Namespace, token: str | None) -> int:
+    """Start the same run in a session of its own and wait until it serves or has died."""
+    import subprocess
+
+    if os.name == "nt":
+        raise UsageError("--detach is not possible on Windows")
+    run_id = args.run_id or new_run_id()
+    value = None if args.resume else to_json(read_input(args.input))
+    log_path = os.path.join(os.path.dirname(os.path.abspath(args.db)), f"smithers-{run_id}.log")
+    environment = dict(os.environ)
+    if token is not None:
+        environment["SMITHERS_API_KEY"] = token
+    reader, writer = os.pipe()
+    environment[READY_FD] = str(writer)
+    try:
+        log = open(os.open(log_path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600), "ab")
+    except OSError as error:
+        raise UsageError(f"cannot write the log {log_path}: {error.strerror}") from error
+    with log:
+        child = subprocess.Popen(
+            [
+                sys.executable,
+                os.path.abspath(__file__),
+                *child_arguments(args, run_id, value is not None),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            pass_fds=(writer,),
+            start_new_session=True,
+        )
+    os.close(writer)
+    assert child.stdin is not None
+    with contextlib.suppress(BrokenPipeError), child.stdin as stdin:
+        stdin.write((value or "").encode("utf-8"))
+    with os.fdopen(reader) as pipe:
+        ready = pipe.read()
+    if not ready:
+        child.wait()
+        with open(log_path, encoding="utf-8", errors="replace") as file:
+            say("The run did not start:\n" + "".join(collections.deque(file, maxlen=20)).rstrip())
+        return EXIT_FAILURE
+    facts = json.loads(ready)
+    shown = {"runId": facts["runId"], "pid": child.pid, "logFile": log_path, "url": facts["url"]}
+    print(to_json(shown), file=RESULT_STREAM[0], flush=True)
+    return 0
+
+
+def child_arguments(args: argparse.Namespace, run_id: str, has_input: bool) -> list[str]:
+    """Return the arguments of the detached process: the same run, without the token."""
+    arguments = [
+        "up",
+        args.workflow,
+        "--run-id",
+        run_id,
+        "--db",
+        args.db,
+        "-c",
+        str(args.max_concurrency),
+    ]
+    arguments += [
+        "--host",
+        args.host,
+        "--port",
+        str(args.port),
+        "--metrics",
+        _text_of(args.metrics),
+    ]
+    for flag, is_set in (
+        ("--serve", args.serve),
+        ("--resume", args.resume),
+        ("--force", args.force),
+    ):
+        arguments += [flag] if is_set else []
+    pairs = (
+        ("--certfile", args.certfile),
+        ("--keyfile", args.keyfile),
+        ("--executor", args.executor),
+    )
+    for flag, value in pairs:
+        arguments += [flag, value] if value is not None else []
+    for name in args.allowed_host:
+        arguments += ["--allowed-host", name]
+    return arguments + (["--input", "-"] if has_input else [])
+
+
+def demo_workflow(ctx: Ctx) -> Workflow:
+    """A small release: two checks together, a gate, an announcement."""
+    return Workflow(
+        "demo",
+        Parallel(
+            Task("test", [sys.executable, "-c", "print('12 tests passed')"]),
+            Task("build", {"artifact": "demo-1.0.tar.gz"}),
+        ),
+        Approval("ship", title="Ship demo-1.0?"),
+        Task("announce", demo_announce, needs={"decision": "ship"}),
+    )
+
+
+def demo_announce(decision: dict[str, Any]) -> str:
+    by = decision["decidedBy"] or "somebody"
+    current_task().log(f"demo-1.0 is out, approved by {by}")
+    return "announced"
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Run and serve the demo in a folder of its own."""
+    import tempfile
+
+    token = read_token(args)
+    with tempfile.TemporaryDirectory(prefix="smithers-demo-") as folder:
+        args.db = os.path.join(folder, "smithers.db")
+        args.run_id, args.input, args.executor = "demo", None, None
+        args.resume = args.force = False
+        args.serve, args.max_concurrency = True, 4
+        return run_here(args, demo_workflow, token)
+
+
+def main(argv: Seq[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    try:
+        args = make_parser().parse_args(argv)
+    except SystemExit as leave:
+        return int(leave.code or 0)
+    logging.basicConfig(
+        stream=sys.stderr, format="[smithers] %(levelname)s %(message)s", level=logging.WARNING
+    )
+    RESULT_STREAM[0] = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            return run_demo(args) if args.command == "demo" else run_up(args)
+        except (UsageError, AuthoringError, RunExists, RunNotFound, RunOwned) as error:
+            say(f"Error: {log_safe(error)}")
+            return EXIT_USAGE
+        except (StorageError, Unavailable) as error:
+            say(f"Error: {log_safe(error)}")
+            return EXIT_FAILURE
+        except KeyboardInterrupt:
+            return EXIT_CANCELLED
+
+
+# The running module is the one that a workflow file, or a worker process, imports: never a second copy.
+if __name__ in ("__main__", "__mp_main__"):
+    sys.modules.setdefault("smithers_serve", sys.modules[__name__])
+if __name__ == "__main__":
+    raise SystemExit(main())
