@@ -6168,7 +6168,10 @@ def detach(args: argparse.Namespace, token: str | None) -> int:
         environment["SMITHERS_API_KEY"] = token
     # Imported, not run as a script: so its compiled form is cached, which halves start and memory.
     folder = os.path.dirname(os.path.abspath(__file__))
-    code = f"import sys; sys.path.insert(0, {folder!r}); import smithers_serve as s; sys.exit(s.main())"
+    code = (
+        f"import sys; sys.path.insert(0, {folder!r}); import smithers_serve; "
+        "sys.exit(smithers_serve.main())"
+    )
     with open_log(log_path) as log:
         child = subprocess.Popen(
             [sys.executable, "-c", code, *child_arguments(args, run_id, value is not None)],
