@@ -46,7 +46,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, TextIO
 
 if TYPE_CHECKING:
     import ssl
@@ -1762,18 +1762,33 @@ class SmithersDb:
                 raise
 
     def _use_wal(self) -> None:
-        try:
-            mode = self._writer.execute("pragma journal_mode = wal").fetchone()[0]
-            self._writer.execute("select 1 from sqlite_master limit 1").fetchone()
-        except sqlite3.OperationalError as error:
-            if _is_busy(error):
-                raise
+        """Switch to the write-ahead log, or back from it where it cannot work (no shared memory)."""
+        mode = self._writer.execute("pragma journal_mode = wal").fetchone()[0]
+        if mode == "wal" and not self._can_write():
+            self._writer.close()
+            self._writer = self._connect()
+            # With the file for itself, sqlite needs no shared memory to leave the log.
+            self._writer.execute("pragma locking_mode = exclusive")
             mode = self._writer.execute("pragma journal_mode = delete").fetchone()[0]
+            self._writer.execute("pragma locking_mode = normal")
+            self._writer.execute("select 1 from sqlite_master limit 1").fetchone()
         if mode != "wal":
             logger.warning(
-                "write-ahead log not possible here (journal mode %s): readers may wait for writers",
+                "no write-ahead log possible here (journal mode %s): readers may wait for writers",
                 mode,
             )
+
+    def _can_write(self) -> bool:
+        """Return whether a write can begin, now or after another process's."""
+        self._writer.execute("pragma busy_timeout = 0")
+        try:
+            self._writer.execute("begin immediate")
+            self._writer.execute("rollback")
+            return True
+        except sqlite3.OperationalError as error:
+            return _is_busy(error)
+        finally:
+            self._writer.execute("pragma busy_timeout = 5000")
 
     def _lacks_schema(self) -> bool:
         """Return True when a table or column of ours is missing.
@@ -2975,7 +2990,7 @@ class RunResult(NamedTuple):
 class NodeRecord:
     """What the engine remembers of a node between transitions; the rows say the same."""
 
-    __slots__ = ("state", "last_attempt", "failures", "is_fresh", "retry_at", "started_at")
+    __slots__ = ("state", "last_attempt", "failures", "is_fresh", "started_at")
 
     def __init__(
         self, state: str, last_attempt: int | None = None, failures: int = 0, is_fresh: bool = False
@@ -2984,7 +2999,6 @@ class NodeRecord:
         self.last_attempt = last_attempt
         self.failures = failures
         self.is_fresh = is_fresh  # failed in an earlier life of the run: gets another try
-        self.retry_at: float | None = None
         self.started_at: float | None = None
 
 
@@ -3070,7 +3084,7 @@ class Engine(CtxSource):
         self._ready: collections.deque[tuple[LeafSlot, float]] = collections.deque()
         self._starting: list[Running] = []
         self._inflight: dict[tuple[str, int], Running] = {}
-        self._retrying: set[tuple[str, int]] = set()
+        self._retrying: dict[tuple[str, int], float] = {}  # when each is due
         self._gates: dict[tuple[str, int], Approval | Task] = {}
         self._timed_gates: set[tuple[str, int]] = set()
         self._timers: list[tuple[float, int, Callable[[Tx], None]]] = []
@@ -3425,6 +3439,7 @@ class Engine(CtxSource):
         self._ready.clear()
         self._add_nodes(tx, list(plan.leaves()))
         self._commit_frame(tx)
+        self._retrying = {key: due for key, due in self._retrying.items() if key in self._slots}
         for key, running in self._inflight.items():
             if key in self._slots:
                 for group in self._slots[key].groups:
@@ -3818,15 +3833,14 @@ class Engine(CtxSource):
         tx.append_event("NodeFailed", **fields, attempt=attempt, error=error)
         self._set_state(tx, slot, "pending", "NodeRetrying", attempt=attempt + 1)
         self._metrics.node_retries.inc()
-        self._retrying.add(slot.key)
-        delay = task.retry_delay_after(record.failures)
-        self._at(time.monotonic() + delay, functools.partial(self._retry, slot.key))
+        due = time.monotonic() + task.retry_delay_after(record.failures)
+        self._retrying[slot.key] = due
+        self._at(due, functools.partial(self._retry, slot.key, due))
 
-    def _retry(self, key: tuple[str, int], tx: Tx) -> None:
-        if key in self._retrying:
-            self._retrying.discard(key)
-            if key in self._slots and self._nodes[key].state == "pending":
-                self._ready.append((self._slots[key], time.monotonic()))
+    def _retry(self, key: tuple[str, int], due: float, tx: Tx) -> None:
+        if self._retrying.get(key) == due:
+            del self._retrying[key]
+            self._ready.append((self._slots[key], time.monotonic()))
 
     def _time_out(self, running: Running, tx: Tx) -> None:
         if self._inflight.get(running.slot.key) is running and running.stopped_for is None:
@@ -4520,15 +4534,13 @@ class ServeApp:
 
         Raises before a body is read: 401, 403 or 404.
         """
-        if (
-            self.allowed_hosts is not None
-            and _host_name(head.headers.get("host", "")) not in self.allowed_hosts
-        ):
-            raise Forbidden("this host name is not served here; --allowed-host adds one")
         method = "GET" if head.method == "HEAD" else head.method
         routes = find_routes(head.segments)
         route = next((route for route in routes if route.method == method), None)
-        if not (route is not None and route.public) and not self._is_authorized(head.headers):
+        if route is not None and route.public:
+            return route
+        self._refuse_foreign_host(head.headers)
+        if not self._is_authorized(head.headers):
             raise Unauthorized(
                 "a valid token is required: Authorization: Bearer <token>, or x-smithers-key"
             )
@@ -4588,6 +4600,12 @@ class ServeApp:
         return any(
             [hmac.compare_digest(text.encode("latin-1", "replace"), self._token) for text in given]
         )
+
+    def _refuse_foreign_host(self, headers: Mapping[str, str]) -> None:
+        """Refuse a name that only a page's own DNS could have made point here."""
+        name = _host_name(headers.get("host", ""))
+        if self.allowed_hosts is not None and name not in self.allowed_hosts:
+            raise Forbidden("this host name is not served here; --allowed-host adds one")
 
     def _refuse_foreign_page(self, headers: Mapping[str, str]) -> None:
         """Refuse what a page of another site makes a browser send, also with the right token."""
@@ -4975,7 +4993,7 @@ class StreamThread:
         self._wakened.setblocking(False)
         self._selector.register(self._wakened, selectors.EVENT_READ, None)
         self._wake_sent = False
-        self._stopping = False
+        self._stopping = threading.Event()
         self._behind = False  # some stream that can be written to has not got everything yet
         self._lock = threading.Lock()  # guards _count, _thread and _stopping against adding streams
         self._count = 0
@@ -4988,7 +5006,7 @@ class StreamThread:
         """
         sock.setblocking(False)
         with self._lock:
-            if self._stopping or self._count >= MAX_STREAMS:
+            if self._stopping.is_set() or self._count >= MAX_STREAMS:
                 raise Unavailable(f"{MAX_STREAMS} event streams are open already")
             self._count += 1
             self._app.metrics.streams_active.inc()
@@ -5005,7 +5023,7 @@ class StreamThread:
     def stop(self, timeout: float) -> None:
         """End every stream properly and wait for the thread."""
         with self._lock:
-            self._stopping = True
+            self._stopping.set()
             thread = self._thread
         if thread is not None:
             self._wake()
@@ -5031,7 +5049,7 @@ class StreamThread:
         watch = self._app.adapter.watch()
         tick_at = 0.0
         try:
-            while not self._stopping:
+            while not self._stopping.is_set():
                 self._select(0.0 if self._behind else WATCH_SECONDS if self._streams else None)
                 self._admit()
                 try:
@@ -5042,7 +5060,7 @@ class StreamThread:
                         self._pump_all()
                 except (StorageError, Unavailable):
                     logger.error("event streams wait: the database cannot be read", exc_info=True)
-                    time.sleep(WATCH_SECONDS)
+                    self._stopping.wait(KEEP_ALIVE_SECONDS / 10)
                 now = time.monotonic()
                 if now >= tick_at:
                     tick_at = now + 1.0
@@ -5232,6 +5250,7 @@ WRITE_BYTES = 256 << 10
 WRITE_SECONDS = 60.0  # per 256 KiB: a reader slower than that is dropped
 IDLE_SECONDS = 75.0
 LINGER_SECONDS = 2.0
+DRAIN_SECONDS = 2.0  # what requests in work get at a stop
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 
 
@@ -5494,10 +5513,11 @@ class ServeServer(ThreadingHTTPServer):
         if ":" in host:
             self.address_family = socket.AF_INET6
         self.ssl_context = ssl_context
-        self.is_stopping = False
         self._reap_at = 0.0
-        # Guards _connections. Held to add, drop or copy; never while a socket is used.
-        self._connections_lock = threading.Lock()
+        self._stopped = threading.Event()
+        # Guards _connections, and tells when the last one has gone. Held to add, drop or copy;
+        # never while a socket is used.
+        self._connections_lock = threading.Condition()
         self._connections: set[Connection] = set()
         # Only our own Connection reads from sockets, so no handler class is given.
         super().__init__((host, port), None)  # type: ignore[arg-type]
@@ -5529,6 +5549,10 @@ class ServeServer(ThreadingHTTPServer):
             )
 
     @property
+    def is_stopping(self) -> bool:
+        return self._stopped.is_set()
+
+    @property
     def url(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'http' if self.ssl_context is None else 'https'}://{host}:{self.server_port}"
@@ -5539,13 +5563,15 @@ class ServeServer(ThreadingHTTPServer):
 
     def stop(self) -> None:
         """Stop accepting, end the streams with a proper last chunk, and let connections go."""
-        self.is_stopping = True
+        self._stopped.set()
         self.shutdown()
         self.server_close()
         self.streams.stop(3.0)
         for connection in self._copy_connections():
             if connection.waits_since is not None:
                 connection.expire()
+        with self._connections_lock:
+            self._connections_lock.wait_for(lambda: not self._connections, DRAIN_SECONDS)
 
     # Connections
 
@@ -5555,7 +5581,7 @@ class ServeServer(ThreadingHTTPServer):
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self._make_room()
-                time.sleep(0.02)  # the waiting connection would be offered again at once
+                self._stopped.wait(0.02)  # the connection would be offered again at once
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -5580,6 +5606,7 @@ class ServeServer(ThreadingHTTPServer):
     def forget(self, connection: Connection) -> None:
         with self._connections_lock:
             self._connections.discard(connection)
+            self._connections_lock.notify_all()
 
     def _copy_connections(self) -> list[Connection]:
         with self._connections_lock:
@@ -5677,8 +5704,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def say(text: str) -> None:
-    """Write one progress line to stderr."""
-    print(f"[smithers] {text}", file=sys.stderr, flush=True)
+    """Write one progress line to stderr; a run goes on when nobody reads it any more."""
+    with contextlib.suppress(OSError):
+        print(f"[smithers] {text}", file=sys.stderr, flush=True)
+
+
+def print_result(out: TextIO, facts: Mapping[str, Any]) -> None:
+    """Write the result to the real stdout, as JSON that any locale can print."""
+    with contextlib.suppress(OSError):
+        print(json.dumps(facts, separators=(",", ":")), file=out, flush=True)
 
 
 def parse_flag(text: str) -> bool:
@@ -6014,7 +6048,7 @@ def run_here(args: argparse.Namespace, workflow: Any, token: str | None) -> int:
         if server is not None:
             server.server_close()
         raise
-    return Process(engine, db, server).run()
+    return Process(engine, db, server, args.out).run()
 
 
 def bind_server(args: argparse.Namespace) -> ServeServer:
@@ -6033,10 +6067,13 @@ class Process:
     The engine in a thread, the server beside it, signals in the main thread.
     """
 
-    def __init__(self, engine: Engine, db: SmithersDb, server: ServeServer | None) -> None:
+    def __init__(
+        self, engine: Engine, db: SmithersDb, server: ServeServer | None, out: TextIO
+    ) -> None:
         self._engine = engine
         self._db = db
         self._server = server
+        self._out = out
         # A SimpleQueue, not an Event: its put is safe in a signal handler that interrupts its own
         # get.
         self._inbox: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -6126,12 +6163,8 @@ class Process:
         if result.error is not None:
             shown["error"] = result.error
             say(f"Workflow failed: {log_safe(result.error['message'])}")
-        print(to_json(shown), file=RESULT_STREAM[0], flush=True)
+        print_result(self._out, shown)
 
-
-RESULT_STREAM: list[Any] = [
-    None
-]  # the real stdout, while sys.stdout shows what tasks print among the progress lines
 
 READY_FD = "SMITHERS_READY_FD"
 
@@ -6195,7 +6228,7 @@ def detach(args: argparse.Namespace, token: str | None) -> int:
         return EXIT_FAILURE
     facts = json.loads(ready)
     shown = {"runId": facts["runId"], "pid": child.pid, "logFile": log_path, "url": facts["url"]}
-    print(to_json(shown), file=RESULT_STREAM[0], flush=True)
+    print_result(args.out, shown)
     return 0
 
 
@@ -6278,7 +6311,7 @@ def main(argv: Seq[str] | None = None) -> int:
     logging.basicConfig(
         stream=sys.stderr, format="[smithers] %(levelname)s %(message)s", level=logging.WARNING
     )
-    RESULT_STREAM[0] = sys.stdout
+    args.out = sys.stdout  # the real one: what tasks print goes among the progress lines
     with contextlib.redirect_stdout(sys.stderr):
         try:
             return run_demo(args) if args.command == "demo" else run_up(args)
