@@ -1762,7 +1762,7 @@ class SmithersDb:
                 raise
 
     def _use_wal(self) -> None:
-        """Switch to the write-ahead log, or back from it where it cannot work (no shared memory)."""
+        """Switch to the write-ahead log, or back where it cannot work (no shared memory)."""
         mode = self._writer.execute("pragma journal_mode = wal").fetchone()[0]
         if mode == "wal" and not self._can_write():
             self._writer.close()
