@@ -3065,6 +3065,10 @@ class Engine(CtxSource):
         self._stop_heartbeat = threading.Event()
         self._hurry = threading.Event()
         self._delivered = -1
+        self._begin_empty()
+
+    def _begin_empty(self) -> None:
+        """Set what the engine knows of its run: nothing yet."""
         # The run as it stands
         self._status = "running"
         self._began = time.monotonic()
@@ -5689,6 +5693,8 @@ EXIT_CODES = {"finished": 0, "failed": 1, "cancelled": 2, "waiting-approval": 3}
 EXIT_FAILURE = 1
 EXIT_CANCELLED = 2
 EXIT_USAGE = 4
+# Wrappers such as timeout(1) signal the process and its group: what comes so soon is no second wish.
+SAME_SIGNAL_SECONDS = 0.1
 
 
 class UsageError(SmithersError):
@@ -6077,7 +6083,7 @@ class Process:
         # A SimpleQueue, not an Event: its put is safe in a signal handler that interrupts its own
         # get.
         self._inbox: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._signals = 0
+        self._first_signal = math.inf
         self._error: SmithersError | None = None
 
     def run(self) -> int:
@@ -6113,11 +6119,13 @@ class Process:
             )
 
     def _take_signal(self, number: int, frame: Any) -> None:
-        self._signals += 1
-        if self._signals > 1:
+        now = time.monotonic()
+        if now - self._first_signal > SAME_SIGNAL_SECONDS:
             kill_live_commands()
             os._exit(EXIT_CANCELLED)
-        self._inbox.put("signal")
+        if self._first_signal == math.inf:
+            self._first_signal = now
+            self._inbox.put("signal")
 
     def _drive(self) -> None:
         try:
