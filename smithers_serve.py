@@ -3069,6 +3069,7 @@ class Engine(CtxSource):
 
     def _begin_empty(self) -> None:
         """Set what the engine knows of its run: nothing yet."""
+        self._resumed: Run | None = None  # as its last engine left it
         # The run as it stands
         self._status = "running"
         self._began = time.monotonic()
@@ -3108,11 +3109,8 @@ class Engine(CtxSource):
         if not resume:
             self._insert()
             return True
-        run = self._claim(force)
-        if run is None:
-            return False
-        self._recall(run)
-        return True
+        self._resumed = self._claim(force)
+        return self._resumed is not None
 
     def run(self) -> RunResult:
         """Drive the opened run until it ends, or waits only for gates and was told not to park.
@@ -3127,6 +3125,8 @@ class Engine(CtxSource):
         self._db.subscribe(self._notice)
         start_thread("heartbeat", self._beat)
         try:
+            if self._resumed is not None:
+                self._recall(self._resumed)
             self._drive()
         finally:
             self._stop_heartbeat.set()
@@ -5693,7 +5693,7 @@ EXIT_CODES = {"finished": 0, "failed": 1, "cancelled": 2, "waiting-approval": 3}
 EXIT_FAILURE = 1
 EXIT_CANCELLED = 2
 EXIT_USAGE = 4
-# Wrappers such as timeout(1) signal the process and its group: what comes so soon is no second wish.
+# Wrappers such as timeout(1) signal the process and its group: what comes so soon is one signal.
 SAME_SIGNAL_SECONDS = 0.1
 
 
