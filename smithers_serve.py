@@ -3049,6 +3049,7 @@ class Engine(CtxSource):
             )
         self.run_id = run_id
         self.result: RunResult | None = None
+        self.left_call_behind = False  # an executor still works on something that was given up
         self._workflow = workflow
         self._db = adapter
         self._metrics = adapter.metrics
@@ -3872,6 +3873,7 @@ class Engine(CtxSource):
             return
         logger.warning("task %s ignores its cancelled flag; it is abandoned", running.node_id)
         slot = self._release(running)
+        self.left_call_behind |= running.future is not None
         if running.stopped_for == "timeout":
             ms = (time.monotonic() - running.started_at) * 1000
             self._fail_attempt(tx, slot, running.attempt, _timeout_error(slot), ms, may_retry=False)
@@ -6107,6 +6109,10 @@ class Process:
         kill_live_commands()
         if self._error is None:
             self._db.close()
+        if self._engine.left_call_behind:
+            # The interpreter would wait for the executor's workers: for a call nobody wants.
+            sys.stderr.flush()
+            os._exit(code)
         return code
 
     def _say_where(self) -> None:
