@@ -1046,12 +1046,15 @@ class Metrics:
     string building only; no other lock is taken inside it.
     """
 
+    MAX_UNCOUNTED = 1000  # answered requests not yet counted
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._families: dict[str, Family] = {}
         self._readings: list[tuple[Sample, Callable[[], float]]] = []
         self._started = time.monotonic()
         self._rss = (float("-inf"), 0.0)
+        self._answered: collections.deque[tuple[str, str, int, float]] = collections.deque()
         self._define_run_metrics()
         self._define_node_metrics()
         self._define_server_metrics()
@@ -1179,10 +1182,19 @@ class Metrics:
         self._readings.append((sample, read))
 
     def observe_request(self, method: str, route: str, status: int, ms: float) -> None:
-        labels = (method, route, str(status), f"{status // 100}xx")
-        with self._lock:
-            self._http_requests.child_locked(*labels).add_locked(1)
-            self._http_duration.child_locked(*labels).observe_locked(ms)
+        """Note an answered request. Without the lock: connection threads would queue for it."""
+        self._answered.append((method, route, status, ms))
+        if len(self._answered) > self.MAX_UNCOUNTED:
+            with self._lock:
+                self._count_requests_locked()
+
+    def _count_requests_locked(self) -> None:
+        with contextlib.suppress(IndexError):  # all are counted
+            while True:
+                method, route, status, ms = self._answered.popleft()
+                labels = (method, route, str(status), f"{status // 100}xx")
+                self._http_requests.child_locked(*labels).add_locked(1)
+                self._http_duration.child_locked(*labels).observe_locked(ms)
 
     def _read_rss(self) -> float:
         """Return resident memory in bytes, read from the system at most once a second."""
@@ -1201,6 +1213,7 @@ class Metrics:
             sample.set(read())
         parts: list[str] = []
         with self._lock:
+            self._count_requests_locked()
             for family in self._families.values():
                 parts.append(family.header)
                 parts.extend(child.render_locked() for child in family.children.values())
@@ -2770,11 +2783,11 @@ def call_in_executor(
     """
     here = _attempts_here.get(token)
     task = here or _RemoteTask(run_id, node_id, iteration, attempt)
-    output, error = outcome_of(lambda: call_function(task, run, args, kwargs), node_id)
+    output, error = outcome_of(lambda: call_function(task, run, args, kwargs), task)
     return output, error, task.lines if isinstance(task, _RemoteTask) else []
 
 
-def outcome_of(call: Callable[[], Any], node_id: str) -> Outcome:
+def outcome_of(call: Callable[[], Any], task: CurrentTask) -> Outcome:
     """Call a task and return what came of it.
 
     Whatever it raises is its failure, with the traceback in the log.
@@ -2784,8 +2797,8 @@ def outcome_of(call: Callable[[], Any], node_id: str) -> Outcome:
     except (
         BaseException
     ) as error:  # the outermost call of user code: SystemExit and CancelledError are failures too
-        if not isinstance(error, TaskFailed):
-            logger.warning("task %s failed", log_safe(node_id), exc_info=True)
+        if not isinstance(error, TaskFailed) and not task.cancelled.is_set():
+            logger.warning("task %s failed", task.node_id, exc_info=True)
         return Outcome(None, describe_error(error))
 
 
@@ -3729,7 +3742,7 @@ class Engine(CtxSource):
                 running, task.run, task.args, self._arguments_of(running.slot, task)
             )
 
-        self._mailbox.put(("done", running, outcome_of(call, running.node_id)))
+        self._mailbox.put(("done", running, outcome_of(call, running)))
 
     def _arguments_of(self, slot: LeafSlot, task: Task) -> dict[str, Any]:
         """Return the keyword arguments: those given, and the outputs of what the task needs."""
@@ -4609,8 +4622,10 @@ class ServeApp:
 
     def _refuse_foreign_host(self, headers: Mapping[str, str]) -> None:
         """Refuse a name that only a page's own DNS could have made point here."""
-        name = _host_name(headers.get("host", ""))
-        if self.allowed_hosts is not None and name not in self.allowed_hosts:
+        host = headers.get("host")  # every browser sends one; an HTTP/1.0 probe need not
+        if self.allowed_hosts is None or host is None:
+            return
+        if _host_name(host) not in self.allowed_hosts:
             raise Forbidden("this host name is not served here; --allowed-host adds one")
 
     def _refuse_foreign_page(self, headers: Mapping[str, str]) -> None:
@@ -5030,7 +5045,7 @@ class StreamThread:
         """End every stream properly and wait for the thread."""
         with self._lock:
             self._stopping.set()
-            thread = self._thread
+            thread, self._thread = self._thread, None
         if thread is not None:
             self._wake()
             thread.join(timeout)
@@ -5565,7 +5580,7 @@ class ServeServer(ThreadingHTTPServer):
 
     def start(self) -> None:
         """Serve in a thread of its own."""
-        start_thread("server", self.serve_forever, 0.25)
+        start_thread("server", self.serve_forever, 0.1)
 
     def stop(self) -> None:
         """Stop accepting, end the streams with a proper last chunk, and let connections go."""
