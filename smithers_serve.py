@@ -1785,6 +1785,7 @@ class SmithersDb:
             mode = self._writer.execute("pragma journal_mode = delete").fetchone()[0]
             self._writer.execute("pragma locking_mode = normal")
             self._writer.execute("select 1 from sqlite_master limit 1").fetchone()
+        self.readers_never_wait = mode == "wal"
         if mode != "wal":
             logger.warning(
                 "no write-ahead log possible here (journal mode %s): readers may wait for writers",
@@ -4068,6 +4069,7 @@ MAX_BODY_BYTES = 1 << 20
 MAX_NOTE_CHARS = 10_000
 MAX_NAME_CHARS = 200
 MAX_FRAMES = 1000  # frames of one answer
+LIGHT_BYTES = 64 << 10  # a body up to this is made and sent in well under a millisecond
 
 # Source: RFC 9110 section 5.6.2 (token) and 5.5 (field values), RFC 9112 section 3 (request line).
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
@@ -4370,6 +4372,7 @@ class Route(NamedTuple):
     pattern: str
     handler: Callable[[ServeApp, Request], Response]
     public: bool = False
+    is_quick: bool = False  # answered from memory or by one short read: blocks nobody
 
 
 def get_health(app: ServeApp, request: Request) -> Response:
@@ -4395,7 +4398,7 @@ def get_frames(app: ServeApp, request: Request) -> Response:
 def get_events(app: ServeApp, request: Request) -> Response:
     after = integer_in("afterSeq", parse_query(request.head.query).get("afterSeq", "-1"), -1)
     last_id = request.head.headers.get("last-event-id")
-    if last_id is not None:
+    if last_id:  # empty is what some clients send before their first event
         after = integer_in("Last-Event-ID", last_id, -1)
         ended, newest = app.adapter.get_tail(app.run_id)
         if ended and newest <= after:
@@ -4435,14 +4438,14 @@ def get_metrics(app: ServeApp, request: Request) -> Response:
 
 
 ROUTES = (
-    Route("GET", "/health", get_health, public=True),
-    Route("GET", "/", get_status),
+    Route("GET", "/health", get_health, public=True, is_quick=True),
+    Route("GET", "/", get_status, is_quick=True),
     Route("GET", "/events", get_events),
     Route("GET", "/frames", get_frames),
     Route("POST", "/approve/:nodeId", post_approve),
     Route("POST", "/deny/:nodeId", post_deny),
     Route("POST", "/cancel", post_cancel),
-    Route("GET", "/metrics", get_metrics),
+    Route("GET", "/metrics", get_metrics, is_quick=True),
 )
 
 # By first segment and number of segments: every pattern here is told apart by these two.
@@ -4537,6 +4540,7 @@ class ServeApp:
         self._watch = adapter.watch()
         self._answers: dict[tuple[Any, ...], tuple[int, Response]] = {}
         self._pending = 0
+        self._frames_are_light = False  # known after they were read once
         self.metrics.read_at_scrape(self.metrics.approval_pending, self._count_pending)
 
     @property
@@ -4574,6 +4578,17 @@ class ServeApp:
         if route is None:
             raise NotFound("there is no such route")
         return route
+
+    def is_quick(self, head: Head) -> bool:
+        """Return whether a request can be answered in the thread that all waiting clients share."""
+        if head.has_body or head.method not in ("GET", "HEAD"):
+            return False
+        for route in find_routes(head.segments):
+            if route.method == "GET":
+                # Without a write-ahead log a reader may have to wait for a writer.
+                is_quick = route.is_quick and self.adapter.readers_never_wait or route.public
+                return is_quick or route.handler is get_frames and self._frames_are_light
+        return False
 
     def respond(self, route: Route, head: Head, body: bytes) -> Response:
         """Return the route's answer.
@@ -4672,7 +4687,9 @@ class ServeApp:
         frames = self.adapter.list_frames(self.run_id, limit, after)
         if not frames and self.adapter.get_run(self.run_id) is None:
             raise RunNotFound(f"there is no run {self.run_id}")
-        return json_response([frame.to_json() for frame in frames])
+        response = json_response([frame.to_json() for frame in frames])
+        self._frames_are_light = len(response.body) <= LIGHT_BYTES
+        return response
 
     def decide(self, verdict: str, request: Request) -> Response:
         decide(
@@ -4772,7 +4789,10 @@ def _wsgi_body(environ: Mapping[str, Any]) -> bytes:
     length = integer_in("Content-Length", environ.get("CONTENT_LENGTH") or "0", 0)
     if length > MAX_BODY_BYTES:
         raise PayloadTooLarge(f"the body may have {MAX_BODY_BYTES} bytes, not {length}")
-    if environ.get("wsgi.input_terminated"):
+    is_terminated = environ.get("wsgi.input_terminated")
+    if "HTTP_TRANSFER_ENCODING" in environ and not is_terminated and length == 0:
+        raise InvalidRequest("no chunked body gets through to here: send a content-length")
+    if is_terminated:
         data: bytes = environ["wsgi.input"].read(MAX_BODY_BYTES + 1)
         if len(data) > MAX_BODY_BYTES:
             raise PayloadTooLarge(f"the body may have {MAX_BODY_BYTES} bytes")
@@ -4966,6 +4986,33 @@ def follow_events(app: ServeApp, after_seq: int) -> Iterator[bytes]:
         watch.close()
 
 
+class Waker:
+    """Wakes a thread that waits in a selector; any number of wakes before it looks count as one."""
+
+    def __init__(self, selector: selectors.BaseSelector) -> None:
+        self._writer, self._reader = socket.socketpair()
+        self._writer.setblocking(False)
+        self._reader.setblocking(False)
+        self._is_sent = False
+        selector.register(self._reader, selectors.EVENT_READ, self)
+
+    def wake(self) -> None:
+        if not self._is_sent:
+            self._is_sent = True
+            with contextlib.suppress(OSError):  # full: it will wake anyway; closed: it has left
+                self._writer.send(b"w")
+
+    def clear(self) -> None:
+        """Called by the woken thread, before it looks at what it was woken for."""
+        # In this order: a wake between the two is not lost, for the look comes after both.
+        self._reader.recv(4096)
+        self._is_sent = False
+
+    def close(self) -> None:
+        self._writer.close()
+        self._reader.close()
+
+
 class Stream:
     """One client: a socket, a cursor into the log, and what the socket has not taken yet."""
 
@@ -5009,11 +5056,7 @@ class StreamThread:
         self._streams: dict[int, Stream] = {}
         self._incoming: collections.deque[Stream] = collections.deque()
         self._selector = selectors.DefaultSelector()
-        self._waker, self._wakened = socket.socketpair()
-        self._waker.setblocking(False)
-        self._wakened.setblocking(False)
-        self._selector.register(self._wakened, selectors.EVENT_READ, None)
-        self._wake_sent = False
+        self._waker = Waker(self._selector)
         self._stopping = threading.Event()
         self._behind = False  # some stream that can be written to has not got everything yet
         self._lock = threading.Lock()  # guards _count, _thread and _stopping against adding streams
@@ -5035,7 +5078,7 @@ class StreamThread:
             if self._thread is None:
                 self._app.adapter.subscribe(self._notice)
                 self._thread = start_thread("streams", self._run)
-        self._wake()
+        self._waker.wake()
 
     @property
     def is_full(self) -> bool:
@@ -5047,22 +5090,15 @@ class StreamThread:
             self._stopping.set()
             thread, self._thread = self._thread, None
         if thread is not None:
-            self._wake()
+            self._waker.wake()
             thread.join(timeout)
             self._app.adapter.unsubscribe(self._notice)
         self._selector.close()
         self._waker.close()
-        self._wakened.close()
 
     def _notice(self, tx: Tx) -> None:
         if self._count and (tx.events or tx.is_control):
-            self._wake()
-
-    def _wake(self) -> None:
-        if not self._wake_sent:
-            self._wake_sent = True
-            with contextlib.suppress(OSError):  # full: it will wake anyway; closed: it has left
-                self._waker.send(b"w")
+            self._waker.wake()
 
     # Everything below runs in the stream thread
 
@@ -5093,15 +5129,25 @@ class StreamThread:
 
     def _select(self, timeout: float | None) -> None:
         for key, events in self._selector.select(timeout):
-            if key.data is None:
-                self._wake_sent = False
-                self._wakened.recv(4096)
+            if key.data is self._waker:
+                self._waker.clear()
                 continue
             stream = key.data
             if events & selectors.EVENT_READ:
-                self._read(stream)
+                self._guard(self._read, stream)
             if events & selectors.EVENT_WRITE and stream.is_blocked:
-                self._pump(stream)
+                self._guard(self._pump, stream)
+
+    def _guard(self, work: Callable[[Stream], None], stream: Stream) -> None:
+        """Work on one stream; whatever goes wrong there costs that stream only."""
+        try:
+            work(stream)
+        except (StorageError, Unavailable):
+            raise  # the database, so every stream: they wait
+        except Exception:  # the outermost call for a stream
+            logger.error("an event stream failed", exc_info=True)
+            self._app.metrics.errors.inc()
+            self._drop(stream)
 
     def _admit(self) -> None:
         while self._incoming:
@@ -5151,7 +5197,7 @@ class StreamThread:
             if not stream.is_blocked and (
                 stream.pending or stream.cursor < self._log.newest or self._log.has_ended
             ):
-                self._pump(stream)
+                self._guard(self._pump, stream)
 
     def _pump(self, stream: Stream) -> None:
         if stream.pending and not self._send(stream):
@@ -5254,6 +5300,10 @@ def _would_block(error: OSError) -> bool:
 
 def close_socket(sock: socket.socket) -> None:
     """Close a socket so that the peer reads the end after everything that was sent."""
+    if hasattr(sock, "unwrap"):  # TLS tells its end itself; nobody waits for the peer's answer
+        with contextlib.suppress(OSError, ValueError):
+            sock.setblocking(False)
+            sock.unwrap()
     with contextlib.suppress(OSError):  # the peer may have left first
         socket.socket.shutdown(sock, socket.SHUT_WR)
     sock.close()
@@ -5268,6 +5318,7 @@ LISTEN_BACKLOG = 1024  # http.server's 5 drops connections in a burst
 HEAD_SECONDS = 10.0
 BODY_SECONDS = 30.0
 WRITE_BYTES = 256 << 10
+SEND_BUFFER_BYTES = 256 << 10
 WRITE_SECONDS = 60.0  # per 256 KiB: a reader slower than that is dropped
 IDLE_SECONDS = 75.0
 LINGER_SECONDS = 2.0
@@ -5276,10 +5327,12 @@ _BARE_LF = re.compile(rb"(?<!\r)\n")
 
 
 class Connection:
-    """One client connection and its thread: blocking reads, the server watches the deadlines.
+    """One client connection.
 
-    `waits_since` is set while the next move is the client's: such a connection can be ended to make
-    room.
+    While it waits for its client it is parked at the reception, which also answers what blocks
+    nobody. Everything else gets a thread with blocking reads, for as long as it takes; the server
+    watches the deadlines. `waits_since` is set while the next move is the client's: such a
+    connection can be ended to make room.
     """
 
     def __init__(self, server: ServeServer, sock: socket.socket) -> None:
@@ -5289,47 +5342,121 @@ class Connection:
         self.waits_since: float | None = None
         self.has_expired = False
         self._buffer = b""
-        self._handed_over = False
+        self._unsent = b""
+        self._is_last = False  # nothing more is read after what is unsent
+        self.is_writing = False
+        self._has_moved = False  # to the reception or the stream thread
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Left alone the kernel keeps megabytes for a client that does not read.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
     # Life
 
     def run(self) -> None:
-        """Serve requests until the connection ends, or its socket goes to the stream thread."""
+        """Serve requests in a thread of its own until the client has to move, or has left."""
         try:
-            self._shake_hands()
-            while self._serve_one():
-                pass
+            self._has_moved = False
+            self._serve()
         except OSError:
             pass  # the client has gone, which is normal
         except Exception:  # the outermost call of a connection's thread
             logger.error("a connection failed", exc_info=True)
             self.server.app.metrics.errors.inc()
-        finally:
+        if not self._has_moved:
+            self.close()
+
+    def _serve(self) -> None:
+        if self.server.ssl_context is not None:
+            self._shake_hands(self.server.ssl_context)
+        self._write(self._unsent)
+        self._unsent = b""
+        while not self._is_last and self._serve_one():
+            if self.server.ssl_context is None and not self._buffer:
+                self._has_moved = True
+                self.server.reception.park(self)
+                return
+
+    def close(self) -> None:
+        self.server.forget(self)
+        close_socket(self.socket)
+
+    # At the reception
+
+    def receive(self) -> bool:
+        """Take what the client has sent and answer it if that blocks nobody.
+
+        False when the connection cannot stay at the reception: it has ended, or needs a thread.
+        """
+        try:
+            data = self.socket.recv(65536)
+            if not data:
+                return self._leave(needs_thread=bool(self._buffer) and self.has_expired)
+            if not self._buffer:
+                self.await_client(HEAD_SECONDS)
+            self._buffer += data
+            while self._buffer:
+                stays = self._answer_quickly()
+                if stays is not True:
+                    return stays is None
+        except (BlockingIOError, InterruptedError):
+            return True
+        except OSError:
+            return self._leave()
+        return True
+
+    def _answer_quickly(self) -> bool | None:
+        """Answer the next request in the buffer; None when not complete yet, False to leave."""
+        app, before = self.server.app, self._buffer
+        try:
+            data = self._take_head(0)
+            if data is None:
+                return None
+            head = _parse_head_cached(data) if len(data) <= MAX_CACHED_HEAD else parse_head(data)
+            is_quick = app.is_quick(head)
+        except ServeError:
+            is_quick = False
+        if not is_quick:
+            self._buffer = before
+            return self._leave(needs_thread=True)
+        response = app.handle(head, lambda: b"")
+        keep_alive = head.keep_alive and not self.server.is_stopping
+        output = render_response(response, head.method == "HEAD", keep_alive, head.is_http10)
+        try:
+            sent = self.socket.send(output)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        if sent < len(output) or not keep_alive:
+            self._unsent, self._is_last = output[sent:], not keep_alive
+            return self._leave(needs_thread=bool(self._unsent))
+        self.await_client(HEAD_SECONDS if self._buffer else IDLE_SECONDS)
+        return True
+
+    def _leave(self, needs_thread: bool = False) -> bool:
+        """Leave the reception, for a thread or for good. Returns False."""
+        self.server.reception.dismiss(self)
+        if not needs_thread:
+            self.close()
+        elif not self.server.start_serving(self):
             self.server.forget(self)
-            if not self._handed_over:
-                close_socket(self.socket)
+        return False
 
     def expire(self) -> None:
         """End the client's turn, from another thread: its next read finds the end."""
         self.has_expired = True
         self.deadline = math.inf
+        # A blocked send is woken only by the end of both directions. Not SSLSocket.shutdown: that
+        # would take the TLS state away from under the reading thread.
+        how = socket.SHUT_RDWR if self.is_writing else socket.SHUT_RD
         with contextlib.suppress(OSError):  # closed meanwhile
-            # not SSLSocket.shutdown: that would take the TLS state away from under the reading
-            # thread
-            socket.socket.shutdown(
-                self.socket, socket.SHUT_RD if self.waits_since else socket.SHUT_RDWR
-            )
+            socket.socket.shutdown(self.socket, how)
 
-    def _shake_hands(self) -> None:
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self.server.ssl_context is not None:
-            self._await_client(HEAD_SECONDS)
-            self.socket = self.server.ssl_context.wrap_socket(
-                self.socket, server_side=True, do_handshake_on_connect=False
-            )
-            self.socket.do_handshake()
+    def _shake_hands(self, context: ssl.SSLContext) -> None:
+        self.await_client(HEAD_SECONDS)
+        secure = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+        self.socket = secure
+        secure.do_handshake()
 
-    def _await_client(self, seconds: float) -> None:
+    def await_client(self, seconds: float) -> None:
         self.waits_since = time.monotonic()
         self.deadline = self.waits_since + seconds
 
@@ -5388,59 +5515,62 @@ class Connection:
         try:
             self.server.streams.add(self.socket, start.after_seq, not head.is_http10)
         except Unavailable:
-            return (
-                False  # full or stopping since we looked; the head is out, so there is only the end
-            )
-        self._handed_over = True
+            return False  # full or stopping since we looked: the head is out, only the end is left
+        self._has_moved = True
+        self.server.forget(self)
         return False
 
     # Reading
 
-    def _recv(self) -> bytes:
-        return self.socket.recv(65536)
+    def _take_head(self, seen: int) -> bytes | None:
+        """Take a complete head off the buffer, None without one; `seen` bytes hold no end."""
+        buffer = self._buffer
+        end = buffer.find(b"\r\n\r\n", max(0, seen - 3))
+        if end > MAX_HEAD_BYTES or end < 0 and len(buffer) > MAX_HEAD_BYTES:
+            raise HeadersTooLarge(f"the head has over {MAX_HEAD_BYTES} bytes")
+        if end >= 0:
+            self._buffer = buffer[end + 4 :]
+            return buffer[:end]
+        if _BARE_LF.search(buffer):
+            raise InvalidRequest("a line ends without a carriage return")
+        if len(buffer) > MAX_REQUEST_LINE and buffer.find(b"\r\n", 0, MAX_REQUEST_LINE + 2) < 0:
+            raise UriTooLong(f"the request line has over {MAX_REQUEST_LINE} bytes")
+        return None
 
     def _read_head(self) -> bytes | None:
         """Return the bytes of the next head, or None when the client has ended between requests."""
-        buffer = self._buffer
-        self._await_client(IDLE_SECONDS if not buffer else HEAD_SECONDS)
+        self.await_client(HEAD_SECONDS if self._buffer else IDLE_SECONDS)
         seen = 0
         while True:
-            end = buffer.find(b"\r\n\r\n", max(0, seen - 3))
-            if end > MAX_HEAD_BYTES or end < 0 and len(buffer) > MAX_HEAD_BYTES:
-                raise HeadersTooLarge(f"the head has over {MAX_HEAD_BYTES} bytes")
-            if end >= 0:
-                self._buffer = buffer[end + 4 :]
-                return buffer[:end]
-            if _BARE_LF.search(buffer):
-                raise InvalidRequest("a line ends without a carriage return")
-            if len(buffer) > MAX_REQUEST_LINE and buffer.find(b"\r\n", 0, MAX_REQUEST_LINE + 2) < 0:
-                raise UriTooLong(f"the request line has over {MAX_REQUEST_LINE} bytes")
-            data = self._recv()
+            head = self._take_head(seen)
+            if head is not None:
+                return head
+            seen = len(self._buffer)
+            data = self.socket.recv(65536)
             if not data:
-                if buffer and self.has_expired:
+                if self._buffer and self.has_expired:
                     raise RequestTimeout("the head of the request did not arrive in time")
                 return None
-            if not buffer:
-                self._await_client(HEAD_SECONDS)
-            seen = len(buffer)
-            buffer += data
+            if not self._buffer:
+                self.await_client(HEAD_SECONDS)
+            self._buffer += data
 
     def _read_body(self, head: Head) -> bytes:
         """Return the whole body.
 
         Raises a ServeError when it is malformed, too large or too slow.
         """
-        self._await_client(BODY_SECONDS)
+        self.await_client(BODY_SECONDS)
         if head.expects_continue and not self._buffer:
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self._await_client(BODY_SECONDS)
+            self.await_client(BODY_SECONDS)
         body = self._read_chunks() if head.chunked else self._read_bytes(head.content_length)
         self.waits_since = None
         self.deadline = math.inf
         return body
 
     def _read_more(self) -> None:
-        data = self._recv()
+        data = self.socket.recv(65536)
         if not data:
             if self.has_expired:
                 raise RequestTimeout("the body of the request did not arrive in time")
@@ -5496,11 +5626,13 @@ class Connection:
 
     def _write(self, data: bytes) -> None:
         """Send everything; the client has a minute for every 256 KiB."""
-        self.waits_since = None
+        self.is_writing = True
         sent = 0
         while sent < len(data):
-            self.deadline = time.monotonic() + WRITE_SECONDS
+            self.await_client(WRITE_SECONDS)
             sent += self.socket.send(data[sent : sent + WRITE_BYTES])
+        self.is_writing = False
+        self.waits_since = None
         self.deadline = math.inf
 
     def _linger(self) -> None:
@@ -5510,17 +5642,80 @@ class Connection:
         """
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.socket, socket.SHUT_WR)
-            self._await_client(LINGER_SECONDS)
+            self.await_client(LINGER_SECONDS)
             left = MAX_BODY_BYTES
             while left > 0:
-                data = self._recv()
+                data = self.socket.recv(65536)
                 if not data:
                     break
                 left -= len(data)
 
 
+class Reception:
+    """Holds the connections that wait for their client, in one thread: waiting costs no thread.
+
+    What comes in is answered here when that blocks nobody; a thread per request takes the rest.
+    """
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._waker = Waker(self._selector)
+        self._incoming: collections.deque[Connection] = collections.deque()
+        self._stopping = threading.Event()
+        self._thread = start_thread("reception", self._run)
+
+    def park(self, connection: Connection) -> None:
+        """Take a connection whose client has to move next. Any thread may call this."""
+        connection.await_client(IDLE_SECONDS)
+        self._incoming.append(connection)
+        self._waker.wake()
+
+    def dismiss(self, connection: Connection) -> None:
+        """Let go of a connection; only its own `receive` calls this."""
+        self._selector.unregister(connection.socket)
+        connection.socket.setblocking(True)
+        connection.waits_since = None
+        connection.deadline = math.inf
+
+    def stop(self, timeout: float) -> None:
+        """Close every waiting connection."""
+        self._stopping.set()
+        self._waker.wake()
+        self._thread.join(timeout)
+        self._selector.close()
+        self._waker.close()
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            for key, _ in self._selector.select():
+                if key.data is self._waker:
+                    self._waker.clear()
+                    self._admit()
+                else:
+                    self._receive(key.data)
+        self._admit()
+        for key in list(self._selector.get_map().values()):
+            if key.data is not self._waker:
+                key.data.close()
+
+    def _admit(self) -> None:
+        while self._incoming:
+            connection = self._incoming.popleft()
+            connection.socket.setblocking(False)
+            self._selector.register(connection.socket, selectors.EVENT_READ, connection)
+
+    def _receive(self, connection: Connection) -> None:
+        try:
+            connection.receive()
+        except Exception:  # the outermost call for a connection
+            logger.error("a connection failed", exc_info=True)
+            connection.server.app.metrics.errors.inc()
+            self._selector.unregister(connection.socket)
+            connection.close()
+
+
 class ServeServer(ThreadingHTTPServer):
-    """Serves one app: a thread per connection, one more for all event streams.
+    """Serves one app: a thread per request that may block, one for streams, one for who waits.
 
     Raises OSError when the address cannot be bound. `attach` gives it its app before
     `serve_forever`.
@@ -5562,6 +5757,7 @@ class ServeServer(ThreadingHTTPServer):
         """
         self.app = app
         self.streams = StreamThread(app)
+        self.reception = Reception()
         app.trusted_hosts = frozenset(_host_name(name) for name in allowed_hosts)
         if is_loopback(self.host) and not app.has_token:
             own = self.host if ":" not in self.host else f"[{self.host}]"
@@ -5587,9 +5783,10 @@ class ServeServer(ThreadingHTTPServer):
         self._stopped.set()
         self.shutdown()
         self.server_close()
+        self.reception.stop(3.0)
         self.streams.stop(3.0)
         for connection in self._copy_connections():
-            if connection.waits_since is not None:
+            if connection.waits_since is not None and not connection.is_writing:
                 connection.expire()
         with self._connections_lock:
             self._connections_lock.wait_for(lambda: not self._connections, DRAIN_SECONDS)
@@ -5615,14 +5812,26 @@ class ServeServer(ThreadingHTTPServer):
         if count >= MAX_CONNECTIONS and not self._make_room():
             self._refuse(request)
             return
-        connection = Connection(self, request)
+        try:
+            connection = Connection(self, request)
+        except OSError:  # the client has left already
+            close_socket(request)
+            return
         with self._connections_lock:
             self._connections.add(connection)
+        if self.ssl_context is None:
+            self.reception.park(connection)
+        elif not self.start_serving(connection):
+            self.forget(connection)
+
+    def start_serving(self, connection: Connection) -> bool:
+        """Give a connection a thread; False, and refused, when the system has none left."""
         try:
             start_thread("http", connection.run)
-        except RuntimeError:  # the system has no thread left
-            self.forget(connection)
-            self._refuse(request)
+        except RuntimeError:
+            self._refuse(connection.socket)
+            return False
+        return True
 
     def forget(self, connection: Connection) -> None:
         with self._connections_lock:
