@@ -389,8 +389,22 @@ def _check_flags(owner: str, **flags: object) -> None:
 
 def _check_text(owner: str, **texts: object) -> None:
     for name, value in texts.items():
-        if value is not None and not isinstance(value, str):
+        if value is not None and (not isinstance(value, str) or printable(value) != value):
             raise AuthoringError(f"{owner}: {name} must be text, got {value!r}")
+
+
+def _iterable(owner: str, name: str, value: Any) -> tuple[Any, ...]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise AuthoringError(f"{owner}: {name} must be a list, got {value!r}")
+    return tuple(value)
+
+
+def _keywords(owner: str, value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise AuthoringError(f"{owner}: kwargs must be a dict with names as keys, got {value!r}")
+    return dict(value)
 
 
 def _needs_of(
@@ -406,7 +420,7 @@ def _needs_of(
             (parameter, target) for parameter, target in needs.items()
         ]
     else:
-        pairs = [(None, target) for target in needs]
+        pairs = [(None, target) for target in _iterable(owner, "needs", needs)]
     for parameter, target in pairs:
         check_id(target, f"{owner}: needs")
         if parameter is not None and not (isinstance(parameter, str) and parameter.isidentifier()):
@@ -602,8 +616,8 @@ class Task(Leaf):
         self._fill(
             id=id,
             run=_runnable(owner, run),
-            args=tuple(args),
-            kwargs=dict(kwargs or {}),
+            args=_iterable(owner, "args", args),
+            kwargs=_keywords(owner, kwargs),
             needs=_needs_of(owner, needs),
             label=label,
             retries=retries,
@@ -654,6 +668,16 @@ class Task(Leaf):
         return {name: _text_of(value) for name, value in shown.items() if value is not None}
 
 
+def _checked_json(owner: str, what: str, value: Any) -> None:
+    """Refuse what could not be stored. Raises AuthoringError."""
+    try:
+        size = len(to_json(value).encode("utf-8"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise AuthoringError(f"{owner}: {what} must be JSON: {printable(str(error))}") from error
+    if size > MAX_OUTPUT_BYTES:
+        raise AuthoringError(f"{owner}: {what} has over {MAX_OUTPUT_BYTES} bytes of JSON")
+
+
 def _runnable(owner: str, run: Any) -> Any:
     """Return `run` in the form that is kept: a callable, a tuple of arguments, or a JSON object."""
     if callable(run):
@@ -663,10 +687,7 @@ def _runnable(owner: str, run: Any) -> Any:
             raise AuthoringError(f"{owner}: a command's arguments cannot hold a NUL character")
         return tuple(run)
     if isinstance(run, dict):
-        try:
-            to_json(run)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise AuthoringError(f"{owner}: a static output must be JSON: {error}") from error
+        _checked_json(owner, "a static output", run)
         return run
     raise AuthoringError(
         f"{owner}: run must be a function, a non-empty list of text or a JSON object, got {run!r}"
@@ -706,10 +727,7 @@ class Approval(Leaf):
         if timeout is not None:
             _check_number(owner, "timeout", timeout, 0.001)
         _check_flags(owner, skip_if=skip_if)
-        try:
-            to_json(metadata)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise AuthoringError(f"{owner}: metadata must be JSON: {error}") from error
+        _checked_json(owner, "metadata", metadata)
         self._fill(
             id=id,
             title=title,
@@ -2215,9 +2233,8 @@ class LeafSlot(Slot):
         # original writes it.
         self.key = (leaf.id + scope_of(loops[:-1]), loops[-1].iteration if loops else 0)
         self.needs_left = 0
-        self.targets: list[
-            tuple[str | None, LeafSlot, bool]
-        ] = []  # parameter, node, newest iteration?
+        # What it needs: parameter, id, and whether the newest iteration is meant.
+        self.targets: list[tuple[str | None, str, bool]] = []
 
 
 def scope_of(loops: tuple[LoopSlot, ...]) -> str:
@@ -2306,7 +2323,7 @@ class Plan:
                     f"{slot.leaf.id!r} needs {id!r}, which is not in the tree", "UNKNOWN_DEPENDENCY"
                 )
             awaited = self._awaited(target, slot)
-            slot.targets.append((parameter, target, awaited is not target))
+            slot.targets.append((parameter, id, awaited is not target))
             if not awaited.is_done:
                 awaited.waiters.append(slot)
                 slot.needs_left += 1
@@ -2336,7 +2353,7 @@ class Plan:
                 pending.extend(slot.children)
         for leaf in leaves:
             before[(leaf, "end")].extend(
-                (self._awaited(target, leaf), "end") for _, target, _ in leaf.targets
+                (self._awaited(self.by_id[id], leaf), "end") for _, id, _ in leaf.targets
             )
         try:
             graphlib.TopologicalSorter(before).prepare()
@@ -2431,11 +2448,16 @@ class Plan:
 
     def _enter(self, slot: Slot) -> None:
         slot.is_active = True
-        if isinstance(slot, LeafSlot):
+        if slot.is_done:  # a loop of an earlier life, or a node that ended before its turn came
+            self._count_in_parent(slot)
+        elif isinstance(slot, LeafSlot):
             if slot.needs_left == 0:
                 self.reached.append(slot)
         elif isinstance(slot, LoopSlot):
-            self._enter_loop(slot)
+            if slot.has_begun:
+                self._enter_body(slot)
+            else:
+                self.due.append(slot)
         elif isinstance(slot, Branch) and slot.children:
             parallel = isinstance(slot.element, Parallel)
             self._work.extend(
@@ -2443,15 +2465,6 @@ class Plan:
             )
         else:
             self._work.append((slot, True))
-
-    def _enter_loop(self, slot: LoopSlot) -> None:
-        if slot.is_done:
-            slot.is_done = False  # set again by _leave, which tells the parent
-            self._work.append((slot, True))
-        elif slot.has_begun:
-            self._enter_body(slot)
-        else:
-            self.due.append(slot)
 
     def _enter_body(self, slot: LoopSlot) -> None:
         if slot.children:
@@ -2467,6 +2480,11 @@ class Plan:
             waiter.needs_left -= 1
             if waiter.needs_left == 0 and waiter.is_active:
                 self.reached.append(waiter)
+        if slot.is_active:
+            self._count_in_parent(slot)
+
+    def _count_in_parent(self, slot: Slot) -> None:
+        """Give the next sibling its turn, or end the parent with its last child."""
         parent = slot.parent
         if parent is None:
             return
@@ -3019,9 +3037,16 @@ class NodeRecord:
 class Running(CurrentTask):
     """An attempt in flight. `stopped_for` says why it was told to stop."""
 
-    def __init__(self, engine: Engine, slot: LeafSlot, attempt: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        slot: LeafSlot,
+        attempt: int,
+        sources: list[tuple[str, str, int | None]],
+    ) -> None:
         super().__init__(engine.run_id, slot.key[0], slot.key[1], attempt)
         self.slot = slot
+        self.sources = sources
         self.engine = engine
         self.started_at = time.monotonic()
         self.stopped_for: str | None = None
@@ -3605,6 +3630,7 @@ class Engine(CtxSource):
 
     def _skip(self, tx: Tx, slot: LeafSlot) -> None:
         assert self._plan is not None
+        self._retrying.pop(slot.key, None)
         self._set_state(tx, slot, "skipped", "NodeSkipped")
         self._plan.complete(slot)
 
@@ -3704,7 +3730,7 @@ class Engine(CtxSource):
         if isinstance(slot.leaf.run, dict):
             self._finish_attempt(tx, slot, attempt, to_json(slot.leaf.run), 0.0)
             return
-        running = Running(self, slot, attempt)
+        running = Running(self, slot, attempt, self._sources_of(slot))
         self._inflight[slot.key] = running
         self._starting.append(running)
         for group in slot.groups:
@@ -3723,7 +3749,7 @@ class Engine(CtxSource):
             return
         _attempts_here[running.token] = running
         try:
-            arguments = self._arguments_of(running.slot, task)
+            arguments = self._arguments_of(running, task)
             running.future = self._executor.submit(
                 call_in_executor, running.token, task.run, task.args, arguments,
                 running.run_id, running.node_id, running.iteration, running.attempt,
@@ -3739,20 +3765,27 @@ class Engine(CtxSource):
         def call() -> Any:
             if not callable(task.run):
                 return run_command(running, task.run)
-            return call_function(
-                running, task.run, task.args, self._arguments_of(running.slot, task)
-            )
+            return call_function(running, task.run, task.args, self._arguments_of(running, task))
 
         self._mailbox.put(("done", running, outcome_of(call, running)))
 
-    def _arguments_of(self, slot: LeafSlot, task: Task) -> dict[str, Any]:
+    def _sources_of(self, slot: LeafSlot) -> list[tuple[str, str, int | None]]:
+        """Return (parameter, node id, iteration or None for the newest) of each output it needs."""
+        assert self._plan is not None
+        sources = []
+        for parameter, id, newest in slot.targets:
+            if parameter is not None:
+                # Looked up at the start: the loops around it may have moved on since the render.
+                node_id, iteration = self._plan.by_id[id].key
+                sources.append((parameter, node_id, None if newest else iteration))
+        return sources
+
+    def _arguments_of(self, running: Running, task: Task) -> dict[str, Any]:
         """Return the keyword arguments: those given, and the outputs of what the task needs."""
         arguments = dict(task.kwargs)
-        for parameter, target, newest in slot.targets:
-            if parameter is not None:
-                node_id, iteration = target.key
-                found = self._db.find_output(self.run_id, node_id, None if newest else iteration)
-                arguments[parameter] = None if found is None else json.loads(found)
+        for parameter, node_id, iteration in running.sources:
+            found = self._db.find_output(self.run_id, node_id, iteration)
+            arguments[parameter] = None if found is None else json.loads(found)
         return arguments
 
     def _take_future(self, running: Running, future: Future[Any]) -> None:
@@ -4405,6 +4438,8 @@ def get_events(app: ServeApp, request: Request) -> Response:
             return Response(
                 204, headers=(("Cache-Control", "no-store"),)
             )  # tells an EventSource to stop
+    if app.streams_are_full():
+        raise Unavailable(f"{MAX_STREAMS} event streams are open already")
     headers = (
         ("Content-Type", "text/event-stream"),
         ("Cache-Control", "no-cache"),
@@ -4536,6 +4571,7 @@ class ServeApp:
         # bind without token.
         self.allowed_hosts: frozenset[str] | None = None
         self.trusted_hosts: frozenset[str] = frozenset()
+        self.streams_are_full: Callable[[], bool] = lambda: False
         self._token = None if auth_token is None else _checked_token(auth_token).encode("ascii")
         self._watch = adapter.watch()
         self._answers: dict[tuple[Any, ...], tuple[int, Response]] = {}
@@ -5080,7 +5116,6 @@ class StreamThread:
                 self._thread = start_thread("streams", self._run)
         self._waker.wake()
 
-    @property
     def is_full(self) -> bool:
         return self._count >= MAX_STREAMS
 
@@ -5488,9 +5523,7 @@ class Connection:
 
         response = app.handle(head, read_body)
         if response.stream is not None and head.method != "HEAD":
-            if not self.server.streams.is_full:
-                return self._hand_over(head, response, response.stream)
-            response = error_response(Unavailable(f"{MAX_STREAMS} event streams are open already"))
+            return self._hand_over(head, response, response.stream)
         keep_alive = head.keep_alive and has_read and not self.server.is_stopping
         if response.stream is not None:
             self._write(self._stream_head(head, response))
@@ -5525,6 +5558,8 @@ class Connection:
     def _take_head(self, seen: int) -> bytes | None:
         """Take a complete head off the buffer, None without one; `seen` bytes hold no end."""
         buffer = self._buffer
+        if len(buffer) > MAX_REQUEST_LINE and buffer.find(b"\r\n", 0, MAX_REQUEST_LINE + 2) < 0:
+            raise UriTooLong(f"the request line has over {MAX_REQUEST_LINE} bytes")
         end = buffer.find(b"\r\n\r\n", max(0, seen - 3))
         if end > MAX_HEAD_BYTES or end < 0 and len(buffer) > MAX_HEAD_BYTES:
             raise HeadersTooLarge(f"the head has over {MAX_HEAD_BYTES} bytes")
@@ -5533,8 +5568,6 @@ class Connection:
             return buffer[:end]
         if _BARE_LF.search(buffer):
             raise InvalidRequest("a line ends without a carriage return")
-        if len(buffer) > MAX_REQUEST_LINE and buffer.find(b"\r\n", 0, MAX_REQUEST_LINE + 2) < 0:
-            raise UriTooLong(f"the request line has over {MAX_REQUEST_LINE} bytes")
         return None
 
     def _read_head(self) -> bytes | None:
@@ -5731,6 +5764,7 @@ class ServeServer(ThreadingHTTPServer):
         self.ssl_context = ssl_context
         self._reap_at = 0.0
         self._stopped = threading.Event()
+        self._is_serving = False  # shutdown would wait for ever for a loop that was never begun
         # Guards _connections, and tells when the last one has gone. Held to add, drop or copy;
         # never while a socket is used.
         self._connections_lock = threading.Condition()
@@ -5757,6 +5791,7 @@ class ServeServer(ThreadingHTTPServer):
         """
         self.app = app
         self.streams = StreamThread(app)
+        app.streams_are_full = self.streams.is_full
         self.reception = Reception()
         app.trusted_hosts = frozenset(_host_name(name) for name in allowed_hosts)
         if is_loopback(self.host) and not app.has_token:
@@ -5774,14 +5809,21 @@ class ServeServer(ThreadingHTTPServer):
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'http' if self.ssl_context is None else 'https'}://{host}:{self.server_port}"
 
+    def serve_forever(self, poll_interval: float = 0.1) -> None:
+        """Serve in this thread until `stop`."""
+        self._is_serving = True
+        super().serve_forever(poll_interval)
+
     def start(self) -> None:
         """Serve in a thread of its own."""
-        start_thread("server", self.serve_forever, 0.1)
+        self._is_serving = True
+        start_thread("server", self.serve_forever)
 
     def stop(self) -> None:
         """Stop accepting, end the streams with a proper last chunk, and let connections go."""
         self._stopped.set()
-        self.shutdown()
+        if self._is_serving:
+            self.shutdown()
         self.server_close()
         self.reception.stop(3.0)
         self.streams.stop(3.0)
