@@ -6,21 +6,27 @@ python3 test_smithers_serve.py bench     measure (also: crash N, fuzz SECONDS)
 
 from __future__ import annotations
 
+import argparse
+import atexit
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import http.client
 import json
 import logging
 import multiprocessing
 import os
+import platform
 import random
 import re
+import selectors
 import shutil
 import signal
 import socket
 import sqlite3
 import stat
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,13 +35,15 @@ import time
 import unittest
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 import smithers_serve as ss
 from smithers_serve import Approval, Ctx, Loop, Parallel, Sequence, SmithersDb, Task, Workflow
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+SELF = os.path.abspath(__file__)
+HERE = os.path.dirname(SELF)
 PATIENCE = 20.0  # seconds until a test gives up on an event; no test waits for time to pass
 
 # ---------------------------------------------------------------------------
@@ -1916,7 +1924,7 @@ def deaf(ctx):
 """
 
 
-class Served:
+class ServedProcess:
     """A served run in a process of its own; lines of its stderr can be waited for."""
 
     def __init__(self, case: unittest.TestCase, folder: str, *arguments: str, **env: str) -> None:
@@ -1961,8 +1969,8 @@ class CommandLineTest(unittest.TestCase):
     def setUp(self) -> None:
         self.folder = prepare_folder(self, flow=FLOW)
 
-    def served(self, *arguments: str, **env: str) -> tuple[Served, str]:
-        served = Served(self, self.folder, *arguments, "--serve", "--port", "0", **env)
+    def served(self, *arguments: str, **env: str) -> tuple[ServedProcess, str]:
+        served = ServedProcess(self, self.folder, *arguments, "--serve", "--port", "0", **env)
         return served, served.wait_for(r"HTTP server listening on (http://[0-9.]+:\d+)")[1]
 
     def fetch(
@@ -2108,7 +2116,7 @@ class CommandLineTest(unittest.TestCase):
         self.assertIn("no workflow file nope.py", done.stderr)
 
     def test_the_demo_finishes_after_its_own_curl_line(self) -> None:
-        served = Served(self, self.folder, "demo", "--port", "0")
+        served = ServedProcess(self, self.folder, "demo", "--port", "0")
         url = served.wait_for(r"Approve it: curl -X POST (http://\S+/approve/ship)$")[1]
         self.assertEqual(json.loads(self.fetch(url, "POST")), {"runId": "demo"})
         served.wait_for("Workflow finished")
@@ -2187,9 +2195,1770 @@ class ReadmeTest(unittest.TestCase):
         self.assertEqual(done.stdout, '200 OK\n{"ok":true}\n', done.stderr)
 
 
+# ---------------------------------------------------------------------------
+# Commands: bench, crash and fuzz
+# ---------------------------------------------------------------------------
+
+LOOPBACK = "127.0.0.1"
+RUN = "r1"
+
+# ---------------------------------------------------------------------------
+# Processes: a served run, helpers that take orders, and what the system says of them
+# ---------------------------------------------------------------------------
+
+
+def child_environment(**extra: str) -> dict[str, str]:
+    """Return the environment of every child: this module importable and compiled once, no token."""
+    dropped = ("SMITHERS_API_KEY", "PYTHONDONTWRITEBYTECODE")
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return {**kept, "PYTHONPATH": HERE, "PYTHONPYCACHEPREFIX": compiled_folder(), **extra}
+
+
+@functools.lru_cache(maxsize=1)
+def compiled_folder() -> str:
+    """Return a folder for compiled modules that goes with this process."""
+    given = os.environ.get("PYTHONPYCACHEPREFIX")
+    if given:
+        return given
+    folder = tempfile.mkdtemp(prefix="smithers-compiled-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def end_process(process: subprocess.Popen[Any], patience: float = 8.0) -> None:
+    """Terminate a process of ours, then kill it."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    process.wait()
+
+
+class Served:
+    """A real `python -m smithers_serve up FILE --serve`, with the lines it says."""
+
+    def __init__(self, folder: str, source: str, *extra: str, **environment: str) -> None:
+        self.file = os.path.join(folder, "bench_flow.py")
+        self.db = os.path.join(folder, "smithers.db")
+        if not os.path.exists(self.file):
+            with open(self.file, "w", encoding="utf-8") as out:
+                out.write(source)
+        argv = [sys.executable, "-m", "smithers_serve", "up", self.file, "--serve", "--db", self.db]
+        ports = [] if "--port" in extra else ["--port", "0"]
+        self.started_at = time.perf_counter()
+        self.process = subprocess.Popen(
+            [*argv, "--run-id", RUN, *ports, *extra],
+            cwd=folder, env=child_environment(**environment),
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.pid = self.process.pid
+        self.lines: list[str] = []
+        self.port = 0
+        self._said = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._said:
+                found = re.search(r"listening on http://[^ ]*:(\d+)", line)
+                self.port = int(found[1]) if found else self.port
+                self.lines.append(line.rstrip("\n"))
+                self._said.notify_all()
+        with self._said:
+            self.lines.append("")  # wakes who waits for a process that has died
+            self._said.notify_all()
+
+    def wait_for(self, ready: Callable[[Served], bool], seconds: float = 30.0) -> bool:
+        """Wait for something about `lines` or `port`; False when it does not come."""
+        with self._said:
+            done = self._said.wait_for(
+                lambda: ready(self) or self.process.poll() is not None, seconds
+            )
+        return done and ready(self)
+
+    def wait_for_port(self) -> int:
+        if not self.wait_for(lambda served: served.port > 0):
+            raise RuntimeError("the server did not start: " + "\n".join(self.lines[-20:]))
+        return self.port
+
+    def wait_for_status(self, status: str, seconds: float = 30.0) -> None:
+        deadline = time.monotonic() + seconds
+        while json.loads(ask(self.port, "GET", "/")[1])["status"] != status:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the run is not {status} after {seconds:g} s")
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        end_process(self.process)
+        self._reader.join(5)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+@contextlib.contextmanager
+def served(source: str, *extra: str, **environment: str) -> Iterator[Served]:
+    """Yield a served run in a folder of its own."""
+    with tempfile.TemporaryDirectory(prefix="smithers-bench-") as folder:
+        run = Served(folder, source, *extra, **environment)
+        try:
+            run.wait_for_port()
+            yield run
+        finally:
+            run.close()
+
+
+def ask(port: int, method: str, path: str, body: str | None = None) -> tuple[int, bytes]:
+    """Return (status, body) of one request on its own connection."""
+    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=30)
+    try:
+        connection.request(method, path, body)
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+class Helper:
+    """A process of this file that answers orders: one line of JSON in, one out."""
+
+    def __init__(self, name: str, *arguments: object) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, SELF, name, *map(str, arguments)],
+            env=child_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.pid = self.process.pid
+
+    def read(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError("a helper process has died")
+        return json.loads(line)
+
+    def order(self, *order: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+
+    def ask(self, *order: object) -> Any:
+        self.order(*order)
+        return self.read()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            end_process(self.process)
+        self.process.stdout.close()
+
+
+@contextlib.contextmanager
+def helper(name: str, *arguments: object) -> Iterator[Helper]:
+    process = Helper(name, *arguments)
+    try:
+        yield process
+    finally:
+        process.close()
+
+
+def tell(value: Any) -> None:
+    print(json.dumps(value), flush=True)
+
+
+class Vitals(NamedTuple):
+    """What /proc says of a process: threads, descriptors, MiB resident, CPU seconds."""
+
+    threads: int
+    descriptors: int
+    rss: float
+    cpu: float
+
+
+def vitals(pid: int) -> Vitals:
+    """Return the vitals of a process. Raises OSError where there is no /proc."""
+    with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
+        facts = dict(line.split(":", 1) for line in file if ":" in line)
+    rss = int(facts["VmRSS"].split()[0]) / 1024
+    return Vitals(int(facts["Threads"]), len(os.listdir(f"/proc/{pid}/fd")), rss, cpu_seconds(pid))
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time of a process's threads, to the nanosecond."""
+    total = 0
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/schedstat") as file:
+            total += int(file.read().split()[0])
+    return total / 1e9
+
+
+def cpu_share(pid: int, seconds: float) -> float:
+    """Return the share of one core, in percent, that a process uses over some seconds."""
+    before, began = vitals(pid).cpu, time.perf_counter()
+    time.sleep(seconds)
+    return 100 * (vitals(pid).cpu - before) / (time.perf_counter() - began)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Return the smallest value that at least this share of the values does not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
+
+
+# ---------------------------------------------------------------------------
+# Load: one thread, raw sockets, keep-alive
+# ---------------------------------------------------------------------------
+
+
+ANSWER = re.compile(
+    rb"HTTP/1\.1 (\d+) [^\r\n]*(?:\r\n[^\r\n]+)*?\r\n(?i:content-length): *(\d+)"
+    rb"(?:\r\n[^\r\n]+)*\r\n\r\n"
+)
+
+
+class Load:
+    """Keeps `count` connections busy with one request each, and times every answer."""
+
+    def __init__(self, port: int, path: str, count: int) -> None:
+        self._request = f"GET {path} HTTP/1.1\r\nHost: {LOOPBACK}\r\n\r\n".encode()
+        self._selector = selectors.DefaultSelector()
+        self._sockets: dict[int, socket.socket] = {}
+        self._sent_at: dict[int, float] = {}
+        self._partial: dict[int, bytes] = {}
+        self._length = 0  # of the last whole answer: the next one is nearly always as long
+        self.latencies: list[float] = []
+        self.errors = 0
+        for _ in range(count):
+            sock = socket.create_connection((LOOPBACK, port), 30)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setblocking(False)
+            self._sockets[sock.fileno()] = sock
+            self._selector.register(sock, selectors.EVENT_READ, sock)
+
+    def begin(self) -> None:
+        for number, sock in self._sockets.items():
+            self._sent_at[number] = time.perf_counter()
+            sock.send(self._request)
+
+    def run(self, seconds: float) -> float:
+        """Ask for some seconds; return how long it was."""
+        clock, sent_at, partial = time.perf_counter, self._sent_at, self._partial
+        request, buffer = self._request, bytearray(1 << 18)
+        view, note = memoryview(buffer), self.latencies.append
+        began = now = clock()
+        until = began + seconds
+        select = self._poller()
+        while now < until:
+            for number, sock in select():
+                size = sock.recv_into(buffer)
+                is_known = size == self._length and number not in partial
+                if not (is_known and buffer[9:12] == b"200" or self._take(number, view[:size])):
+                    continue
+                now = clock()
+                note(now - sent_at[number])
+                sent_at[number] = now
+                sock.send(request)
+            now = clock()
+        return now - began
+
+    def _poller(self) -> Callable[[], list[tuple[int, socket.socket]]]:
+        if not hasattr(selectors, "EpollSelector"):
+            return lambda: [(key.fd, key.data) for key, _ in self._selector.select(1.0)]
+        import select
+
+        epoll = select.epoll()
+        for number in self._sockets:
+            epoll.register(number, select.EPOLLIN)
+        sockets, poll = self._sockets, epoll.poll
+        return lambda: [(number, sockets[number]) for number, _ in poll(1.0, 256)]
+
+    def _take(self, number: int, part: memoryview) -> bool:
+        """Take bytes the fast way does not understand; True when an answer is whole."""
+        data = self._partial.pop(number, b"") + part
+        found = ANSWER.match(data)
+        if not data or found is None and b"\r\n\r\n" in data:
+            raise RuntimeError(f"not an answer: {data[:200]!r}")
+        if found is None or len(data) < found.end() + int(found[2]):
+            self._partial[number] = data
+            return False
+        self._length = len(data)
+        self.errors += found[1] != b"200"
+        return True
+
+
+def load_command(port: str, path: str, count: str, seconds: str, rounds: str) -> int:
+    """Print the rate and the latencies of several rounds, after a warm-up."""
+    load = Load(int(port), path, int(count))
+    load.begin()
+    load.run(0.5)
+    figures = []
+    for _ in range(int(rounds)):
+        load.latencies.clear()
+        took = load.run(float(seconds))
+        times = load.latencies
+        figures.append(
+            {"rate": len(times) / took, "p50": 1000 * percentile(times, 0.5),
+             "p99": 1000 * percentile(times, 0.99), "max": 1000 * max(times)}
+        )  # fmt: skip
+    tell({"rounds": figures, "errors": load.errors})
+    return 0
+
+
+def measure_load(
+    port: int, path: str, rounds: int, count: int = 64, seconds: float = 1.5
+) -> list[dict[str, float]]:
+    """Return `rate`, `p50`, `p99` (ms) of every round, from a load generator of its own."""
+    with helper("_load", port, path, count, seconds, rounds) as load:
+        answer = load.read()
+    if answer["errors"]:
+        raise RuntimeError(f"{answer['errors']} answers to {path} were not 200")
+    figures: list[dict[str, float]] = answer["rounds"]
+    return figures
+
+
+# ---------------------------------------------------------------------------
+# Streams: a server and a writer that take orders, and a listener on many streams
+# ---------------------------------------------------------------------------
+
+
+class Writer:
+    """Commits events to a run and knows when each commit was done."""
+
+    def __init__(self, path: str) -> None:
+        self.db = ss.SmithersDb(path)
+        self._stamps: dict[int, int] = {}
+        self.db.subscribe(self._stamp)  # the first listener: right after the commit
+        if self.db.get_run(RUN) is None:
+            with self.db.transaction(RUN) as tx:
+                tx.insert_run("bench", None, None, "bench", "{}", "{}")
+                tx.append_event("RunStarted")
+
+    def _stamp(self, tx: ss.Tx) -> None:
+        now = time.monotonic_ns()
+        if tx.events:
+            self._stamps[tx.events[-1].seq] = now
+
+    def emit(self, count: int, interval: float, per_commit: int = 1) -> dict[int, int]:
+        """Commit events; return the last seq of every commit and when, in monotonic ns, it was."""
+        self._stamps = {}
+        due = time.perf_counter()
+        for start in range(0, count, per_commit):
+            with self.db.transaction(RUN) as tx:
+                for number in range(start, min(start + per_commit, count)):
+                    tx.append_event("NodeOutput", nodeId="task", iteration=0, attempt=0,
+                                    text=f"line {number}", stream="stdout")  # fmt: skip
+            due += interval
+            time.sleep(max(0.0, due - time.perf_counter()))
+        return self._stamps
+
+    def end(self) -> bool:
+        with self.db.transaction(RUN) as tx:
+            ss.close_run(tx, "finished", None)
+        return True
+
+
+def obey(writer: Writer) -> int:
+    """Carry out orders until standard input ends."""
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        tell(getattr(writer, name)(*arguments))
+    return 0
+
+
+def serve_command(path: str) -> int:
+    """Serve a run without an engine; its events are made to order."""
+    writer = Writer(path)
+    sys.setswitchinterval(0.0005)  # as `up --serve` does
+    server = ss.make_server(ss.create_serve_app(adapter=writer.db, run_id=RUN), LOOPBACK, 0)
+    server.start()
+    tell(server.server_port)
+    return obey(writer)
+
+
+def write_command(path: str) -> int:
+    tell(True)
+    return obey(Writer(path))
+
+
+class Client:
+    """One stream: what has come, and whether it came in order."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.tail = b""
+        self.last = -1
+        self.is_in_order = True
+        self.has_ended = False
+        self.is_open = False
+
+
+class Listener:
+    """Any number of event streams read by one thread."""
+
+    BATCH = 200  # connections opened before their heads are awaited
+    ID = re.compile(rb"\nid: (\d+)\n\n")
+
+    def __init__(self, port: int, count: int, after: int) -> None:
+        self._port = port
+        self._selector = selectors.DefaultSelector()
+        self.clients: list[Client] = []
+        self.arrivals: list[tuple[int, int]] = []  # (seq, ns), one per client and event
+        self.is_stamping = True
+        self.began = time.perf_counter()
+        request = f"GET /events?afterSeq={after} HTTP/1.1\r\nHost: {LOOPBACK}\r\n\r\n".encode()
+        while len(self.clients) < count:
+            self._open(min(self.BATCH, count - len(self.clients)), request)
+
+    def _open(self, count: int, request: bytes) -> None:
+        fresh = []
+        for _ in range(count):
+            sock = socket.create_connection((LOOPBACK, self._port), 30)
+            sock.send(request)
+            sock.setblocking(False)
+            client = Client(sock)
+            fresh.append(client)
+            self._selector.register(sock, selectors.EVENT_READ, client)
+        self.clients += fresh
+        self.pump(30, lambda: all(client.is_open for client in fresh))
+
+    def pump(self, seconds: float, is_done: Callable[[], bool]) -> bool:
+        """Read until something is so; False when it is not within the time."""
+        deadline = time.monotonic() + seconds
+        while not is_done():
+            if time.monotonic() > deadline:
+                return False
+            self.read_once(0.05)
+        return True
+
+    def read_once(self, timeout: float) -> None:
+        for key, _ in self._selector.select(timeout):
+            if key.data is None:
+                continue
+            try:
+                data = key.data.sock.recv(262144)
+            except BlockingIOError:
+                continue
+            except OSError:
+                data = b""
+            self._take(key.data, data, time.monotonic_ns())
+
+    def _take(self, client: Client, data: bytes, now: int) -> None:
+        if not data:
+            client.has_ended = client.tail.endswith(b"0\r\n\r\n")
+            self.drop(client)
+            return
+        text = client.tail + data
+        if not client.is_open:
+            client.is_open = b"retry: 1000\n\n" in text
+            if not text.startswith(b"HTTP/1.1 200 ") and len(text) > 13:
+                raise RuntimeError(f"no stream: {text[:200]!r}")
+        cut = text.rfind(b"\n\n") + 2 if b"\n\n" in text else 0
+        client.tail = text[cut:]
+        ids = [int(number) for number in self.ID.findall(text[:cut])]
+        if ids:
+            expected = range(client.last + 1, client.last + 1 + len(ids))
+            client.is_in_order &= client.last < 0 or ids == list(expected)
+            client.last = ids[-1]
+            if self.is_stamping:
+                self.arrivals.extend((seq, now) for seq in ids)
+
+    def drop(self, client: Client) -> None:
+        if client.sock.fileno() >= 0:
+            self._selector.unregister(client.sock)
+            client.sock.close()
+
+    # Orders
+
+    def wait(self, seq: int, seconds: float) -> dict[str, Any]:
+        """Read until every stream has come to `seq`, and say when and how."""
+        done = self.pump(seconds, lambda: all(client.last >= seq for client in self.clients))
+        in_order = all(client.is_in_order for client in self.clients)
+        return {"complete": done, "inOrder": in_order, "seconds": time.perf_counter() - self.began}
+
+    def latency(self, stamps: dict[str, int]) -> dict[str, float]:
+        """Return the time from commit to arrival, in ms, over all streams."""
+        times = [(ns - stamps[str(seq)]) / 1e6 for seq, ns in self.arrivals if str(seq) in stamps]
+        self.arrivals = []
+        return {"count": len(times), "max": max(times, default=float("nan")),
+                "p50": percentile(times, 0.5), "p99": percentile(times, 0.99)}  # fmt: skip
+
+    def stamp(self, is_stamping: bool) -> bool:
+        self.is_stamping = is_stamping
+        return True
+
+    def leave(self, count: int) -> int:
+        """Drop this many streams without a word."""
+        for client in self.clients[:count]:
+            self.drop(client)
+        del self.clients[:count]
+        return count
+
+    def ended(self, seconds: float) -> int:
+        """Wait for the streams to end; return how many did so with a proper last chunk."""
+        self.pump(seconds, lambda: all(client.sock.fileno() < 0 for client in self.clients))
+        return sum(client.has_ended for client in self.clients)
+
+    def obey(self) -> int:
+        """Read streams and carry out orders."""
+        os.set_blocking(0, False)
+        self._selector.register(0, selectors.EVENT_READ, None)
+        while True:
+            self.read_once(1.0)
+            orders = os.read(0, 1 << 24) if self._has_order() else None
+            if orders == b"":
+                return 0
+            while orders and not orders.endswith(b"\n"):
+                with contextlib.suppress(BlockingIOError):
+                    orders += os.read(0, 1 << 24)
+            for line in (orders or b"").splitlines():
+                name, *arguments = json.loads(line)
+                tell(getattr(self, name)(*arguments))
+
+    @staticmethod
+    def _has_order() -> bool:
+        import select
+
+        return bool(select.select([0], [], [], 0)[0])
+
+
+def listen_command(port: str, count: str, after: str) -> int:
+    ss.raise_descriptor_limit()
+    listener = Listener(int(port), int(count), int(after))
+    tell(len(listener.clients))
+    return listener.obey()
+
+
+@contextlib.contextmanager
+def serving(prefill: int = 0) -> Iterator[tuple[Helper, int, str]]:
+    """Yield (server helper, port, database) over a run that already has some events."""
+    with tempfile.TemporaryDirectory(prefix="smithers-bench-") as folder:
+        path = os.path.join(folder, "smithers.db")
+        if prefill:
+            writer = Writer(path)
+            writer.emit(prefill - 1, 0.0, 10_000)
+            writer.db.close()
+        with helper("_serve", path) as server:
+            yield server, server.read(), path
+
+
+@contextlib.contextmanager
+def listening(port: int, count: int, after: int = -1) -> Iterator[Helper]:
+    with helper("_listen", port, count, after) as listener:
+        if listener.read() != count:
+            raise RuntimeError("not every stream was opened")
+        yield listener
+
+
+# ---------------------------------------------------------------------------
+# Bench: one function per row or group of rows
+# ---------------------------------------------------------------------------
+
+GATE_FLOW = """
+from smithers_serve import Approval, Task, Workflow
+
+def workflow(ctx):
+    return Workflow("bench", Task("build", {"ok": True}), Task("test", {"ok": True}),
+                    Approval("ship", title="Ship it?"), Task("announce", {"ok": True}))
+"""
+BUSY_FLOW = """
+import time
+from smithers_serve import Task, Workflow, current_task
+
+def spin():
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not current_task().cancelled.is_set():
+        sum(range(1000))
+
+def workflow(ctx):
+    return Workflow("busy", Task("spin", spin))
+"""
+
+
+class Row(NamedTuple):
+    """One measure: its values over the rounds, and what is to be reached ("<" or ">")."""
+
+    measure: str
+    unit: str
+    values: list[float]
+    target: float | None = None
+    sign: str = "<"
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def is_reached(self) -> bool | None:
+        if self.target is None:
+            return None
+        return self.median <= self.target if self.sign == "<" else self.median >= self.target
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "measure": self.measure, "unit": self.unit, "median": self.median,
+            "min": min(self.values), "max": max(self.values), "values": self.values,
+            "target": self.target, "sign": self.sign, "reached": self.is_reached,
+        }  # fmt: skip
+
+
+class Options(NamedTuple):
+    rounds: int
+    peer: str  # the interpreter that has the peers
+
+
+Bench = Callable[[Options], "list[Row]"]
+BENCHES: dict[str, Bench] = {}
+
+
+def bench(name: str) -> Callable[[Bench], Bench]:
+    def register(measure: Bench) -> Bench:
+        BENCHES[name] = measure
+        return measure
+
+    return register
+
+
+def load_rows(
+    name: str, port: int, path: str, options: Options, rate: float | None = 12_000
+) -> list[Row]:
+    figures = measure_load(port, path, options.rounds)
+    return [
+        Row(f"{name}, 64 connections", "/s", [f["rate"] for f in figures], rate, ">"),
+        Row(f"{name}, p99", "ms", [f["p99"] for f in figures], 25),
+    ]
+
+
+def measure_route(path: str, options: Options, rate: float | None = 12_000) -> list[Row]:
+    with served(GATE_FLOW) as run:
+        run.wait_for_status("waiting-approval")
+        return load_rows(f"GET {path}", run.port, path, options, rate)
+
+
+@bench("status")
+def bench_status(options: Options) -> list[Row]:
+    return measure_route("/", options)
+
+
+@bench("frames")
+def bench_frames(options: Options) -> list[Row]:
+    return measure_route("/frames", options)
+
+
+@bench("metrics")
+def bench_metrics(options: Options) -> list[Row]:
+    return measure_route("/metrics", options)
+
+
+@bench("health")
+def bench_health(options: Options) -> list[Row]:
+    return measure_route("/health", options, None)
+
+
+def fill_nodes(path: str, nodes: int, events: int) -> None:
+    """Make a parked run of many nodes, all finished but its gate."""
+    writer = Writer(path)
+    writer.db.close()
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.execute("update _smithers_runs set runtime_owner_id = null")
+        db.executemany(
+            "insert into _smithers_nodes (run_id, node_id, iteration, state, last_attempt) "
+            "values (?, ?, 0, 'finished', 0)",
+            ((RUN, f"n{number}") for number in range(nodes)),
+        )
+        payload = json.dumps({"type": "NodePending", "runId": RUN, "nodeId": "n", "iteration": 0})
+        db.executemany(
+            "insert into _smithers_events (run_id, seq, type, payload_json) values (?, ?, ?, ?)",
+            ((RUN, seq, "NodePending", payload) for seq in range(1, events)),
+        )
+
+
+@bench("status-100k")
+def bench_status_100k(options: Options) -> list[Row]:
+    with tempfile.TemporaryDirectory(prefix="smithers-bench-") as folder:
+        fill_nodes(os.path.join(folder, "smithers.db"), 100_000, 2)
+        run = Served(folder, GATE_FLOW, "--resume")
+        try:
+            run.wait_for_port()
+            run.wait_for_status("waiting-approval")
+            return load_rows("GET / of 100,000 nodes", run.port, "/", options)
+        finally:
+            run.close()
+
+
+@bench("big")
+def bench_big(options: Options) -> list[Row]:
+    """A file of 100,000 nodes and 1,000,000 events: its opening and a fresh status."""
+    with tempfile.TemporaryDirectory(prefix="smithers-bench-") as folder:
+        path = os.path.join(folder, "smithers.db")
+        fill_nodes(path, 100_000, 1_000_000)
+        opened, answered = [], []
+        for _ in range(max(3, options.rounds)):
+            began = time.perf_counter()
+            with contextlib.closing(ss.SmithersDb(path)) as db:
+                opened.append(1000 * (time.perf_counter() - began))
+                app = ss.create_serve_app(adapter=db, run_id=RUN)
+                began = time.perf_counter()
+                app.request("GET", "/")
+                answered.append(1000 * (time.perf_counter() - began))
+                app.close()
+    what = "100,000 nodes, 1,000,000 events"
+    return [Row(f"open a file of {what}", "ms", opened, 50),
+            Row(f"first GET / of {what}", "ms", answered, 50)]  # fmt: skip
+
+
+# Peers
+
+
+PEER_APP = """
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+async def health(request):
+    return JSONResponse({"ok": True})
+
+app = Starlette(routes=[Route("/health", health)])
+"""
+PEER_STEPS = """
+import json, os, sys, time
+from dbos import DBOS
+
+DBOS(config={"name": "bench", "system_database_url": "sqlite:///" + sys.argv[1],
+             "log_level": "ERROR", "run_admin_server": False})
+
+@DBOS.step()
+def step():
+    return 1
+
+@DBOS.workflow()
+def flow(count):
+    for _ in range(count):
+        step()
+
+DBOS.launch()
+flow(10)
+times = []
+for _ in range(int(sys.argv[2])):
+    began = time.perf_counter()
+    flow(200)
+    times.append(1000 * (time.perf_counter() - began) / 200)
+print(json.dumps(times), flush=True)
+os._exit(0)
+"""
+
+
+def has_modules(python: str, *names: str) -> bool:
+    code = f"import {', '.join(names)}"
+    return subprocess.run([python, "-c", code], stderr=subprocess.DEVNULL).returncode == 0
+
+
+@bench("peers")
+def bench_peers(options: Options) -> list[Row]:
+    """The peers that are installed, beside the same measure of ours in the same minute."""
+    rows = []
+    if has_modules(options.peer, "uvicorn", "starlette"):
+        theirs, ours = measure_beside_uvicorn(options)
+        ratio = [mine / other for mine, other in zip(ours, theirs)]
+        rows += [Row("GET /health, uvicorn+Starlette", "/s", theirs),
+                 Row("GET /health, ours", "/s", ours),
+                 Row("GET /health, ours to uvicorn+Starlette", "times", ratio, 1, ">")]  # fmt: skip
+    if has_modules(options.peer, "dbos"):
+        theirs = measure_dbos(options)
+        ours = [run_steps("sequence", 200)["ms"] for _ in theirs]
+        ratio = [other / mine for mine, other in zip(ours, theirs)]
+        rows += [Row("a step, DBOS on sqlite", "ms", theirs), Row("a step, ours", "ms", ours),
+                 Row("a step, DBOS to ours", "times", ratio, 1, ">")]  # fmt: skip
+    return rows
+
+
+def measure_beside_uvicorn(options: Options) -> tuple[list[float], list[float]]:
+    """Return the rates of uvicorn and of ours, measured in turns."""
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="smithers-bench-") as folder:
+        with open(os.path.join(folder, "peer_app.py"), "w", encoding="utf-8") as out:
+            out.write(PEER_APP)
+        process = subprocess.Popen(
+            [options.peer, "-m", "uvicorn", "peer_app:app", "--port", str(port),
+             "--log-level", "error", "--no-access-log"], cwd=folder,
+        )  # fmt: skip
+        try:
+            wait_for_answer(port, "/health")
+            with served(GATE_FLOW) as run:
+                run.wait_for_status("waiting-approval")
+                pairs = [(measure_load(port, "/health", 1)[0]["rate"],
+                          measure_load(run.port, "/health", 1)[0]["rate"])
+                         for _ in range(options.rounds)]  # fmt: skip
+        finally:
+            end_process(process)
+    return [theirs for theirs, _ in pairs], [ours for _, ours in pairs]
+
+
+def measure_dbos(options: Options) -> list[float]:
+    with tempfile.TemporaryDirectory(prefix="smithers-bench-") as folder:
+        script = os.path.join(folder, "peer_steps.py")
+        with open(script, "w", encoding="utf-8") as out:
+            out.write(PEER_STEPS)
+        argv = [options.peer, script, os.path.join(folder, "dbos.sqlite"), str(options.rounds)]
+        done = subprocess.run(argv, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              timeout=120, check=True)  # fmt: skip
+        figures: list[float] = json.loads(done.stdout.splitlines()[-1])
+        return figures
+
+
+def wait_for_answer(port: int, path: str, seconds: float = 20.0) -> float:
+    """Ask until there is a 200; return perf_counter of that moment."""
+    request = f"GET {path} HTTP/1.1\r\nHost: {LOOPBACK}\r\nConnection: close\r\n\r\n".encode()
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection((LOOPBACK, port), 5) as sock:
+            sock.sendall(request)
+            if sock.recv(4096).startswith(b"HTTP/1.1 200 "):
+                return time.perf_counter()
+        time.sleep(0.002)
+    raise RuntimeError(f"no answer to {path} within {seconds:g} s")
+
+
+# Streams
+
+
+@bench("live")
+def bench_live(options: Options) -> list[Row]:
+    rows = []
+    for clients, target in ((1, 10), (1000, 50)):
+        figures = [measure_live(clients, False) for _ in range(options.rounds)]
+        rows += live_rows(f"live event, {clients:,} client{'s'[: clients - 1]}", figures, target)
+    figures = [measure_live(1, True) for _ in range(options.rounds)]
+    return rows + live_rows("live event of another process", figures, 100)
+
+
+def live_rows(name: str, figures: list[dict[str, float]], target: float) -> list[Row]:
+    return [Row(f"{name}, p50", "ms", [f["p50"] for f in figures]),
+            Row(f"{name}, p99", "ms", [f["p99"] for f in figures], target)]  # fmt: skip
+
+
+def measure_live(clients: int, elsewhere: bool) -> dict[str, float]:
+    with serving() as (server, port, path), listening(port, clients) as listener:
+        with helper("_write", path) if elsewhere else contextlib.nullcontext(server) as writer:
+            if elsewhere:
+                writer.read()
+            stamps = writer.ask("emit", 60, 0.03)
+        check(listener.ask("wait", 60, 10.0), "live")
+        latency: dict[str, float] = listener.ask("latency", stamps)
+    if latency["count"] != 60 * clients:
+        raise RuntimeError(f"{latency['count']} arrivals, not {60 * clients}")
+    return latency
+
+
+def check(waited: dict[str, Any], what: str) -> float:
+    """Return the seconds that a wait took. Raises when something was lost or out of order."""
+    if not waited["complete"] or not waited["inOrder"]:
+        raise RuntimeError(f"{what}: events were lost, late or out of order: {waited}")
+    return float(waited["seconds"])
+
+
+@bench("replay")
+def bench_replay(options: Options) -> list[Row]:
+    events = 100_000
+    rates: dict[int, list[float]] = {1: [], 10: []}
+    with serving(prefill=events) as (server, port, _):
+        for _ in range(options.rounds):
+            for clients, figures in rates.items():
+                with listening(port, clients) as listener:
+                    seconds = check(listener.ask("wait", events - 1, 60.0), "replay")
+                figures.append(events * clients / seconds)
+    return [Row(f"replay of 100,000 events, {clients} at once", "/s", figures, 100_000, ">")
+            for clients, figures in rates.items()]  # fmt: skip
+
+
+@bench("streams")
+def bench_streams(options: Options) -> list[Row]:
+    """5,000 streams: what they cost, how fast one event reaches them, what they leave behind."""
+    count = 5000
+    with serving() as (server, port, _):
+        ask(port, "GET", "/")
+        before = vitals(server.pid)
+        with listening(port, count) as listener:
+            listener.ask("stamp", True)
+            idle = cpu_share(server.pid, 4.0)
+            during = vitals(server.pid)
+            reach = [measure_reach(server, listener) for _ in range(max(5, options.rounds))]
+            listener.ask("stamp", False)
+            last = max(map(int, server.ask("emit", 200, 0.005)))
+            check(listener.ask("wait", last, 60.0), "streams")
+            listener.ask("leave", count // 2)
+            server.ask("end")
+            properly = listener.ask("ended", 30.0)
+        after = settle(server.pid, before)
+    return [
+        Row("5,000 idle streams, threads", "", [during.threads], 64),
+        Row("5,000 idle streams, memory", "MiB", [during.rss], 150),
+        Row("5,000 idle streams, share of a core", "%", [idle], 5),
+        Row("one event at all of 5,000 streams", "ms", reach, 250),
+        Row("200 events at all, once and in order: streams", "", [count], count, ">"),
+        Row("streams that ended properly, of 2,500", "", [properly], count - count // 2, ">"),
+        Row("threads left behind", "", [after.threads - before.threads], 1),
+        Row("descriptors left behind", "", [after.descriptors - before.descriptors], 8),
+        Row("memory left behind", "MiB", [after.rss - before.rss], 20),
+    ]
+
+
+def measure_reach(server: Helper, listener: Helper) -> float:
+    stamps = server.ask("emit", 1, 0.0)
+    check(listener.ask("wait", max(map(int, stamps)), 20.0), "reach")
+    return float(listener.ask("latency", stamps)["max"])
+
+
+def settle(pid: int, before: Vitals, seconds: float = 6.0) -> Vitals:
+    """Return the vitals once threads and descriptors are back, or after some seconds."""
+    deadline = time.monotonic() + seconds
+    while True:
+        now = vitals(pid)
+        back = now.threads <= before.threads + 1 and now.descriptors <= before.descriptors + 4
+        if back or time.monotonic() > deadline:
+            return now
+        time.sleep(0.2)
+
+
+@bench("slow-reader")
+def bench_slow_reader(options: Options) -> list[Row]:
+    """200 streams that read beside one that never does, over 100,000 events."""
+    events = 100_000
+    with serving() as (server, port, _), listening(port, 200) as listener:
+        listener.ask("stamp", False)
+        with socket.create_connection((LOOPBACK, port)) as lazy:
+            lazy.sendall(f"GET /events HTTP/1.1\r\nHost: {LOOPBACK}\r\n\r\n".encode())
+            last = max(map(int, server.ask("emit", 5000, 0.0, 100)))
+            check(listener.ask("wait", last, 60.0), "slow-reader")
+            sizes, began = [vitals(server.pid).rss], time.perf_counter()
+            for _ in range(2):
+                last = max(map(int, server.ask("emit", events // 2, 0.0, 100)))
+                check(listener.ask("wait", last, 120.0), "slow-reader")
+                sizes.append(vitals(server.pid).rss)
+            took = time.perf_counter() - began
+            listener.ask("stamp", True)
+            stamps = server.ask("emit", 60, 0.03)
+            check(listener.ask("wait", last + 60, 10.0), "slow-reader")
+            latency = listener.ask("latency", stamps)
+    return [
+        Row("one reads nothing: memory over 100,000 events", "MiB", [sizes[2] - sizes[0]], 40),
+        Row("one reads nothing: of that, over the last 50,000", "MiB", [sizes[2] - sizes[1]], 4),
+        Row("one reads nothing: deliveries to 200 others", "/s", [200 * events / took]),
+        Row("one reads nothing: live p99 of 200 others", "ms", [latency["p99"]], 50),
+    ]
+
+
+# Steps
+
+
+def no_op() -> int:
+    return 1
+
+
+def make_flow(kind: str, count: int) -> ss.Workflow:
+    if kind == "loop":
+        loop = ss.Loop(ss.Task("t", no_op), id="l", until=False, max_iterations=count)
+        return ss.Workflow("bench", loop)
+    tasks = [ss.Task(f"t{number}", no_op) for number in range(count)]
+    return ss.Workflow("bench", ss.Parallel(*tasks) if kind == "parallel" else ss.Sequence(*tasks))
+
+
+def steps_command(kind: str, count: str) -> int:
+    """Run trivial function tasks and print what one costs."""
+    flow = make_flow(kind, int(count))
+    with tempfile.TemporaryDirectory(prefix="smithers-bench-") as folder:
+        path = os.path.join(folder, "smithers.db")
+        db = ss.SmithersDb(path)
+        empty = os.path.getsize(path)
+        began = time.perf_counter()
+        result = ss.run_workflow(flow, adapter=db, run_id=RUN, max_concurrency=4)
+        took = time.perf_counter() - began
+        db.close()
+        size = os.path.getsize(path) - empty
+    if result.status != "finished":
+        raise RuntimeError(f"the run is {result.status}: {result.error}")
+    tell({"ms": 1000 * took / int(count), "bytes": size / int(count)})
+    return 0
+
+
+def run_steps(kind: str, count: int) -> dict[str, float]:
+    with helper("_steps", kind, count) as process:
+        figure: dict[str, float] = process.read()
+        return figure
+
+
+@bench("steps")
+def bench_steps(options: Options) -> list[Row]:
+    plan = (("sequence", 200, 0.5), ("sequence", 1000, 0.5), ("parallel", 1000, 0.3),
+            ("loop", 1000, 0.5))  # fmt: skip
+    rows = []
+    for kind, count, target in plan:
+        figures = [run_steps(kind, count)["ms"] for _ in range(options.rounds)]
+        rows.append(Row(f"a step, {count:,} in a {kind}", "ms", figures, target))
+    return rows
+
+
+@bench("flat")
+def bench_flat(options: Options) -> list[Row]:
+    """What a task of 10,000 costs, against a task of 100."""
+    rows = []
+    for kind in ("sequence", "parallel", "loop"):
+        few = [run_steps(kind, 100) for _ in range(max(3, options.rounds))]
+        many = [run_steps(kind, 10_000) for _ in range(max(1, options.rounds // 2))]
+        for key, what in (("ms", "time"), ("bytes", "bytes")):
+            base = statistics.median(f[key] for f in few)
+            ratios = [f[key] / base for f in many]
+            rows.append(Row(f"{what} a task, 10,000 to 100, {kind}", "times", ratios, 1.5))
+        rows.append(Row(f"a step, 10,000 in a {kind}", "ms", [f["ms"] for f in many]))
+    return rows
+
+
+# Start, size and idling
+
+
+@bench("start")
+def bench_start(options: Options) -> list[Row]:
+    times = [measure_start() for _ in range(2 * options.rounds + 1)]
+    return [Row("start to first answer", "ms", times[1:], 250)]
+
+
+def measure_start() -> float:
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="smithers-bench-") as folder:
+        run = Served(folder, GATE_FLOW, "--port", str(port))
+        try:
+            return 1000 * (wait_for_answer(port, "/") - run.started_at)
+        finally:
+            run.close()
+
+
+@bench("import")
+def bench_import(options: Options) -> list[Row]:
+    code = (
+        "import time; began = time.perf_counter(); import smithers_serve; "
+        "print(1000 * (time.perf_counter() - began))"
+    )
+    argv = [sys.executable, "-c", code]
+    times = [
+        float(subprocess.run(argv, env=child_environment(), stdout=subprocess.PIPE).stdout)
+        for _ in range(2 * options.rounds + 1)
+    ]
+    return [Row("import", "ms", times[1:], 100)]
+
+
+@bench("idle")
+def bench_idle(options: Options) -> list[Row]:
+    with served(GATE_FLOW) as run:
+        run.wait_for_status("waiting-approval")
+        time.sleep(0.5)
+        memory = vitals(run.pid).rss
+        shares = [cpu_share(run.pid, 5.0 / options.rounds + 0.5) for _ in range(options.rounds)]
+        return [Row("memory, parked at a gate", "MiB", [memory], 30),
+                Row("share of a core, parked at a gate", "%", shares, 1)]  # fmt: skip
+
+
+@bench("busy")
+def bench_busy(options: Options) -> list[Row]:
+    """The status while a Python task in the same process computes."""
+    rows = []
+    for count in (8, 64):
+        with served(BUSY_FLOW) as run:
+            run.wait_for(lambda served: any("spin started" in line for line in served.lines))
+            figures = measure_load(run.port, "/", options.rounds, count)
+        name = f"GET / while a task computes, {count} connections"
+        rows += [Row(f"{name}, p99", "ms", [f["p99"] for f in figures], 100),
+                 Row(name, "/s", [f["rate"] for f in figures])]  # fmt: skip
+    return rows
+
+
+# The table
+
+
+def machine_facts() -> dict[str, Any]:
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        model = next((line.partition(": ")[2].strip() for line in file
+                      if line.startswith("model name")), model)  # fmt: skip
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "cores": os.cpu_count(), "cpu": model,
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "sqlite": sqlite3.sqlite_version, "system": f"{platform.system()} {platform.release()}",
+        "fsyncMs": round(fsync_ms(), 3), "version": ss.__version__,
+    }  # fmt: skip
+
+
+def fsync_ms() -> float:
+    """Return what one small durable write costs in the folder that is measured in."""
+    with tempfile.NamedTemporaryFile(prefix="smithers-bench-") as file:
+        times = []
+        for _ in range(20):
+            began = time.perf_counter()
+            file.write(b"x" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+            times.append(1000 * (time.perf_counter() - began))
+    return statistics.median(times)
+
+
+def show_number(value: float) -> str:
+    if value != value:
+        return "failed"
+    if abs(value) >= 100 or value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def show_row(row: Row) -> str:
+    spread = ""
+    if len(row.values) > 1:
+        spread = f" ({show_number(min(row.values))}..{show_number(max(row.values))})"
+    figure = f"{show_number(row.median)}{'' if row.unit == '/s' else ' '}{row.unit}".rstrip()
+    wish = "" if row.target is None else f"{row.sign} {show_number(row.target)} {row.unit}".rstrip()
+    word = {True: "yes", False: "NO", None: ""}[row.is_reached]
+    return f"| {row.measure:<50} | {figure + spread:<34} | {wish:<16} | {word:<7} |"
+
+
+def bench_command(arguments: argparse.Namespace) -> int:
+    """Run benches by name, all when none is given; 0 when every target is reached."""
+    unknown = sorted(set(arguments.names) - BENCHES.keys())
+    if unknown:
+        print(f"no such bench: {', '.join(unknown)}; there are {', '.join(BENCHES)}")
+        return 2
+    ss.raise_descriptor_limit()
+    facts, options = machine_facts(), Options(arguments.rounds, arguments.peer)
+    if not arguments.json:
+        print("\n".join(f"{key}: {value}" for key, value in facts.items()))
+        print(f"\n| {'measure':<50} | {'median (min..max)':<34} | {'target':<16} | reached |")
+        print(f"|{'-' * 52}|{'-' * 36}|{'-' * 18}|{'-' * 9}|", flush=True)
+    rows: list[Row] = []
+    for name in arguments.names or BENCHES:
+        rows += measure_and_show(name, options, not arguments.json)
+    if arguments.json:
+        print(json.dumps({"machine": facts, "rows": [row.to_json() for row in rows]}, indent=1))
+    return 0 if all(row.is_reached is not False for row in rows) else 1
+
+
+def measure_and_show(name: str, options: Options, is_shown: bool) -> list[Row]:
+    began = time.monotonic()
+    try:
+        rows = BENCHES[name](options)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        rows = [Row(f"{name}: {type(error).__name__}: {error}"[:200], "", [float("nan")], 0)]
+    if is_shown:
+        print("\n".join(map(show_row, rows)), flush=True)
+        print(f"[{name}: {time.monotonic() - began:.1f} s]", file=sys.stderr, flush=True)
+    return rows
+
+
+# ---------------------------------------------------------------------------
+# Crash: kill -9 and resume, again and again
+# ---------------------------------------------------------------------------
+
+CRASH_FLOW = '''
+import os, time
+from smithers_serve import Approval, Loop, Parallel, Task, TaskFailed, Workflow, current_task
+
+EFFECTS = os.environ["CRASH_EFFECTS"]
+
+def note(what):
+    task = current_task()
+    line = f"{task.node_id} {task.iteration} {task.attempt} {what}\\n"
+    with open(EFFECTS, "ab", buffering=0) as out:
+        out.write(line.encode())
+
+def act(seconds=0.004, upstream=None):
+    note("start")
+    current_task().log("working")
+    time.sleep(seconds)
+    note("end")
+    return {"upstream": upstream}
+
+def flaky():
+    note("start")
+    with open(EFFECTS) as seen:
+        if "fail" not in seen.read():
+            note("fail")
+            raise TaskFailed("not yet")
+    note("end")
+
+COMMAND = """
+say() { echo "$SMITHERS_NODE_ID $SMITHERS_ITERATION $SMITHERS_ATTEMPT $1" >> "$CRASH_EFFECTS"; }
+say start; echo working; sleep 0.01; say end
+"""
+
+def workflow(ctx):
+    return Workflow("crash",
+        *[Task(f"s{number}", act) for number in range(4)],
+        Parallel(*[Task(f"p{number}", act, kwargs={"seconds": 0.01}) for number in range(6)],
+                 max_concurrency=3),
+        Task("command", ["sh", "-c", COMMAND]),
+        Task("flaky", flaky, retries=3, retry_delay=0.02),
+        Approval("ship", title="Ship?"),
+        Loop(Task("inner", act), Approval("again", on_deny="continue"),
+             id="rounds", max_iterations=4,
+             until=(ctx.output("again") or {}).get("approved") is False),
+        Task("last", act, needs={"upstream": "inner"}) if ctx.state("inner") else None)
+'''
+
+
+class Watcher:
+    """A client that follows a run over all its lives and decides its gates."""
+
+    def __init__(self, path: str, chance: random.Random) -> None:
+        self._path = path
+        self._chance = chance
+        self.port = 0
+        self.seen: list[tuple[int, str]] = []
+        self.gates: set[tuple[str, int]] = set()
+        self.has_ended = False
+        self.reconnects = 0
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._loop, args=(step,), daemon=True)
+                         for step in (self._follow, self._decide)]  # fmt: skip
+        for thread in self._threads:
+            thread.start()
+
+    def _loop(self, step: Callable[[], None]) -> None:
+        while not self._stop.wait(0.01):
+            with contextlib.suppress(OSError, http.client.HTTPException, ss.SmithersError):
+                step()
+
+    def _follow(self) -> None:
+        if not self.port or self.has_ended:
+            return
+        connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=5)
+        headers = {"Last-Event-ID": str(self.seen[-1][0])} if self.seen else {}
+        try:
+            connection.request("GET", "/events", headers=headers)
+            response = connection.getresponse()
+            self.reconnects += 1
+            self.has_ended = response.status == 204
+            payload = ""
+            for line in iter(response.readline, b""):
+                if line.startswith(b"data: "):
+                    payload = line[6:-1].decode("utf-8")
+                elif line.startswith(b"id: "):
+                    self._take(int(line[4:]), payload)
+        finally:
+            connection.close()
+
+    def _take(self, seq: int, payload: str) -> None:
+        self.seen.append((seq, payload))
+        event = json.loads(payload)
+        gate = (event.get("nodeId"), event.get("iteration"))
+        if event["type"] == "NodeWaitingApproval":
+            self.gates.add(gate)
+        elif event["type"] in ("ApprovalGranted", "ApprovalDenied"):
+            self.gates.discard(gate)
+
+    def _decide(self) -> None:
+        """Decide what waits: over HTTP, or straight in the file, engine or not."""
+        for node, iteration in sorted(self.gates):
+            time.sleep(self._chance.uniform(0, 0.06))
+            verdict = "denied" if (node, iteration) == ("again", 2) else "approved"
+            if self._chance.random() < 0.5:
+                with contextlib.closing(ss.SmithersDb(self._path)) as db:
+                    ss.decide(db, RUN, node, ss.Decision(verdict, iteration))
+            else:
+                body = json.dumps({"iteration": iteration, "decidedBy": "watcher"})
+                word = "deny" if verdict == "denied" else "approve"
+                ask(self.port, "POST", f"/{word}/{node}", body)
+
+    def close(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(6)
+
+
+class Book:
+    """What the log says, folded, and what is wrong with it."""
+
+    STATES = {
+        "NodePending": "pending", "NodeStarted": "in-progress", "NodeFinished": "finished",
+        "NodeFailed": "failed", "NodeRetrying": "pending", "NodeCancelled": "cancelled",
+        "NodeSkipped": "skipped", "NodeWaitingApproval": "waiting-approval",
+        "ApprovalGranted": "pending", "ApprovalDenied": "pending",
+    }  # fmt: skip
+    GATES = {"ApprovalRequested": "requested", "ApprovalGranted": "approved",
+             "ApprovalDenied": "denied"}  # fmt: skip
+
+    def __init__(self, log: list[tuple[int, str]]) -> None:
+        self.status = ""
+        self.nodes: dict[tuple[str, int], str] = {}
+        self.attempts: dict[tuple[str, int, int], str] = {}
+        self.gates: dict[tuple[str, int], str] = {}
+        self.frames: list[tuple[int, str]] = []
+        for _, payload in log:
+            self._fold(json.loads(payload))
+
+    def _fold(self, event: dict[str, Any]) -> None:
+        kind = event["type"]
+        if kind == "RunStatusChanged":
+            self.status = event["status"]
+        elif kind == "FrameCommitted":
+            self.frames.append((event["frameNo"], event["xmlHash"]))
+        if "nodeId" not in event:
+            return
+        key = (event["nodeId"], event["iteration"])
+        if kind in self.STATES:
+            self.nodes[key] = self.STATES[kind]
+        if kind in self.GATES:
+            self.gates[key] = self.GATES[kind]
+        attempt = (*key, event.get("attempt", -1))
+        if kind == "NodeStarted" or attempt in self.attempts and kind in (
+            "NodeFinished", "NodeFailed", "NodeCancelled"
+        ):  # fmt: skip
+            self.attempts[attempt] = self.STATES[kind]
+
+
+def inspect(path: str, effects: str, seen: list[tuple[int, str]]) -> list[str]:
+    """Return what is wrong with a run's file, its side effects and what a client saw."""
+    with contextlib.closing(sqlite3.connect(path, timeout=10)) as db:
+        db.execute("begin")
+        read = db.execute
+        sound = read("pragma integrity_check").fetchone()[0]
+        log = read("select seq, payload_json from _smithers_events order by seq").fetchall()
+        wrong = [] if sound == "ok" else [f"integrity_check: {sound}"]
+        if [seq for seq, _ in log] != list(range(len(log))):
+            wrong.append("the log has gaps")
+        if seen != log[: len(seen)]:
+            wrong.append(f"a client saw {len(seen)} events that are not the log's first")
+        wrong += inspect_rows(db, Book(log))
+        wrong += inspect_effects(db, effects)
+        return wrong
+
+
+def inspect_rows(db: sqlite3.Connection, book: Book) -> list[str]:
+    """Compare every table with the folded log."""
+    read = db.execute
+    nodes = {(n, i): s for n, i, s in read("select node_id, iteration, state from _smithers_nodes")}
+    attempts = {(n, i, a): s for n, i, a, s in read(
+        "select node_id, iteration, attempt, state from _smithers_attempts")}  # fmt: skip
+    gates = {(n, i): s for n, i, s in read(
+        "select node_id, iteration, status from _smithers_approvals")}  # fmt: skip
+    frames = read("select frame_no, xml_hash from _smithers_frames order by frame_no").fetchall()
+    summary = dict(read("select state, nodes from _smithers_summary where nodes > 0").fetchall())
+    outputs = set(read("select node_id, iteration from _smithers_outputs"))
+    status = read("select status from _smithers_runs").fetchall()
+    done = {key for key, state in nodes.items() if state == "finished"}
+    pairs = {
+        "nodes": (nodes, book.nodes), "attempts": (attempts, book.attempts),
+        "gates": (gates, book.gates), "frames": (frames, book.frames),
+        "status": (status, [(book.status,)]), "summary": (summary, Counter(nodes.values())),
+        "outputs": (outputs, done),
+    }  # fmt: skip
+    return [f"{name}: rows {rows} but log {folded}"[:600]
+            for name, (rows, folded) in pairs.items() if rows != folded]  # fmt: skip
+
+
+def inspect_effects(db: sqlite3.Connection, effects: str) -> list[str]:
+    """Compare what tasks have done with the attempts that were committed."""
+    attempts = {(n, i, a): s for n, i, a, s in db.execute(
+        "select node_id, iteration, attempt, state from _smithers_attempts")}  # fmt: skip
+    done: dict[tuple[str, int, int], list[str]] = {}
+    if os.path.exists(effects):
+        with open(effects, encoding="utf-8") as file:
+            for line in file:
+                node, iteration, attempt, what = line.split()
+                done.setdefault((node, int(iteration), int(attempt)), []).append(what)
+    wrong = [f"{key} was never committed, but ran" for key in done if key not in attempts]
+    twice = {key: what for key, what in done.items() if len(set(what)) < len(what)}
+    wrong += [f"{key} ran twice: {what}" for key, what in twice.items()]
+    finished: dict[tuple[str, int], int] = {}
+    for (node, iteration, attempt), state in sorted(attempts.items()):
+        if (node, iteration) in finished:
+            wrong.append(f"{node} {iteration} was tried again after it had finished")
+        if state == "finished":
+            finished[(node, iteration)] = attempt
+            if done.get((node, iteration, attempt)) != ["start", "end"]:
+                wrong.append(f"{node} {iteration} {attempt} finished without its effects")
+        elif state == "failed" and node != "flaky":
+            wrong.append(f"{node} {iteration} {attempt} failed")
+    return wrong
+
+
+def has_ended(run: Served) -> bool:
+    return any("Server still running" in line for line in run.lines)
+
+
+class Crash:
+    """One workflow run, killed at random moments until it finishes."""
+
+    def __init__(self, folder: str, chance: random.Random) -> None:
+        self.folder = folder
+        self.chance = chance
+        self.effects = os.path.join(folder, "effects.txt")
+        self.path = os.path.join(folder, "smithers.db")
+        self.watcher = Watcher(self.path, chance)
+        self.kills = 0
+        self.events = 0
+        self.moments: Counter[str] = Counter()
+        self.wrong: list[str] = []
+
+    def drive(self, kills: int) -> None:
+        """Kill at most this often, then let it finish."""
+        try:
+            while not self._live_once(self.kills < kills) and not self.wrong:
+                pass
+        finally:
+            self.watcher.close()
+
+    def _live_once(self, may_kill: bool) -> bool:
+        """One life of the run; True when it has finished and everything was checked."""
+        resume = ["--resume"] if self._has_run() else []
+        run = Served(self.folder, CRASH_FLOW, *resume, CRASH_EFFECTS=self.effects)
+        try:
+            if self._run_until_moment(run, may_kill):
+                run.process.send_signal(signal.SIGKILL)
+                run.process.wait()
+                self.kills += 1
+                seen = list(self.watcher.seen)
+                self.wrong += inspect(self.path, self.effects, seen) if self._has_run() else []
+                return False
+            self._check_end(run)
+            return True
+        finally:
+            run.close()
+            self.watcher.port = 0
+
+    def _has_run(self) -> bool:
+        if not os.path.exists(self.path):
+            return False
+        try:
+            with contextlib.closing(sqlite3.connect(self.path)) as db:
+                return bool(db.execute("select count(*) from _smithers_runs").fetchone()[0])
+        except sqlite3.OperationalError:  # killed before the tables were there
+            return False
+
+    def _run_until_moment(self, run: Served, may_kill: bool) -> bool:
+        """Wait for a moment to kill in; False when the run has finished before."""
+        if may_kill and self.chance.random() < 0.4:
+            self.moments["while starting"] += 1
+            time.sleep(self.chance.uniform(0, 0.35))
+            return True
+        run.wait_for_port()
+        self.watcher.port = run.port
+        lines = self.chance.randint(2, 30) if may_kill else 10**9
+        run.wait_for(lambda served: len(served.lines) >= lines or has_ended(served), 60)
+        if not may_kill or has_ended(run):
+            return False
+        self.moments["after a line"] += 1
+        time.sleep(self.chance.choice((0.0, self.chance.uniform(0, 0.02))))
+        return True
+
+    def _check_end(self, run: Served) -> None:
+        if not run.wait_for(has_ended, 60):
+            self.wrong.append("a life ended without a finished run: " + " / ".join(run.lines[-8:]))
+            return
+        deadline = time.monotonic() + 10
+        while not self.watcher.has_ended and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.wrong += inspect(self.path, self.effects, list(self.watcher.seen))
+        with contextlib.closing(ss.SmithersDb(self.path)) as db:
+            log = [(event.seq, event.payload_json) for event in db.list_events(RUN)]
+            run_row = db.get_run(RUN)
+            nodes = db.list_nodes(RUN)
+        self.events = len(log)
+        if not self.watcher.has_ended or self.watcher.seen != log:
+            self.wrong.append(f"the client has {len(self.watcher.seen)} events of {len(log)}")
+        if run_row is None or run_row.status != "finished":
+            self.wrong.append(f"the run is {run_row and run_row.status}")
+        if [node for node in nodes if node.state != "finished"] or len(nodes) != 20:
+            self.wrong.append(f"{len(nodes)} nodes, not 20, or some not finished")
+
+
+def crash_command(arguments: argparse.Namespace) -> int:
+    """Kill and resume N times, over as many runs as that takes."""
+    chance = random.Random(arguments.seed)
+    kills = runs = reconnects = events = 0
+    moments: Counter[str] = Counter()
+    began = time.monotonic()
+    while kills < arguments.count:
+        folder = tempfile.mkdtemp(prefix="smithers-crash-")
+        crash = Crash(folder, chance)
+        crash.drive(min(chance.randint(3, 12), arguments.count - kills))
+        kills, runs = kills + crash.kills, runs + 1
+        reconnects, events = reconnects + crash.watcher.reconnects, events + crash.events
+        moments += crash.moments
+        if crash.wrong:
+            print(f"seed {arguments.seed}, run {runs}, after {crash.kills} kills; kept: {folder}")
+            print("\n".join(f"VIOLATION {text}" for text in crash.wrong))
+            return 1
+        shutil.rmtree(folder, ignore_errors=True)
+    said = ", ".join(f"{count} {moment}" for moment, count in sorted(moments.items()))
+    print(f"{kills} kills ({said}) over {runs} runs in {time.monotonic() - began:.0f} s: every run "
+          f"finished, {events} events, {reconnects} connections of the client, seed "
+          f"{arguments.seed}: no violation")  # fmt: skip
+    return 0
+
+
+# ---------------------------------------------------------------------------
+# Fuzz: mutated requests against a server in a process of its own
+# ---------------------------------------------------------------------------
+
+FUZZ_FLOW = """
+from smithers_serve import Approval, Loop, Task, Workflow
+
+def workflow(ctx):
+    return Workflow("fuzz", Task("build", {"ok": True}),
+                    Loop(Approval("ship", on_deny="continue"), id="again", until=False,
+                         max_iterations=1000000),
+                    Approval("never"))
+"""
+BODY = b'{"iteration": 0, "note": "fine \\u00e9", "decidedBy": "fuzz"}'
+HOST_LINE = b"Host: 127.0.0.1\r\n"
+VALID = (
+    b"GET / HTTP/1.1\r\n" + HOST_LINE + b"\r\n",
+    b"GET /health HTTP/1.1\r\n" + HOST_LINE + b"Accept: */*\r\nUser-Agent: fuzz/1.0\r\n\r\n",
+    b"HEAD /health HTTP/1.0\r\n\r\n",
+    b"GET /frames?limit=2&afterFrameNo=0 HTTP/1.1\r\n" + HOST_LINE + b"\r\n",
+    b"GET /events?afterSeq=3 HTTP/1.1\r\n" + HOST_LINE + b"Last-Event-ID: 5\r\n\r\n",
+    b"GET /events HTTP/1.0\r\n\r\n",
+    b"HEAD /events HTTP/1.1\r\n" + HOST_LINE + b"\r\n",
+    b"GET /metrics HTTP/1.1\r\n" + HOST_LINE + b"Connection: close\r\n\r\n",
+    b"GET http://127.0.0.1/ HTTP/1.1\r\n" + HOST_LINE + b"\r\n",
+    b"POST /approve/ship HTTP/1.1\r\n" + HOST_LINE + b"Content-Length: 0\r\n\r\n",
+    b"POST /approve/sh%69p HTTP/1.1\r\n" + HOST_LINE + b"Content-Type: application/json\r\n"
+    b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY,
+    b"POST /deny/ship HTTP/1.1\r\n" + HOST_LINE + b"Origin: http://127.0.0.1\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n5\r\n{\"not\r\n12;x=y\r\ne\": \"no, thanks\"}\r\n"
+    b"0\r\nTrailer: yes\r\n\r\n",
+    b"POST /approve/ship HTTP/1.1\r\n" + HOST_LINE + b"Expect: 100-continue\r\n"
+    b"Authorization: Bearer token\r\nContent-Length: 2\r\n\r\n{}",
+    b"POST /deny/never HTTP/1.1\r\n" + HOST_LINE + b"Sec-Fetch-Site: same-origin\r\n"
+    b"Content-Length: 2\r\n\r\n{}",
+)  # fmt: skip
+PIECES = (
+    b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"%", b"%00", b"%ff", b"..", b"//", b"*",
+    b"\xff\xfe", b"\xed\xa0\x80", b"\xc2\xb2", b"-1", b"+1", b"1_0", b"0x10", b"99999999999999999",
+    b"9223372036854775808", b"1" * 5000, b"A" * 9000, b"chunked, chunked", b"identity",
+    b"Transfer-Encoding: chunked\r\n", b"Content-Length: 5\r\n", b"Content-Length: 5, 5\r\n",
+    b"Host: evil.example\r\n", b" folded\r\n", b"Connection: close\r\n", b"Upgrade: h2c\r\n",
+    b"Expect: 200-maybe\r\n", b"HTTP/1.1", b"HTTP/2.0", b"NaN", b"[[[[[[[[" * 200, b'"\\ud800"',
+)  # fmt: skip
+
+
+def mutate(data: bytes, chance: random.Random) -> bytes:
+    """Return a request with one thing changed."""
+    kind = chance.randrange(8)
+    at, to = sorted((chance.randrange(len(data) + 1), chance.randrange(len(data) + 1)))
+    if kind == 0:
+        return data[:at] + bytes([chance.randrange(256)]) + data[at + 1 :]
+    if kind == 1:
+        return data[:at] + data[at : at + 1].swapcase() + data[at + 1 :]
+    if kind == 2:
+        return data[:at]
+    if kind == 3:
+        return data[:at] + data[to:] if to - at < 40 else data[:at] + data[at + 1 :]
+    if kind == 4:
+        return data[:to] + data[at:to] + data[to:]
+    if kind == 5:
+        lines = data.split(b"\r\n")
+        return b"\r\n".join([*lines[:1], chance.choice(lines), *lines[1:]])
+    if kind == 6:
+        numbers = list(re.finditer(rb"\d+", data))
+        found = chance.choice(numbers) if numbers else None
+        number = b"%d" % chance.choice((0, 1, 2**31, 2**63, 10**19, 10**40, 7))
+        return data if found is None else data[: found.start()] + number + data[found.end() :]
+    return data[:at] + chance.choice(PIECES) + data[at:]
+
+
+def make_request(chance: random.Random) -> bytes:
+    """Return one to four valid requests in a row, with up to four things changed."""
+    data = b"".join(chance.choice(VALID) for _ in range(chance.choice((1, 1, 1, 2, 4))))
+    for _ in range(chance.choice((0, 1, 1, 1, 2, 2, 4))):
+        data = mutate(data, chance) or b"\r\n"
+    return data
+
+
+def cut(data: bytes, chance: random.Random) -> list[bytes]:
+    """Return the pieces a request is sent in."""
+    kind = chance.random()
+    if kind < 0.6:
+        return [data]
+    if kind < 0.65 and len(data) < 400:
+        return [data[index : index + 1] for index in range(len(data))]
+    at = chance.randrange(len(data))
+    return [data[:at], data[at:]]
+
+
+class Fuzz:
+    """Throws mutated requests at a server, several threads at once, and keeps the books."""
+
+    THREADS = 4
+    ALLOWED = (501, 503, 505)
+    STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) [A-Z][A-Za-z -]*\r\n")
+
+    def __init__(self, run: Served, seed: int) -> None:
+        self.run = run
+        self.seed = seed
+        self.statuses: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self.requests = 0
+        self._stop = threading.Event()
+        self._lock = threading.Lock()  # guards the books
+
+    def throw(self, seconds: float) -> None:
+        """Fuzz for some seconds, and see now and then that the server lives."""
+        self._stop.clear()
+        workers = [threading.Thread(target=self._work, args=(self.seed * 1000 + number,))
+                   for number in range(self.THREADS)]  # fmt: skip
+        for worker in workers:
+            worker.start()
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self.wrong:
+            self._see_alive()
+            time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
+        self._stop.set()
+        for worker in workers:
+            worker.join()
+        self._see_alive()
+
+    def _see_alive(self) -> None:
+        began = time.perf_counter()
+        try:
+            status = ask(self.run.port, "GET", "/health")[0]
+        except (OSError, http.client.HTTPException) as error:
+            status = 0
+            self._report(f"/health failed: {error!r}", b"")
+        if status not in (0, 200) or time.perf_counter() - began > 2:
+            self._report(f"/health {status} in {time.perf_counter() - began:.1f} s", b"")
+
+    def _report(self, text: str, request: bytes) -> None:
+        with self._lock:
+            self.wrong.append(text + (f" after {request!r}" if request else ""))
+
+    def _work(self, seed: int) -> None:
+        chance = random.Random(seed)
+        while not self._stop.is_set():
+            request = make_request(chance)
+            try:
+                answer = self._exchange(cut(request, chance), chance)
+            except OSError as error:
+                answer, name = b"", type(error).__name__
+                with self._lock:
+                    self.statuses[name] += 1
+                if name == "ConnectionRefusedError":
+                    self._report("the server does not accept any more", request)
+                    return
+            self._judge(request, answer)
+
+    def _exchange(self, pieces: list[bytes], chance: random.Random) -> bytes:
+        """Send the pieces and return what comes until the end, or the begin of a stream."""
+        answer = b""
+        with socket.create_connection((LOOPBACK, self.run.port), 5) as sock:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for index, piece in enumerate(pieces):
+                sock.sendall(piece)
+                if index + 1 < len(pieces) < 4:
+                    time.sleep(chance.choice((0, 0.001, 0.01)))
+            if chance.random() < 0.05:
+                return b""  # vanishes without a word
+            sock.shutdown(socket.SHUT_WR)
+            while b"text/event-stream" not in answer:
+                data = sock.recv(65536)
+                if not data:
+                    break
+                answer += data
+        return answer
+
+    def _judge(self, request: bytes, answer: bytes) -> None:
+        codes = [int(code) for code in self.STATUS.findall(answer)]
+        with self._lock:
+            self.requests += 1
+            self.statuses.update(map(str, codes) if codes else ["nothing"])
+        for code in codes:
+            if code >= 500 and code not in self.ALLOWED:
+                self._report(f"answered {code}", request)
+        if answer and not answer.startswith(b"HTTP/1.1 "):
+            self._report(f"answered {answer[:100]!r}", request)
+        if b"<html" in answer.lower() or b"Traceback" in answer:
+            self._report("an answer holds a page or a traceback", request)
+
+
+def fuzz_command(arguments: argparse.Namespace) -> int:
+    """Fuzz for some seconds; the server must stay as it was."""
+    with served(FUZZ_FLOW) as run:
+        run.wait_for_status("waiting-approval")
+        fuzz = Fuzz(run, arguments.seed)
+        fuzz.throw(min(1.0, arguments.seconds / 4))  # what a warm server holds is no leak
+        time.sleep(3.0)
+        before = vitals(run.pid)
+        fuzz.seed += 1
+        fuzz.throw(arguments.seconds * 0.75)
+        ask(run.port, "POST", "/cancel")
+        fuzz.seed += 1
+        fuzz.throw(arguments.seconds * 0.25)  # at a run that has ended
+        after = settle(run.pid, before, 15.0)
+        if run.process.poll() is not None:
+            fuzz.wrong.append(f"the server has ended with {run.process.returncode}")
+        if after.threads > before.threads + 1 or after.descriptors > before.descriptors + 4:
+            fuzz.wrong.append(f"leaked: {before} became {after}")
+        fuzz.wrong += [line for line in run.lines if "Traceback" in line or "ERROR" in line][:5]
+    counts = ", ".join(f"{key}: {count:,}" for key, count in sorted(fuzz.statuses.items()))
+    print(f"{fuzz.requests:,} connections, seed {arguments.seed}; {counts}")
+    print(f"threads {before.threads} -> {after.threads}, descriptors {before.descriptors} -> "
+          f"{after.descriptors}, memory {before.rss:.1f} -> {after.rss:.1f} MiB")  # fmt: skip
+    print("\n".join(f"VIOLATION {text}" for text in fuzz.wrong[:20]) or "no violation")
+    return 1 if fuzz.wrong else 0
+
+
+# ---------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------
+
+HELPERS: dict[str, Callable[..., int]] = {
+    "_load": load_command,
+    "_serve": serve_command,
+    "_write": write_command,
+    "_listen": listen_command,
+    "_steps": steps_command,
+}
+
+
+def make_arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    measures = commands.add_parser("bench", help="measure, and compare with the targets")
+    measures.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHES))
+    measures.add_argument("--json", action="store_true", help="print JSON, not a table")
+    measures.add_argument("--rounds", type=int, default=3, help="rounds (default: 3)")
+    measures.add_argument("--peer", default=sys.executable, help="the interpreter with the peers")
+    measures.set_defaults(run=bench_command)
+    crash = commands.add_parser("crash", help="kill and resume a run N times")
+    crash.add_argument("count", type=int, metavar="N")
+    crash.add_argument("--seed", type=int, default=random.randrange(10**6))
+    crash.set_defaults(run=crash_command)
+    fuzz = commands.add_parser("fuzz", help="throw mutated requests at a server")
+    fuzz.add_argument("seconds", type=float, metavar="SECONDS")
+    fuzz.add_argument("--seed", type=int, default=random.randrange(10**6))
+    fuzz.set_defaults(run=fuzz_command)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    if argv and argv[0] in HELPERS:
+        return HELPERS[argv[0]](*argv[1:])
+    arguments = make_arguments().parse_args(argv)
+    return int(arguments.run(arguments))
+
+
 def setUpModule() -> None:
     logging.disable(logging.CRITICAL)  # failures that a test asks for are not news
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1 and sys.argv[1] in (*HELPERS, "bench", "crash", "fuzz"):
+        raise SystemExit(main(sys.argv[1:]))
     unittest.main()
