@@ -282,9 +282,12 @@ def describe_error(error: BaseException) -> dict[str, str]:
 
 
 def _message_of(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)) and error.strerror:
         return f"{error.strerror}: {os.path.basename(os.fsdecode(error.filename))!r}"
-    return str(error)
+    try:
+        return str(error)
+    except Exception:  # user code: an error that cannot even say what it is
+        return "(no message)"
 
 
 def printable(text: str) -> str:
@@ -475,6 +478,7 @@ class Workflow(Container):
     def __init__(self, name: str, *children: Any) -> None:
         if not isinstance(name, str) or not 1 <= len(name) <= 200:
             raise AuthoringError(f"Workflow name must be text of 1 to 200 characters, got {name!r}")
+        _check_text("Workflow", name=name)
         self._fill(name=name, children=_children_of(f"Workflow {name!r}", children))
 
     def props(self) -> dict[str, str]:
@@ -1227,10 +1231,12 @@ class Metrics:
 
         Source: Prometheus text exposition format 0.0.4.
         """
-        for sample, read in self._readings:
-            sample.set(read())
+        readings = [(sample, read()) for sample, read in self._readings]
         parts: list[str] = []
         with self._lock:
+            for sample, value in readings:
+                if sample.value != value:
+                    sample.value, sample.text = value, None
             self._count_requests_locked()
             for family in self._families.values():
                 parts.append(family.header)
@@ -1492,11 +1498,14 @@ class Tx:
         Raises OwnerLost when `owner` does not own the run.
         """
         row = self._execute(
-            "select runtime_owner_id, cancel_requested_at_ms from _smithers_runs where run_id = ?",
+            """select runtime_owner_id, cancel_requested_at_ms,
+                 (select max(seq) from _smithers_events where run_id = r.run_id)
+               from _smithers_runs r where run_id = ?""",
             (self.run_id,),
         ).fetchone()
         if row is None or row[0] != owner:
             raise OwnerLost(f"run {self.run_id} was taken over by another process")
+        self._next_seq = 0 if row[2] is None else row[2] + 1
         return row[1] is not None
 
     def update_heartbeat(self, owner: str) -> bool:
@@ -2030,7 +2039,7 @@ class SmithersDb:
                 """select n.node_id, n.iteration, count(*) from _smithers_nodes n
                    join _smithers_attempts a on a.run_id = n.run_id and a.node_id = n.node_id
                      and a.iteration = n.iteration
-                   where n.run_id = ? and n.state in ('pending', 'in-progress')
+                   where n.run_id = ? and n.state in ('pending', 'cancelled')
                      and a.state = 'failed'
                    group by n.node_id, n.iteration""",
                 (run_id,),
@@ -2459,16 +2468,15 @@ class Plan:
             else:
                 self.due.append(slot)
         elif isinstance(slot, Branch) and slot.children:
-            parallel = isinstance(slot.element, Parallel)
-            self._work.extend(
-                (child, False) for child in (slot.children if parallel else slot.children[:1])
-            )
+            first = slot.children if isinstance(slot.element, Parallel) else slot.children[:1]
+            # At the front, so that what can start starts in document order.
+            self._work.extendleft((child, False) for child in reversed(first))
         else:
             self._work.append((slot, True))
 
     def _enter_body(self, slot: LoopSlot) -> None:
         if slot.children:
-            self._work.append((slot.children[0], False))
+            self._work.appendleft((slot.children[0], False))
         else:
             self.due.append(slot)
 
@@ -2910,6 +2918,9 @@ def decide(db: SmithersDb, run_id: str, node_id: str, decision: Decision) -> Non
     Raises RunNotFound, NodeNotFound, or ApprovalNotPending when the node does not wait or was
     decided otherwise.
     """
+    for text in (decision.note, decision.decided_by):
+        if text is not None and printable(text) != text:
+            raise InvalidRequest("note and decidedBy must be valid Unicode")
     with db.transaction(run_id, HTTP_LOCK_PATIENCE_SECONDS) as tx:
         if tx.get_run() is None:
             raise RunNotFound(f"there is no run {run_id}")
@@ -3092,6 +3103,7 @@ class Engine(CtxSource):
         self._workflow = workflow
         self._db = adapter
         self._metrics = adapter.metrics
+        _checked_json("run_workflow", "input", input)
         self._input_json = to_json({} if input is None else input)
         self.abort = abort or threading.Event()
         self._max_concurrency = max_concurrency
@@ -3382,7 +3394,10 @@ class Engine(CtxSource):
             events = self._db.list_events(self.run_id, self._delivered)
         for event in events:
             self._delivered = event.seq
-            self._on_event(event)
+            try:
+                self._on_event(event)
+            except Exception:  # foreign code: an observer that fails must not cost the run
+                logger.error("the observer of run %s failed", self.run_id, exc_info=True)
 
     def _at(self, deadline: float, call: Callable[[Tx], None]) -> None:
         heapq.heappush(self._timers, (deadline, next(self._tie), call))
@@ -3407,17 +3422,32 @@ class Engine(CtxSource):
         return states[-1] if states else None
 
     def find_error(self, id: str) -> dict[str, Any] | None:
-        slot = self._plan.by_id.get(id) if self._plan is not None else None
-        if slot is None or self._nodes[slot.key].state != "failed":
+        key = self._key_of(id)
+        if key is None or self._nodes[key].state != "failed":
             return None
-        found = self._db.find_error(self.run_id, *slot.key)
-        return None if found is None else dict(json.loads(found))
+        found = self._db.find_error(self.run_id, *key)
+        if found is not None:
+            return dict(json.loads(found))
+        gates = {(gate.node_id, gate.iteration): gate for gate in self._db.list_gates(self.run_id)}
+        return _denial_error(gates[key]) if key in gates else None
+
+    def _key_of(self, id: str) -> tuple[str, int] | None:
+        """Return the key behind an id as written, also before the first render of a resumed run."""
+        slot = self._plan.by_id.get(id) if self._plan is not None else None
+        if slot is not None:
+            return slot.key
+        node_id = self._node_id_of(id)
+        return max((key for key in self._nodes if key[0] == node_id), default=None)
 
     def find_iteration(self, loop_id: str) -> int:
         slot = self._plan.loop_by_id.get(loop_id) if self._plan is not None else None
         if slot is not None:
             return slot.iteration
-        return self._loops.get(loop_id, (0, False))[0]
+        keys = [key for key in self._loops if key.partition("@@")[0] == loop_id]
+        newest = max(
+            keys, key=lambda key: [int(n) for n in re.findall("=([0-9]+)", key)], default=None
+        )
+        return 0 if newest is None else self._loops[newest][0]
 
     def _node_id_of(self, id: str) -> str:
         """Return the node id behind an id as written.
@@ -3545,14 +3575,13 @@ class Engine(CtxSource):
         """Give a node its turn, whatever state it was left in."""
         assert self._plan is not None
         record, leaf = self._nodes[slot.key], slot.leaf
-        if (
-            record.state in ("finished", "skipped")
-            or record.state == "failed"
-            and not record.is_fresh
-        ):
-            if record.state != "failed" or leaf.continue_on_fail:
-                self._plan.complete(slot)
+        may_stay_failed = leaf.continue_on_fail and not record.is_fresh
+        if record.state in ("finished", "skipped") or record.state == "failed" and may_stay_failed:
+            self._plan.complete(slot)
             return
+        if record.state == "failed":  # in an earlier life, also one that died before its run failed
+            record.is_fresh = True
+            self._changed("error", leaf.id)
         if record.state == "in-progress" or slot.key in self._gates:
             return
         if record.state not in ("pending", "waiting-approval"):
@@ -3729,6 +3758,7 @@ class Engine(CtxSource):
         assert isinstance(slot.leaf, Task)
         if isinstance(slot.leaf.run, dict):
             self._finish_attempt(tx, slot, attempt, to_json(slot.leaf.run), 0.0)
+            self._pass_on_places(slot)
             return
         running = Running(self, slot, attempt, self._sources_of(slot))
         self._inflight[slot.key] = running
@@ -3838,10 +3868,15 @@ class Engine(CtxSource):
         slot = self._slots.get(key, running.slot)
         for group in slot.groups:
             group.active -= 1
-            if group.waiting:
-                self._ready.append((group.waiting.popleft(), time.monotonic()))
+        self._pass_on_places(slot)
         self._renders_without_progress = 0
         return slot
+
+    def _pass_on_places(self, slot: LeafSlot) -> None:
+        """Let the next of each limited Parallel try: an attempt, or a static output, has ended."""
+        for group in slot.groups:
+            if group.waiting:
+                self._ready.append((group.waiting.popleft(), time.monotonic()))
 
     def _finish_attempt(
         self, tx: Tx, slot: LeafSlot, attempt: int, output_json: str, ms: float
@@ -3994,11 +4029,7 @@ class Engine(CtxSource):
             else:
                 self._enqueue(slot, self._nodes[slot.key])
         elif leaf.on_deny == "fail":
-            by = f" by {gate.decided_by}" if gate.decided_by else ""
-            why = f": {gate.note}" if gate.note else ""
-            self._fail(
-                tx, slot, describe_error(TaskFailed(f"denied{by}{why}", "APPROVAL_DENIED")), 0
-            )
+            self._fail(tx, slot, _denial_error(gate), 0)
         elif isinstance(leaf, Approval) and leaf.on_deny == "continue":
             self._finish(tx, slot, output, 0)
         else:
@@ -4011,6 +4042,8 @@ class Engine(CtxSource):
         gate = tx.get_gate(*key)
         if not isinstance(leaf, Approval) or leaf.timeout is None or gate is None or self._halting:
             return
+        if tx.now_ms < (gate.requested_at_ms or 0) + int(leaf.timeout * 1000):
+            return  # the timer of an earlier request of this gate; this one has its own
         if gate.status == "requested" and leaf.on_timeout == "fail":
             self._leave_gate(key)
             tx.close_gate(*key)
@@ -4021,6 +4054,12 @@ class Engine(CtxSource):
             note = f"nobody decided within {leaf.timeout:g} s"
             record_decision(self._metrics, tx, gate, Decision(verdict, note=note))
             self._collect_decisions(tx)
+
+
+def _denial_error(gate: Gate) -> dict[str, str]:
+    by = f" by {gate.decided_by}" if gate.decided_by else ""
+    why = f": {gate.note}" if gate.note else ""
+    return describe_error(TaskFailed(f"denied{by}{why}", "APPROVAL_DENIED"))
 
 
 def _timeout_error(slot: LeafSlot) -> dict[str, str]:
