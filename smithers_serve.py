@@ -6450,9 +6450,19 @@ class Process:
         finally:
             self._inbox.put("end")
 
+    def _next_message(self) -> str:
+        """Wait for a signal or the end of the engine.
+
+        Not without a timeout: a signal that comes just before the thread falls asleep is handled
+        only when it wakes.
+        """
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._inbox.get(timeout=0.5)
+
     def _wait_for_end(self) -> int:
         signalled = False
-        while self._inbox.get() == "signal":
+        while self._next_message() == "signal":
             signalled = True
             say("Stopping: the run is being cancelled")
             self._engine.hurry()
@@ -6464,7 +6474,7 @@ class Process:
         self._print_result(result)
         if self._server is not None and not signalled:
             say(f"Workflow {result.status}. Server still running — press Ctrl+C to stop.")
-            self._inbox.get()
+            self._next_message()
         elif result.status == "waiting-approval":
             say(
                 "The run waits for approval; serve it with: up FILE --serve --resume --run-id "
