@@ -2493,10 +2493,6 @@ class ExecutorTest(DatabaseCase):
         self.assertIsNone(self.output("a"))
 
 
-if __name__ == "__main__":
-    unittest.main()
-
-
 # ---------------------------------------------------------------------------
 # HTTP helpers
 # ---------------------------------------------------------------------------
