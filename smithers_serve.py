@@ -4246,6 +4246,7 @@ def parse_head(data: bytes) -> Head:
 # The clients of a server send the same few heads again and again; a checked one need not be checked
 # twice.
 MAX_CACHED_HEAD = 2 << 10
+MAX_QUICK_HEAD = 4 << 10  # an incomplete head longer than this gets a thread to itself
 _parse_head_cached = functools.lru_cache(maxsize=256)(parse_head)
 
 
@@ -4567,19 +4568,23 @@ def _decision_of(verdict: str, body: bytes) -> Decision:
     return Decision(verdict, iteration, texts["note"], texts["decidedBy"])
 
 
-class Answer(NamedTuple):
-    """What `app.request` returns.
+class Answer:
+    """What `app.request` returns: `status`, `headers`, `body`, `json()`.
 
-    For an event stream, `chunks` yields as events come and `body` waits for the end.
+    For an event stream `chunks` yields as events come, and `body` waits for the end.
     """
 
-    status: int
-    headers: dict[str, str]
-    chunks: Iterator[bytes]
+    def __init__(self, status: int, headers: dict[str, str], chunks: Iterator[bytes]) -> None:
+        self.status = status
+        self.headers = headers
+        self.chunks = chunks
+        self._body: bytes | None = None
 
     @property
     def body(self) -> bytes:
-        return b"".join(self.chunks)
+        if self._body is None:
+            self._body = b"".join(self.chunks)
+        return self._body
 
     def json(self) -> Any:
         return json.loads(self.body)
@@ -4725,7 +4730,7 @@ class ServeApp:
             raise Forbidden("a page of another site may not do this")
         if origin is not None:
             authority = origin.lower().partition("://")[2]
-            if (
+            if not authority or (
                 authority != headers.get("host", "").lower()
                 and _host_name(authority) not in self.trusted_hosts
             ):
@@ -5484,7 +5489,8 @@ class Connection:
         try:
             data = self._take_head(0)
             if data is None:
-                return None
+                # A long head that trickles in would be looked through again and again here.
+                return self._leave(needs_thread=True) if len(before) > MAX_QUICK_HEAD else None
             head = _parse_head_cached(data) if len(data) <= MAX_CACHED_HEAD else parse_head(data)
             is_quick = app.is_quick(head)
         except ServeError:
@@ -5568,7 +5574,7 @@ class Connection:
             self._write(self._stream_head(head, response))
             return False
         self._write(render_response(response, head.method == "HEAD", keep_alive, head.is_http10))
-        if not has_read:
+        if not keep_alive:
             self._linger()
         return keep_alive
 
@@ -6631,6 +6637,32 @@ def run_demo(args: argparse.Namespace) -> int:
         return run_here(args, demo_workflow, token)
 
 
+@contextlib.contextmanager
+def result_stream() -> Iterator[TextIO]:
+    """Yield the real stdout, for the result alone.
+
+    What tasks print meanwhile, and what the processes they start print, goes to stderr.
+    """
+    out = sys.stdout
+    try:
+        is_real = out.fileno() == 1
+    except (OSError, ValueError):  # a caller of main has put something else there
+        is_real = False
+    with contextlib.redirect_stdout(sys.stderr):
+        if not is_real:
+            yield out
+            return
+        out.flush()
+        saved = os.dup(1)
+        try:
+            os.dup2(2, 1)
+            with os.fdopen(os.dup(saved), "w") as real:
+                yield real
+        finally:
+            os.dup2(saved, 1)
+            os.close(saved)
+
+
 def main(argv: Seq[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     try:
@@ -6640,8 +6672,7 @@ def main(argv: Seq[str] | None = None) -> int:
     logging.basicConfig(
         stream=sys.stderr, format="[smithers] %(levelname)s %(message)s", level=logging.WARNING
     )
-    args.out = sys.stdout  # the real one: what tasks print goes among the progress lines
-    with contextlib.redirect_stdout(sys.stderr):
+    with result_stream() as args.out:
         try:
             return run_demo(args) if args.command == "demo" else run_up(args)
         except (UsageError, AuthoringError, RunExists, RunNotFound, RunOwned) as error:

@@ -2952,6 +2952,11 @@ class AuthTest(ServerCase):
                 reply = self.ask("POST", "/approve/deploy", **headers, **token)
                 self.assertEqual(reply.status, status)
 
+    def test_a_page_without_a_host_is_foreign_too(self) -> None:
+        self.at_gate(auth_token="sk-secret")
+        request = b"POST /cancel HTTP/1.0\r\nOrigin: null\r\nx-smithers-key: sk-secret\r\n\r\n"
+        self.assertEqual(statuses(self.raw(request)), [403])
+
     def test_a_foreign_host_is_refused_on_loopback_without_token(self) -> None:
         self.at_gate(allowed_hosts=["ops.example"])
         for host, status in (
@@ -3431,6 +3436,7 @@ class MountTest(ServerCase):
         token = {"Authorization": "Bearer sk-secret"}
         self.assertEqual(app.request("GET", "/").status, 401)
         answer = app.request("POST", "/approve/ship", json={"note": "x"}, headers=token)
+        self.assertEqual(answer.body, answer.body)
         self.assertEqual((answer.status, answer.json()), (200, {"runId": "run"}))
         running.wait_for_end()
         self.assertIn(b"RunFinished", app.request("GET", "/events", headers=token).body)
@@ -3504,7 +3510,9 @@ import smithers_serve
 from smithers_serve import Approval, Task, Workflow, current_task
 
 def one():
+    import os
     print("printed by a task")
+    os.system("echo printed by its process")
     return 1
 
 def wait():
