@@ -257,18 +257,17 @@ class VersionNotSupported(ServeError):
 
 def scrub_paths(text: str) -> str:
     """Return `text` without the folders of this machine that an error message tends to carry."""
-    for prefix in _private_prefixes():
-        text = text.replace(prefix, "")
-    return text
+    return _private_prefixes().sub("", text)
 
 
 @functools.lru_cache(maxsize=1)
-def _private_prefixes() -> tuple[str, ...]:
-    """Folders whose names say something about the machine, longest first, each with its slash."""
+def _private_prefixes() -> re.Pattern[str]:
+    """Match a folder whose name says something about the machine, where a path begins."""
     folders = {os.getcwd(), os.path.expanduser("~"), sys.prefix, sys.base_prefix, *sys.path}
-    # "/" itself and bare top-level folders would eat ordinary text such as "/health".
-    named = {os.path.abspath(f) for f in folders if f and os.path.abspath(f).count(os.sep) >= 2}
-    return tuple(sorted((f + os.sep for f in named), key=len, reverse=True))
+    named = {os.path.abspath(folder) for folder in folders if folder} - {os.path.abspath(os.sep)}
+    longest_first = sorted((re.escape(folder + os.sep) for folder in named), key=len, reverse=True)
+    # Not within a longer path or a URL: a folder /app must not eat the middle of http://host/app/.
+    return re.compile(r"(?<![\w.~/-])(?:" + "|".join(longest_first) + ")")
 
 
 def describe_error(error: BaseException) -> dict[str, str]:
