@@ -6258,6 +6258,64 @@ def bench_slow_reader(options: Options) -> list[Row]:
     ]
 
 
+class Comer:
+    """A client that reads some events, drops the connection and comes back where it was."""
+
+    def __init__(self, port: int, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.port = port
+        self.last = -1
+        self.visits = 0
+        self.wrong = 0  # events that were missed or came twice
+
+    async def follow(self) -> None:
+        """Come back until the run has ended and everything was read."""
+        while await self.visit(self.chance.randint(1, 50)):
+            self.visits += 1
+
+    async def visit(self, events: int) -> bool:
+        """Read some events of one connection; False when there is nothing left to come for."""
+        reader, writer = await asyncio.open_connection(LOOPBACK, self.port)
+        head = f"GET /events HTTP/1.1\r\nHost: {LOOPBACK}\r\nLast-Event-ID: {self.last}\r\n\r\n"
+        writer.write(head.encode())
+        try:
+            if b" 204 " in await reader.readline():
+                return False
+            while events > 0:
+                line = await reader.readline()
+                if not line:
+                    break
+                if line.startswith(b"id: "):
+                    self.wrong += int(line[4:]) != self.last + 1
+                    self.last = int(line[4:])
+                    events -= 1
+        finally:
+            writer.transport.abort()
+        return True
+
+
+@bench("churn")
+def bench_churn(options: Options) -> list[Row]:
+    """1,000 clients come and go for a minute; each must see every event once."""
+
+    async def meet(port: int, server: Child) -> tuple[list[Comer], int]:
+        comers = [Comer(port, seed) for seed in range(1000)]
+        tasks = [asyncio.ensure_future(comer.follow()) for comer in comers]
+        loop = asyncio.get_running_loop()
+        stamps = await loop.run_in_executor(None, server.ask, "emit", 1200, 0.05)
+        await loop.run_in_executor(None, server.ask, "end")
+        await asyncio.wait_for(asyncio.gather(*tasks), 60)
+        return comers, max(map(int, stamps)) + 2  # and the two events of the end
+
+    with bench_server() as (server, port, _):
+        comers, newest = asyncio.run(meet(port, server))
+    missed = sum(newest - comer.last for comer in comers)
+    return [
+        Row("1,000 clients drop and come back: visits", "", [sum(c.visits for c in comers)]),
+        Row("events they missed or got twice", "", [missed + sum(c.wrong for c in comers)], 0),
+    ]
+
+
 # Steps
 
 
