@@ -4986,7 +4986,7 @@ class EventLog:
     """
 
     BLOCK_EVENTS = 256
-    MAX_CACHED_BYTES = 8 << 20
+    MAX_CACHED_BYTES = 4 << 20
 
     def __init__(self, adapter: SmithersDb, run_id: str) -> None:
         self._adapter = adapter
