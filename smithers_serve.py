@@ -46,7 +46,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, Callable, Literal, NamedTuple, TextIO
 
 if TYPE_CHECKING:
     import ssl
@@ -1746,6 +1746,7 @@ class SmithersDb:
     """
 
     MAX_IDLE_READERS = 4  # descriptors kept open for reading between requests
+    MAX_FRAMES_BYTES = 8 << 20  # of one reading: the tree of 10,000 tasks has 2 MiB
 
     def __init__(self, path: str | os.PathLike[str] = "smithers.db") -> None:
         self.path = os.path.abspath(os.fspath(path))
@@ -2095,25 +2096,27 @@ class SmithersDb:
     def list_frames(
         self, run_id: str, limit: int, after_frame_no: int | None = None
     ) -> list[Frame]:
-        """Return the newest frames, newest first.
+        """Return the newest frames, newest first; or the first after a number, oldest first.
 
-        Or the first ones after a number, oldest first.
+        Fewer than `limit` when they are large: the first one, and what fits into 8 MiB with it.
         """
         columns = ", ".join(Frame._fields)
+        order = "desc" if after_frame_no is None else "asc"
+        frames: list[Frame] = []
+        size = 0
         with self._snapshot() as db:
-            if after_frame_no is None:
-                rows = db.execute(
-                    f"""select {columns} from _smithers_frames where run_id = ?
-                        order by frame_no desc limit ?""",
-                    (run_id, limit),
-                ).fetchall()
-            else:
-                rows = db.execute(
-                    f"""select {columns} from _smithers_frames where run_id = ? and frame_no > ?
-                        order by frame_no limit ?""",
-                    (run_id, after_frame_no, limit),
-                ).fetchall()
-        return [Frame(*row) for row in rows]
+            rows = db.execute(
+                f"""select {columns} from _smithers_frames
+                    where run_id = ? and frame_no > ? order by frame_no {order} limit ?""",
+                (run_id, -1 if after_frame_no is None else after_frame_no, limit),
+            )
+            for frame in map(Frame._make, rows):
+                size += len(frame.xml_json) + len(frame.mounted_task_ids_json or "")
+                size += len(frame.task_index_json or "")
+                if frames and size > self.MAX_FRAMES_BYTES:
+                    break
+                frames.append(frame)
+        return frames
 
     def list_events(self, run_id: str, after_seq: int = -1, limit: int = -1) -> list[Event]:
         """Return at most `limit` events (all when -1) with seq > after_seq, oldest first."""
@@ -2135,10 +2138,7 @@ class SmithersDb:
             ).fetchall()
 
     def get_tail(self, run_id: str) -> tuple[bool, int]:
-        """Return whether the run has ended and the seq of its newest event (-1.
-
-        None), from one snapshot.
-        """
+        """Return whether the run has ended, and the seq of its newest event (-1 without events)."""
         with self._snapshot() as db:
             status = db.execute(
                 "select status from _smithers_runs where run_id = ?", (run_id,)
@@ -4142,7 +4142,7 @@ MAX_HEADER_COUNT = 100
 MAX_BODY_BYTES = 1 << 20
 MAX_NOTE_CHARS = 10_000
 MAX_NAME_CHARS = 200
-MAX_FRAMES = 1000  # frames of one answer
+MAX_FRAMES = 1000  # frames of one answer, of at most 8 MiB
 LIGHT_BYTES = 64 << 10  # a body up to this is made and sent in well under a millisecond
 
 # Source: RFC 9110 section 5.6.2 (token) and 5.5 (field values), RFC 9112 section 3 (request line).
@@ -4480,8 +4480,7 @@ def get_events(app: ServeApp, request: Request) -> Response:
             return Response(
                 204, headers=(("Cache-Control", "no-store"),)
             )  # tells an EventSource to stop
-    if app.streams_are_full():
-        raise Unavailable(f"{MAX_STREAMS} event streams are open already")
+    app.check_stream_room()
     headers = (
         ("Content-Type", "text/event-stream"),
         ("Cache-Control", "no-cache"),
@@ -4599,6 +4598,7 @@ class ServeApp:
     """
 
     MAX_CACHED_ANSWERS = 16
+    MAX_CACHED_BYTES = 256 << 10  # of one answer; larger ones are made anew
 
     def __init__(
         self,
@@ -4617,7 +4617,7 @@ class ServeApp:
         # bind without token.
         self.allowed_hosts: frozenset[str] | None = None
         self.trusted_hosts: frozenset[str] = frozenset()
-        self.streams_are_full: Callable[[], bool] = lambda: False
+        self.check_stream_room: Callable[[], None] = lambda: None
         self._token = None if auth_token is None else _checked_token(auth_token).encode("ascii")
         self._watch = adapter.watch()
         self._answers: dict[tuple[Any, ...], tuple[int, Response]] = {}
@@ -4747,6 +4747,8 @@ class ServeApp:
         if found is not None and found[0] == version:
             return found[1]
         response = read()
+        if len(response.body) > self.MAX_CACHED_BYTES:
+            return response
         if len(self._answers) >= self.MAX_CACHED_ANSWERS:
             self._answers = {}
         self._answers[key] = (version, response)
@@ -4931,13 +4933,12 @@ MAX_STREAMS = 10_000
 LAST_CHUNK = b"0\r\n\r\n"
 
 
-def encode_event(seq: int, payload: str) -> str:
+def encode_event(seq: int, payload: str) -> bytes:
     """Return one event as SSE text. Source: WHATWG HTML, server-sent events."""
-    if (
-        "\n" in payload or "\r" in payload
-    ):  # not ours: compact JSON has none. A newline would forge an event.
+    # Not ours: compact JSON has none. A newline would forge an event.
+    if "\n" in payload or "\r" in payload:
         payload = to_json(json.loads(payload))
-    return f"event: smithers\ndata: {payload}\nid: {seq}\n\n"
+    return f"event: smithers\ndata: {payload}\nid: {seq}\n\n".encode()
 
 
 def chunk(data: bytes) -> bytes:
@@ -4949,43 +4950,53 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
+def encode_chunk(seq: int, payload: str) -> bytes:
+    return chunk(encode_event(seq, payload))
+
+
 class Block:
-    """Consecutive events of a log, encoded once for everybody.
+    """Consecutive events of a log, encoded once for everybody who reads them in this form."""
 
-    `data` and, per event, its seq and where it starts.
-    """
-
-    __slots__ = ("seqs", "starts", "data")
+    __slots__ = ("seqs", "ends", "data")
 
     def __init__(self) -> None:
         self.seqs: list[int] = []
-        self.starts: list[int] = []
+        self.ends: list[int] = []  # where in `data` each event ends
         self.data = b""
 
-    def extend(self, rows: list[tuple[int, str]]) -> None:
+    def extend(self, rows: list[tuple[int, str]], encode: Callable[[int, str], bytes]) -> None:
         parts = [self.data]
         size = len(self.data)
         for seq, payload in rows:
-            encoded = encode_event(seq, payload).encode("utf-8")
-            self.seqs.append(seq)
-            self.starts.append(size)
+            encoded = encode(seq, payload)
             parts.append(encoded)
             size += len(encoded)
+            self.seqs.append(seq)
+            self.ends.append(size)
         self.data = b"".join(parts)
 
-    def after(self, seq: int) -> bytes:
-        """Return the bytes of the events with a greater seq."""
-        index = bisect.bisect_right(self.seqs, seq)
-        return self.data[self.starts[index] :] if index < len(self.seqs) else b""
+    def after(self, seq: int, size: int) -> tuple[bytes, int] | None:
+        """Return whole events with a greater seq, and the seq of the last one.
+
+        At most `size` bytes of them, but at least one event; None when there is none.
+        """
+        first = bisect.bisect_right(self.seqs, seq)
+        if first == len(self.seqs):
+            return None
+        start = self.ends[first - 1] if first else 0
+        last = max(first, bisect.bisect_right(self.ends, start + size) - 1)
+        return self.data[start : self.ends[last]], self.seqs[last]
 
 
 class EventLog:
-    """A run's events in encoded blocks: recent ones in memory, older ones read when asked for.
+    """A run's events, encoded: recent ones in memory, older ones read when asked for.
 
     Used by one thread at a time.
     """
 
     BLOCK_EVENTS = 256
+    # What one read returns: at most this or one event is what a stopped client can hold on to.
+    PIECE_BYTES = 16 << 10
     MAX_CACHED_BYTES = 4 << 20
 
     def __init__(self, adapter: SmithersDb, run_id: str) -> None:
@@ -4993,37 +5004,50 @@ class EventLog:
         self._run_id = run_id
         self.newest = -1
         self.has_ended = False
-        self._blocks: collections.OrderedDict[int, Block] = collections.OrderedDict()
+        self._blocks: collections.OrderedDict[tuple[bool, int], Block] = collections.OrderedDict()
         self._cached_bytes = 0
+        # The last thing read: what a thousand clients at the same place ask for in a row.
+        self._last: tuple[int, bool, bytes, int] = (-1, False, b"", -1)
 
     def refresh(self) -> bool:
         """Look at the run; True when there are new events or it has ended."""
         before = (self.has_ended, self.newest)
         self.has_ended, self.newest = self._adapter.get_tail(self._run_id)
+        self._last = (-1, False, b"", -1)
         return before != (self.has_ended, self.newest)
 
-    def read(self, after_seq: int) -> tuple[bytes, int]:
-        """Return encoded events after a seq, at most a block of them, and the seq reached."""
-        while after_seq < self.newest:
-            number = (after_seq + 1) // self.BLOCK_EVENTS
-            reached = min((number + 1) * self.BLOCK_EVENTS - 1, self.newest)
-            data = self._block(number, reached).after(after_seq)
-            after_seq = reached
-            if data:  # a foreign log may have gaps as long as a block
-                return data, reached
-        return b"", after_seq
+    def read(self, after_seq: int, is_chunked: bool = False) -> tuple[bytes, int]:
+        """Return some encoded events after a seq, and the seq reached; b"" when there are none.
 
-    def _block(self, number: int, reached: int) -> Block:
-        """Return a block that holds everything up to `reached`."""
-        block = self._blocks.get(number)
+        With `is_chunked` every event is an HTTP chunk.
+        """
+        cursor, form, data, reached = self._last
+        if cursor == after_seq and form == is_chunked and data:
+            return data, reached
+        cursor = after_seq
+        while cursor < self.newest:
+            number = (cursor + 1) // self.BLOCK_EVENTS
+            up_to = min((number + 1) * self.BLOCK_EVENTS - 1, self.newest)
+            found = self._block(number, up_to, is_chunked).after(cursor, self.PIECE_BYTES)
+            if found is not None:
+                self._last = (after_seq, is_chunked, *found)
+                return found
+            cursor = up_to  # a foreign log may have gaps as long as a block
+        return b"", cursor
+
+    def _block(self, number: int, up_to: int, is_chunked: bool) -> Block:
+        """Return a block that holds everything up to a seq."""
+        key = (is_chunked, number)
+        block = self._blocks.get(key)
         if block is None:
-            block = self._blocks[number] = Block()
+            block = self._blocks[key] = Block()
         else:
-            self._blocks.move_to_end(number)
+            self._blocks.move_to_end(key)
         known = block.seqs[-1] if block.seqs else number * self.BLOCK_EVENTS - 1
-        if known < reached:
+        if known < up_to:
             size = len(block.data)
-            block.extend(self._adapter.list_payloads(self._run_id, known, reached))
+            rows = self._adapter.list_payloads(self._run_id, known, up_to)
+            block.extend(rows, encode_chunk if is_chunked else encode_event)
             self._cached_bytes += len(block.data) - size
             while self._cached_bytes > self.MAX_CACHED_BYTES and len(self._blocks) > 1:
                 self._cached_bytes -= len(self._blocks.popitem(last=False)[1].data)
@@ -5104,6 +5128,7 @@ class Stream:
         "pending",
         "is_chunked",
         "is_ending",
+        "is_lagging",
         "is_blocked",
         "half_closed",
         "wrote_at",
@@ -5113,9 +5138,10 @@ class Stream:
     def __init__(self, sock: socket.socket, cursor: int, is_chunked: bool) -> None:
         self.socket = sock
         self.cursor = cursor
-        self.pending: bytes | memoryview = b""
+        self.pending = chunk(RETRY_LINE) if is_chunked else RETRY_LINE
         self.is_chunked = is_chunked
         self.is_ending = False
+        self.is_lagging = False  # its socket would take more, and it waits for its turn to get it
         self.is_blocked = False
         self.half_closed = False
         self.wrote_at = time.monotonic()
@@ -5125,22 +5151,23 @@ class Stream:
 class StreamThread:
     """Writes every native event stream of a server from one thread.
 
-    A client is a cursor, not a queue: one that is slow costs a reference to bytes that others
-    share, and reads on from the database when its socket takes more.
+    A client is a cursor, not a queue: one that is slow costs some kilobytes that its socket has not
+    taken, and reads on from the database when it takes more. New events go first to those who have
+    everything else; those who read older ones share what time is left.
     """
 
-    def __init__(self, app: ServeApp) -> None:
+    LAGGING_SECONDS = 0.005  # how long older events are sent before new ones are looked for
+
+    def __init__(self, app: ServeApp, max_streams: int) -> None:
         self._app = app
+        self._max_streams = max_streams
         self._log = EventLog(app.adapter, app.run_id)
-        self._frames: dict[
-            int, tuple[bytes, bytes, int]
-        ] = {}  # by cursor: raw, chunked, seq reached
         self._streams: dict[int, Stream] = {}
+        self._lagging: collections.deque[Stream] = collections.deque()
         self._incoming: collections.deque[Stream] = collections.deque()
         self._selector = selectors.DefaultSelector()
         self._waker = Waker(self._selector)
         self._stopping = threading.Event()
-        self._behind = False  # some stream that can be written to has not got everything yet
         self._lock = threading.Lock()  # guards _count, _thread and _stopping against adding streams
         self._count = 0
         self._thread: threading.Thread | None = None
@@ -5152,8 +5179,9 @@ class StreamThread:
         """
         sock.setblocking(False)
         with self._lock:
-            if self._stopping.is_set() or self._count >= MAX_STREAMS:
-                raise Unavailable(f"{MAX_STREAMS} event streams are open already")
+            if self._stopping.is_set():
+                raise Unavailable("the server is stopping")
+            self.check_room()
             self._count += 1
             self._app.metrics.streams_active.inc()
             self._incoming.append(Stream(sock, cursor, is_chunked))
@@ -5162,8 +5190,10 @@ class StreamThread:
                 self._thread = start_thread("streams", self._run)
         self._waker.wake()
 
-    def is_full(self) -> bool:
-        return self._count >= MAX_STREAMS
+    def check_room(self) -> None:
+        """Raise Unavailable when there are too many streams."""
+        if self._count >= self._max_streams:
+            raise Unavailable(f"{self._max_streams} event streams are open already")
 
     def stop(self, timeout: float) -> None:
         """End every stream properly and wait for the thread."""
@@ -5188,23 +5218,24 @@ class StreamThread:
         tick_at = 0.0
         try:
             while not self._stopping.is_set():
-                self._select(0.0 if self._behind else WATCH_SECONDS if self._streams else None)
+                self._select(0.0 if self._lagging else WATCH_SECONDS if self._streams else None)
                 self._admit()
                 try:
                     if watch.changed() and self._log.refresh():
-                        self._frames.clear()
-                        self._behind = True
-                    if self._behind:
-                        self._pump_all()
+                        self._pump_newest()
+                    self._pump_lagging()
                 except (StorageError, Unavailable):
                     logger.error("event streams wait: the database cannot be read", exc_info=True)
                     self._stopping.wait(KEEP_ALIVE_SECONDS / 10)
+                    for stream in self._streams.values():
+                        self._let_lag(stream)
                 now = time.monotonic()
                 if now >= tick_at:
                     tick_at = now + 1.0
                     self._tick(now)
             self._admit()
-            self._end_all()
+            for stream in list(self._streams.values()):
+                self._guard(self._leave, stream)
         finally:
             watch.close()
 
@@ -5219,12 +5250,14 @@ class StreamThread:
             if events & selectors.EVENT_WRITE and stream.is_blocked:
                 self._guard(self._pump, stream)
 
-    def _guard(self, work: Callable[[Stream], None], stream: Stream) -> None:
+    def _guard(self, work: Callable[[Stream], object], stream: Stream) -> None:
         """Work on one stream; whatever goes wrong there costs that stream only."""
         try:
             work(stream)
         except (StorageError, Unavailable):
             raise  # the database, so every stream: they wait
+        except OSError:
+            self._drop(stream)  # the client has gone, which is normal
         except Exception:  # the outermost call for a stream
             logger.error("an event stream failed", exc_info=True)
             self._app.metrics.errors.inc()
@@ -5232,22 +5265,21 @@ class StreamThread:
 
     def _admit(self) -> None:
         while self._incoming:
-            stream = self._incoming.popleft()
-            self._streams[stream.socket.fileno()] = stream
-            self._selector.register(stream.socket, selectors.EVENT_READ, stream)
-            stream.pending = chunk(RETRY_LINE) if stream.is_chunked else RETRY_LINE
-            self._behind = True
+            self._guard(self._register, self._incoming.popleft())
+
+    def _register(self, stream: Stream) -> None:
+        self._streams[stream.socket.fileno()] = stream
+        self._selector.register(stream.socket, selectors.EVENT_READ, stream)
+        self._let_lag(stream)
 
     def _read(self, stream: Stream) -> None:
         """Take what a client says: nothing is expected but its end."""
         try:
             data = stream.socket.recv(4096)
-        except (BlockingIOError, InterruptedError):
-            return
         except OSError as error:
-            if not _would_block(error):
-                self._drop(stream)
-            return
+            if _would_block(error):
+                return
+            raise
         if data:
             return
         # The end of its sending may be all (half-closed) or the end of everything: a write or two
@@ -5268,80 +5300,79 @@ class StreamThread:
         elif known:
             self._selector.unregister(stream.socket)
 
-    def _pump_all(self) -> None:
-        """Give every stream that can be written to at most one block.
+    def _let_lag(self, stream: Stream) -> None:
+        if not stream.is_lagging and not stream.is_blocked:
+            stream.is_lagging = True
+            self._lagging.append(stream)
 
-        Nobody waits for a long replay.
-        """
-        self._behind = False
+    def _pump_newest(self) -> None:
+        """Send what is new to everybody who has the rest."""
         for stream in list(self._streams.values()):
-            if not stream.is_blocked and (
-                stream.pending or stream.cursor < self._log.newest or self._log.has_ended
-            ):
+            if not stream.is_lagging and not stream.is_blocked:
                 self._guard(self._pump, stream)
 
+    def _pump_lagging(self) -> None:
+        """Give those who lag behind their turns, for a short time."""
+        until = time.monotonic() + self.LAGGING_SECONDS
+        while self._lagging:
+            stream = self._lagging.popleft()
+            stream.is_lagging = False
+            if stream.socket.fileno() >= 0:
+                self._guard(self._pump, stream)
+            if time.monotonic() >= until:
+                break
+
     def _pump(self, stream: Stream) -> None:
-        if stream.pending and not self._send(stream):
+        """Send one stream what is pending and its next events, or its end."""
+        if not self._flush(stream):
             return
         if stream.is_ending:
             self._drop(stream)
             return
-        self._fill(stream)
-        if not stream.pending or self._send(stream):
-            if stream.is_ending:
-                self._drop(stream)
-            elif stream.cursor < self._log.newest or self._log.has_ended:
-                self._behind = True
-
-    def _fill(self, stream: Stream) -> None:
-        """Give a stream its next bytes: events, or the end."""
         if stream.cursor < self._log.newest:
-            frame = self._frames.get(stream.cursor)
-            if frame is None:
-                data, reached = self._log.read(stream.cursor)
-                if len(self._frames) >= 64:
-                    self._frames.clear()
-                frame = self._frames[stream.cursor] = (data, chunk(data) if data else b"", reached)
-            stream.pending = frame[1] if stream.is_chunked else frame[0]
-            stream.cursor = frame[2]
+            stream.pending, stream.cursor = self._log.read(stream.cursor, stream.is_chunked)
+            if not self._flush(stream):
+                return
+        if stream.cursor < self._log.newest:
+            self._let_lag(stream)
         elif self._log.has_ended:
             self._end(stream)
 
     def _end(self, stream: Stream) -> None:
+        """Send the last chunk; close when the socket has taken it."""
         stream.is_ending = True
-        if stream.is_chunked:
-            stream.pending = LAST_CHUNK
-        else:
+        stream.pending = LAST_CHUNK if stream.is_chunked else b""
+        if self._flush(stream):
             self._drop(stream)
 
-    def _send(self, stream: Stream) -> bool:
-        """Write what is pending; False when the socket did not take all of it, or is gone."""
+    def _leave(self, stream: Stream) -> None:
+        """End a stream now, properly if its socket allows that."""
+        if self._flush(stream) and not stream.is_ending:
+            self._end(stream)
+        self._drop(stream)
+
+    def _flush(self, stream: Stream) -> bool:
+        """Write what is pending; True when the socket has taken all of it."""
+        if stream.pending:
+            stream.pending = stream.pending[self._send(stream) :]
+            if stream.is_blocked != bool(stream.pending):
+                stream.is_blocked = bool(stream.pending)
+                self._watch_socket(stream)
+        return not stream.pending
+
+    def _send(self, stream: Stream) -> int:
+        """Return how many pending bytes the socket has taken."""
         try:
             sent = stream.socket.send(stream.pending)
-        except (BlockingIOError, InterruptedError):
-            sent = 0
         except OSError as error:
-            if not _would_block(error):
-                self._drop(stream)
-                return False
-            sent = 0
-        if sent:
-            stream.wrote_at = time.monotonic()
-            stream.next_keep_alive = stream.wrote_at + (
-                0.5 if stream.next_keep_alive == 0.0 else KEEP_ALIVE_SECONDS
-            )
-        if sent == len(stream.pending):
-            stream.pending = b""
-            self._set_blocked(stream, False)
-            return True
-        stream.pending = memoryview(stream.pending)[sent:]
-        self._set_blocked(stream, True)
-        return False
-
-    def _set_blocked(self, stream: Stream, is_blocked: bool) -> None:
-        if stream.is_blocked != is_blocked:
-            stream.is_blocked = is_blocked
-            self._watch_socket(stream)
+            if _would_block(error):
+                return 0
+            raise
+        stream.wrote_at = time.monotonic()
+        stream.next_keep_alive = stream.wrote_at + (
+            0.5 if stream.next_keep_alive == 0.0 else KEEP_ALIVE_SECONDS
+        )
+        return sent
 
     def _tick(self, now: float) -> None:
         """Once a second: say that silent streams live, drop those that take nothing."""
@@ -5351,7 +5382,7 @@ class StreamThread:
                     self._drop(stream)
             elif now >= stream.next_keep_alive:
                 stream.pending = chunk(KEEP_ALIVE) if stream.is_chunked else KEEP_ALIVE
-                self._send(stream)
+                self._guard(self._flush, stream)
 
     def _drop(self, stream: Stream) -> None:
         number = stream.socket.fileno()
@@ -5363,15 +5394,6 @@ class StreamThread:
         with self._lock:
             self._count -= 1
         self._app.metrics.streams_active.inc(-1)
-
-    def _end_all(self) -> None:
-        """At shutdown: a last chunk for everybody who takes it at once."""
-        for stream in list(self._streams.values()):
-            if not stream.pending or self._send(stream):
-                self._end(stream)
-                if stream.pending:
-                    self._send(stream)
-            self._drop(stream)
 
 
 def _would_block(error: OSError) -> bool:
@@ -5395,6 +5417,8 @@ def close_socket(sock: socket.socket) -> None:
 # ---------------------------------------------------------------------------
 
 MAX_CONNECTIONS = 1000
+WANTED_DESCRIPTORS = 16_384  # for all of these, all streams, and a database reader each
+RESERVED_DESCRIPTORS = 64  # never for clients: the database, the log, the pipes of commands
 LISTEN_BACKLOG = 1024  # http.server's 5 drops connections in a burst
 HEAD_SECONDS = 10.0
 BODY_SECONDS = 30.0
@@ -5405,6 +5429,9 @@ IDLE_SECONDS = 75.0
 LINGER_SECONDS = 2.0
 DRAIN_SECONDS = 2.0  # what requests in work get at a stop
 _BARE_LF = re.compile(rb"(?<!\r)\n")
+
+# What becomes of a connection: it stays in its thread, is parked, was given away, or ends.
+Move = Literal["stay", "park", "gone", "close"]
 
 
 class Connection:
@@ -5424,9 +5451,9 @@ class Connection:
         self.has_expired = False
         self._buffer = b""
         self._unsent = b""
-        self._is_last = False  # nothing more is read after what is unsent
+        self._is_last = False  # the last answer has been given: what comes in now is dropped
+        self._left = MAX_BODY_BYTES  # how much of that is waited for
         self.is_writing = False
-        self._has_moved = False  # to the reception or the stream thread
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # Left alone the kernel keeps megabytes for a client that does not read.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
@@ -5435,27 +5462,35 @@ class Connection:
 
     def run(self) -> None:
         """Serve requests in a thread of its own until the client has to move, or has left."""
+        move: Move = "close"
         try:
-            self._has_moved = False
-            self._serve()
+            move = self._serve()
         except OSError:
             pass  # the client has gone, which is normal
         except Exception:  # the outermost call of a connection's thread
             logger.error("a connection failed", exc_info=True)
             self.server.app.metrics.errors.inc()
-        if not self._has_moved:
+        # Once it is somewhere else it may have its next thread already: nothing of it is looked at.
+        if move == "close":
             self.close()
+        elif move == "park":
+            self.server.reception.park(self)
 
-    def _serve(self) -> None:
+    def _serve(self) -> Move:
+        """Answer what the client asks; return what is to become of the connection then."""
         if self.server.ssl_context is not None:
             self._shake_hands(self.server.ssl_context)
         self._write(self._unsent)
         self._unsent = b""
-        while not self._is_last and self._serve_one():
+        if self._is_last:
+            self._linger()
+            return "close"
+        while True:
+            move = self._serve_one()
+            if move != "stay":
+                return move
             if self.server.ssl_context is None and not self._buffer:
-                self._has_moved = True
-                self.server.reception.park(self)
-                return
+                return "park"
 
     def close(self) -> None:
         self.server.forget(self)
@@ -5470,6 +5505,9 @@ class Connection:
         """
         try:
             data = self.socket.recv(65536)
+            if self._is_last:
+                self._left -= len(data)
+                return bool(data) and self._left > 0 or self._leave()
             if not data:
                 return self._leave(needs_thread=bool(self._buffer) and self.has_expired)
             if not self._buffer:
@@ -5507,9 +5545,14 @@ class Connection:
             sent = self.socket.send(output)
         except (BlockingIOError, InterruptedError):
             sent = 0
-        if sent < len(output) or not keep_alive:
-            self._unsent, self._is_last = output[sent:], not keep_alive
-            return self._leave(needs_thread=bool(self._unsent))
+        self._is_last = not keep_alive
+        if sent < len(output):
+            self._unsent = output[sent:]
+            return self._leave(needs_thread=True)
+        if not keep_alive:
+            self._buffer = b""
+            self._begin_to_linger()
+            return None
         self.await_client(HEAD_SECONDS if self._buffer else IDLE_SECONDS)
         return True
 
@@ -5542,20 +5585,20 @@ class Connection:
         self.waits_since = time.monotonic()
         self.deadline = self.waits_since + seconds
 
-    def _serve_one(self) -> bool:
-        """Answer the next request; False when the connection ends."""
+    def _serve_one(self) -> Move:
+        """Answer the next request."""
         app = self.server.app
         started = time.perf_counter()
         try:
             data = self._read_head()
             if data is None:
-                return False
+                return "close"
             head = _parse_head_cached(data) if len(data) <= MAX_CACHED_HEAD else parse_head(data)
         except ServeError as error:
             app.observe("", UNMATCHED, error.status, started)
             self._write(render_response(error_response(error), False, False, False))
             self._linger()
-            return False
+            return "close"
         self.waits_since = None
         self.deadline = math.inf
         has_read = not head.has_body
@@ -5573,12 +5616,14 @@ class Connection:
             return self._hand_over(head, response, response.stream)
         keep_alive = head.keep_alive and has_read and not self.server.is_stopping
         if response.stream is not None:
-            self._write(self._stream_head(head, response))
-            return False
-        self._write(render_response(response, head.method == "HEAD", keep_alive, head.is_http10))
+            keep_alive = False
+            output = self._stream_head(head, response)
+        else:
+            output = render_response(response, head.method == "HEAD", keep_alive, head.is_http10)
+        self._write(output)
         if not keep_alive:
             self._linger()
-        return keep_alive
+        return "stay" if keep_alive else "close"
 
     def _stream_head(self, head: Head, response: Response) -> bytes:
         chunked = b"" if head.is_http10 else b"Transfer-Encoding: chunked\r\n"
@@ -5589,16 +5634,17 @@ class Connection:
             + b"Connection: close\r\n\r\n"
         )
 
-    def _hand_over(self, head: Head, response: Response, start: StreamStart) -> bool:
+    def _hand_over(self, head: Head, response: Response, start: StreamStart) -> Move:
         """Send the head of a stream and give its socket to the stream thread."""
         self._write(self._stream_head(head, response))
+        self.server.forget(self)
         try:
             self.server.streams.add(self.socket, start.after_seq, not head.is_http10)
         except Unavailable:
-            return False  # full or stopping since we looked: the head is out, only the end is left
-        self._has_moved = True
-        self.server.forget(self)
-        return False
+            return (
+                "close"  # full or stopping since we looked: the head is out, only the end is left
+            )
+        return "gone"
 
     # Reading
 
@@ -5721,14 +5767,16 @@ class Connection:
         Closing on unread data would reset the connection and lose the answer.
         """
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.socket, socket.SHUT_WR)
-            self.await_client(LINGER_SECONDS)
-            left = MAX_BODY_BYTES
-            while left > 0:
+            self._begin_to_linger()
+            while self._left > 0:
                 data = self.socket.recv(65536)
                 if not data:
                     break
-                left -= len(data)
+                self._left -= len(data)
+
+    def _begin_to_linger(self) -> None:
+        socket.socket.shutdown(self.socket, socket.SHUT_WR)
+        self.await_client(LINGER_SECONDS)
 
 
 class Reception:
@@ -5772,7 +5820,7 @@ class Reception:
                     self._waker.clear()
                     self._admit()
                 else:
-                    self._receive(key.data)
+                    self._guard(Connection.receive, key.data)
         self._admit()
         for key in list(self._selector.get_map().values()):
             if key.data is not self._waker:
@@ -5780,18 +5828,44 @@ class Reception:
 
     def _admit(self) -> None:
         while self._incoming:
-            connection = self._incoming.popleft()
-            connection.socket.setblocking(False)
-            self._selector.register(connection.socket, selectors.EVENT_READ, connection)
+            self._guard(self._register, self._incoming.popleft())
 
-    def _receive(self, connection: Connection) -> None:
+    def _register(self, connection: Connection) -> None:
+        connection.socket.setblocking(False)
+        self._selector.register(connection.socket, selectors.EVENT_READ, connection)
+
+    def _guard(self, work: Callable[[Connection], object], connection: Connection) -> None:
+        """Work on one connection; whatever goes wrong there costs that connection only."""
         try:
-            connection.receive()
+            work(connection)
         except Exception:  # the outermost call for a connection
             logger.error("a connection failed", exc_info=True)
             connection.server.app.metrics.errors.inc()
-            self._selector.unregister(connection.socket)
+            with contextlib.suppress(
+                KeyError, ValueError
+            ):  # it was not registered, or not any more
+                self._selector.unregister(connection.socket)
             connection.close()
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the soft limit of open files as far as all sockets need; return what it is then.
+
+    Not to the hard limit: the commands of tasks inherit it, and some close every possible number.
+    """
+    try:
+        import resource
+    except ImportError:
+        return WANTED_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for wanted in (WANTED_DESCRIPTORS, 10_240):  # the second is the most that macOS may allow
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if soft == resource.RLIM_INFINITY or soft >= limit:
+            return limit
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            return limit
+    return soft
 
 
 class ServeServer(ThreadingHTTPServer):
@@ -5809,6 +5883,11 @@ class ServeServer(ThreadingHTTPServer):
         if ":" in host:
             self.address_family = socket.AF_INET6
         self.ssl_context = ssl_context
+        # So that whoever comes later is told so, and the database and the tasks still find some. A
+        # connection may hold two more while it is served: those of a database reader.
+        descriptors = raise_descriptor_limit() - RESERVED_DESCRIPTORS
+        self.max_connections = min(MAX_CONNECTIONS, max(4, descriptors // 4))
+        self.max_streams = min(MAX_STREAMS, max(4, descriptors - 3 * self.max_connections))
         self._reap_at = 0.0
         self._stopped = threading.Event()
         self._is_serving = False  # shutdown would wait for ever for a loop that was never begun
@@ -5837,8 +5916,8 @@ class ServeServer(ThreadingHTTPServer):
         On a loopback bind without token only loopback names and `allowed_hosts` may be asked for.
         """
         self.app = app
-        self.streams = StreamThread(app)
-        app.streams_are_full = self.streams.is_full
+        self.streams = StreamThread(app, self.max_streams)
+        app.check_stream_room = self.streams.check_room
         self.reception = Reception()
         app.trusted_hosts = frozenset(_host_name(name) for name in allowed_hosts)
         if is_loopback(self.host) and not app.has_token:
@@ -5898,7 +5977,7 @@ class ServeServer(ThreadingHTTPServer):
         """
         with self._connections_lock:
             count = len(self._connections)
-        if count >= MAX_CONNECTIONS and not self._make_room():
+        if count >= self.max_connections and not self._make_room():
             self._refuse(request)
             return
         try:
@@ -5912,6 +5991,11 @@ class ServeServer(ThreadingHTTPServer):
             self.reception.park(connection)
         elif not self.start_serving(connection):
             self.forget(connection)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Called by socketserver in the except clause around process_request."""
+        logger.error("a connection could not be taken", exc_info=True)
+        self.app.metrics.errors.inc()
 
     def start_serving(self, connection: Connection) -> bool:
         """Give a connection a thread; False, and refused, when the system has none left."""
@@ -5947,11 +6031,13 @@ class ServeServer(ThreadingHTTPServer):
         return True
 
     def _refuse(self, sock: socket.socket) -> None:
-        error = Unavailable(f"{MAX_CONNECTIONS} connections are open already")
+        error = Unavailable(f"{self.max_connections} connections are open already")
         self.app.observe("", UNMATCHED, error.status, time.perf_counter())
         with contextlib.suppress(OSError):
             sock.setblocking(False)
-            sock.send(render_response(error_response(error), False, False, False))
+            if self.ssl_context is None:  # before its handshake a TLS client understands nothing
+                sock.send(render_response(error_response(error), False, False, False))
+                sock.recv(65536)  # closing on an unread request would reset the connection
         close_socket(sock)
 
     def service_actions(self) -> None:
@@ -5969,17 +6055,6 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def raise_descriptor_limit() -> None:
-    """Raise the soft limit of open files to the hard one: every stream holds a descriptor."""
-    try:
-        import resource
-    except ImportError:
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # macOS refuses "unlimited"
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def make_server(
     app: ServeApp,
     host: str = "127.0.0.1",
@@ -5991,10 +6066,9 @@ def make_server(
     """Return a bound server for `app`: `serve_forever()` in this thread, or `start()`; `stop()`
     ends it.
 
-    Raises the limit of open files to its hard limit. Raises OSError when the address cannot be
+    Raises the limit of open files, to 16,384 at most. Raises OSError when the address cannot be
     bound.
     """
-    raise_descriptor_limit()
     server = ServeServer(host, port, ssl_context)
     server.attach(app, allowed_hosts)
     return server
@@ -6246,6 +6320,8 @@ def make_ssl_context(certfile: str | None, keyfile: str | None) -> ssl.SSLContex
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # Work that a client could ask for without end. LibreSSL does not know the option.
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     try:
         context.load_cert_chain(certfile, keyfile)
     except (OSError, ssl.SSLError) as error:
@@ -6374,7 +6450,6 @@ def run_here(args: argparse.Namespace, workflow: Any, token: str | None) -> int:
 
 def bind_server(args: argparse.Namespace) -> ServeServer:
     context = make_ssl_context(args.certfile, args.keyfile)
-    raise_descriptor_limit()
     try:
         return ServeServer(args.host, args.port, context)
     except (OSError, OverflowError) as error:

@@ -2815,9 +2815,10 @@ def sse_of(events: Seq[ss.Event]) -> str:
 class Command:
     """A real process of the command line, its progress lines read as they come."""
 
-    def __init__(self, folder: str, *arguments: str, **env: str) -> None:
+    def __init__(self, folder: str, *arguments: str, limit: str = "", **env: str) -> None:
+        argv = [sys.executable, "-m", "smithers_serve", *arguments]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "smithers_serve", *arguments],
+            ["sh", "-c", limit + 'exec "$@"', "sh", *argv] if limit else argv,
             cwd=folder,
             env=command_env(**env),
             stdin=subprocess.DEVNULL,
@@ -3036,6 +3037,17 @@ class StatusTest(ServedCase):
                     self.assertNotIn("allow", answer[1])
 
 
+@contextlib.contextmanager
+def served_frames(count: int, size: int) -> Iterator[RunServer]:
+    """Serve a run with so many frames, each with so many bytes of tree."""
+    with serving() as served:
+        with served.db.transaction("run-1") as tx:
+            tx.insert_run("w", None, None, "nobody", "{}", "{}")
+            for _ in range(count):
+                tx.insert_frame("x" * (size - 4), "hash", "[]", "[]")
+        yield served
+
+
 class FramesTest(ServedCase):
     def looped(self) -> list[dict[str, Any]]:
         """Serve a run of many frames instead and return them, oldest first."""
@@ -3078,6 +3090,15 @@ class FramesTest(ServedCase):
         newest = self.served.ask("GET", "/frames?limit=3")[2]
         self.assertEqual(newest, frames[::-1][:3])
         self.assertEqual(self.served.ask("GET", "/frames")[2], frames[::-1])
+
+    def test_large_frames_come_a_few_at_a_time(self) -> None:
+        with served_frames(12, 1 << 20) as served:
+            newest = served.ask("GET", "/frames")[2]
+            self.assertEqual([frame["frameNo"] for frame in newest], [12, 11, 10, 9, 8, 7, 6, 5])
+            page = served.ask("GET", "/frames?afterFrameNo=0")[2]
+            self.assertEqual([frame["frameNo"] for frame in page], [1, 2, 3, 4, 5, 6, 7, 8])
+        with served_frames(2, 9 << 20) as served:
+            self.assertEqual(len(served.ask("GET", "/frames")[2]), 1)
 
     def test_paging_forward_loses_no_frame(self) -> None:
         frames = self.looped()
@@ -3381,11 +3402,9 @@ class EventStreamTest(unittest.TestCase):
                 r"Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\nDate: [^\r]+ GMT\r\n"
                 r"Transfer-Encoding: chunked\r\nConnection: close\Z",
             )
-            replay = sse_of(events)[len("retry: 1000\n\n") :].encode()
-            self.assertEqual(
-                body,
-                b"d\r\nretry: 1000\n\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(replay), replay),
-            )
+            blocks = [block.encode() + b"\n\n" for block in sse_of(events).split("\n\n")[:-1]]
+            chunks = [b"%x\r\n%b\r\n" % (len(block), block) for block in [*blocks, b""]]
+            self.assertEqual(body, b"".join(chunks))
 
     def test_http_1_0_gets_no_chunks(self) -> None:
         with serving() as served:
@@ -3646,6 +3665,25 @@ class EventStreamTest(unittest.TestCase):
             with EventReader(served.port) as third:
                 self.assertEqual(third.block(), "retry: 1000")
             second.close()
+
+    def test_clients_that_never_read_cost_no_memory(self) -> None:
+        with serving() as served:
+            served.run_to_gate()
+            with served.db.transaction("run-1") as tx:
+                for _ in range(1000):
+                    tx.append_event("NodeOutput", text="x" * 7000)
+            before = ss._resident_bytes()
+            deaf = [
+                EventReader(served.port, f"/events?afterSeq={9 * number}", buffer_bytes=4096)
+                for number in range(100)
+            ]
+            with EventReader(served.port) as reader:  # takes hundreds of turns, as do the others
+                reader.skip_to(served.events()[-1].seq)
+            grown = (ss._resident_bytes() - before) / 2**20
+            self.assertEqual(served.streams(), "101")
+            for other in deaf:
+                other.reset()
+            self.assertLess(grown, 60)
 
     def test_streams_cost_no_threads(self) -> None:
         with serving() as served:
@@ -4066,6 +4104,74 @@ class ConnectionLimitTest(unittest.TestCase):
             leave.set()
             self.assertEqual(statuses_of(first.recv(65536)), [200])
             served.db.unsubscribe(hold)
+
+    def test_a_connection_outlives_the_thread_of_a_request(self) -> None:
+        """The next request may have its thread before the last one's has ended."""
+        interval = sys.getswitchinterval()
+        self.addCleanup(sys.setswitchinterval, interval)
+        sys.setswitchinterval(1e-5)
+        request = post(b"", b"Content-Length: 0", path=b"/approve/nobody")
+        broken: list[BaseException] = []
+
+        def ask() -> None:
+            try:
+                with contextlib.closing(self.connect(served)) as sock:
+                    for _ in range(700):
+                        sock.sendall(request)
+                        answer = b""
+                        while b"}}" not in answer:
+                            data = sock.recv(65536)
+                            if not data:
+                                raise ConnectionError("closed without an answer")
+                            answer += data
+            except OSError as error:
+                broken.append(error)
+
+        with serving() as served:
+            clients = [threading.Thread(target=ask) for _ in range(6)]
+            for client in clients:
+                client.start()
+            for client in clients:
+                client.join()
+            self.assertEqual(broken, [])
+            self.answered(self.connect(served))
+
+    def test_what_follows_a_last_answer_is_not_reset(self) -> None:
+        """A reset could overtake the answer on its way."""
+        with serving() as served:
+            served.run_to_gate()
+            for request in (
+                get(b"Connection: close"),
+                get(b"Connection: close", path=b"/frames"),
+                b"HEAD /events HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            ):
+                with self.subTest(request=request):
+                    sock = self.connect(served)
+                    sock.sendall(request)
+                    answer = b"".join(iter(lambda sock=sock: sock.recv(65536), b""))
+                    self.assertEqual(statuses_of(answer), [200])
+                    for _ in range(100):
+                        sock.sendall(b"x" * 1000)
+
+    def test_few_descriptors_mean_503_and_not_silence(self) -> None:
+        """A server with 100 descriptors, asked for 150 streams, answers everybody."""
+        with tempfile.TemporaryDirectory() as folder:
+            with open(os.path.join(folder, "flow.py"), "w") as file:
+                file.write("from smithers_serve import *\n")
+                file.write("workflow = Workflow('w', Approval('gate'))\n")
+            argv = "up flow.py --serve --port 0".split()
+            with Command(folder, *argv, limit="ulimit -n 100; ") as command:
+                port = command.port()
+                readers = []
+                for _ in range(150):
+                    readers.append(EventReader(port))
+                counts = Counter(reader.status for reader in readers)
+                self.assertEqual(set(counts), {200, 503})
+                self.assertEqual(ask_server(port, "GET", "/")[0], 200)
+                self.assertEqual(ask_server(port, "POST", "/approve/gate")[0], 200)
+                command.wait_for("Workflow finished")
+                for reader in readers:
+                    reader.close()
 
     def test_streams_do_not_count_as_connections(self) -> None:
         with unittest.mock.patch.object(ss, "MAX_CONNECTIONS", 2), serving() as served:
@@ -7047,7 +7153,7 @@ class Fuzz:
 
 def fuzz_command(arguments: argparse.Namespace) -> int:
     """Fuzz for some seconds; the server must stay as it was."""
-    with served(FUZZ_FLOW) as run:
+    with served(FUZZ_FLOW, PYTHONFAULTHANDLER="1") as run:
         run.wait_for_status("waiting-approval")
         fuzz = Fuzz(run, arguments.seed)
         fuzz.throw(min(1.0, arguments.seconds / 4))  # what a warm server holds is no leak
@@ -7055,15 +7161,21 @@ def fuzz_command(arguments: argparse.Namespace) -> int:
         before = vitals(run.pid)
         fuzz.seed += 1
         fuzz.throw(arguments.seconds * 0.75)
-        ask(run.port, "POST", "/cancel")
-        fuzz.seed += 1
-        fuzz.throw(arguments.seconds * 0.25)  # at a run that has ended
+        if not fuzz.wrong:
+            ask(run.port, "POST", "/cancel")
+            fuzz.seed += 1
+            fuzz.throw(arguments.seconds * 0.25)  # at a run that has ended
         after = settle(run.pid, before, 15.0)
         if run.process.poll() is not None:
             fuzz.wrong.append(f"the server has ended with {run.process.returncode}")
         if after.threads > before.threads + 1 or after.descriptors > before.descriptors + 4:
             fuzz.wrong.append(f"leaked: {before} became {after}")
         fuzz.wrong += [line for line in run.lines if "Traceback" in line or "ERROR" in line][:5]
+        if fuzz.wrong and run.process.poll() is None:
+            run.process.send_signal(signal.SIGABRT)  # it tells where its threads are
+            run.process.wait()
+            run.close()
+            print("\n".join(run.lines[-100:]))
     counts = ", ".join(f"{key}: {count:,}" for key, count in sorted(fuzz.statuses.items()))
     print(f"{fuzz.requests:,} connections, seed {arguments.seed}; {counts}")
     print(f"threads {before.threads} -> {after.threads}, descriptors {before.descriptors} -> "
