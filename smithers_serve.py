@@ -5119,6 +5119,21 @@ class Waker:
         self._reader.close()
 
 
+class ClientGone(Exception):
+    """A stream's socket has failed: its client has left, which is normal."""
+
+
+def _unless_blocked(error: OSError) -> None:
+    """Return for a non-blocking socket that wants to be asked again; raise ClientGone else."""
+    wants_again = ("SSLWantReadError", "SSLWantWriteError")
+    if (
+        isinstance(error, (BlockingIOError, InterruptedError))
+        or type(error).__name__ in wants_again
+    ):
+        return
+    raise ClientGone from error
+
+
 class Stream:
     """One client: a socket, a cursor into the log, and what the socket has not taken yet."""
 
@@ -5256,8 +5271,8 @@ class StreamThread:
             work(stream)
         except (StorageError, Unavailable):
             raise  # the database, so every stream: they wait
-        except OSError:
-            self._drop(stream)  # the client has gone, which is normal
+        except ClientGone:
+            self._drop(stream)
         except Exception:  # the outermost call for a stream
             logger.error("an event stream failed", exc_info=True)
             self._app.metrics.errors.inc()
@@ -5277,9 +5292,8 @@ class StreamThread:
         try:
             data = stream.socket.recv(4096)
         except OSError as error:
-            if _would_block(error):
-                return
-            raise
+            _unless_blocked(error)
+            return
         if data:
             return
         # The end of its sending may be all (half-closed) or the end of everything: a write or two
@@ -5365,9 +5379,8 @@ class StreamThread:
         try:
             sent = stream.socket.send(stream.pending)
         except OSError as error:
-            if _would_block(error):
-                return 0
-            raise
+            _unless_blocked(error)
+            return 0
         stream.wrote_at = time.monotonic()
         stream.next_keep_alive = stream.wrote_at + (
             0.5 if stream.next_keep_alive == 0.0 else KEEP_ALIVE_SECONDS
@@ -5394,11 +5407,6 @@ class StreamThread:
         with self._lock:
             self._count -= 1
         self._app.metrics.streams_active.inc(-1)
-
-
-def _would_block(error: OSError) -> bool:
-    """Return whether a non-blocking TLS socket only wants to be asked again."""
-    return type(error).__name__ in ("SSLWantReadError", "SSLWantWriteError")
 
 
 def close_socket(sock: socket.socket) -> None:

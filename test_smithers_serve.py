@@ -3666,6 +3666,12 @@ class EventStreamTest(unittest.TestCase):
                 self.assertEqual(third.block(), "retry: 1000")
             second.close()
 
+    def test_fast_readers_elsewhere_get_every_event(self) -> None:
+        """Their sockets are full and empty again at every moment there is."""
+        with bench_server(prefill=50_000) as (_, port, _), listening(port, 10) as listener:
+            seen = listener.ask("wait", 49_999, PATIENCE)
+            self.assertEqual((seen["complete"], seen["inOrder"]), (True, True))
+
     def test_clients_that_never_read_cost_no_memory(self) -> None:
         with serving() as served:
             served.run_to_gate()
