@@ -90,14 +90,10 @@ COMMAND_TAIL_BYTES = 64 << 10
 
 HEARTBEAT_SECONDS = 1.0
 HEARTBEAT_STALE_MS = 5000
-WATCH_SECONDS = (
-    0.05  # how often another process's commits are looked for: half of the promised 100 ms
-)
+WATCH_SECONDS = 0.05  # how often other processes' commits are looked for: half of 100 ms
 STOP_GRACE_SECONDS = 10.0  # a function that ignores its flag is abandoned after this
 KILL_AFTER_SECONDS = 5.0  # a command that ignores SIGTERM is killed after this
-HURRY_SECONDS = (
-    2.0  # both of the above after Ctrl+C or SIGTERM: the process must be gone within 5 s
-)
+HURRY_SECONDS = 2.0  # both of the above after Ctrl+C or SIGTERM: gone within 5 s
 LOCK_PATIENCE_SECONDS = 60.0  # how long the engine waits for another process's write lock
 HTTP_LOCK_PATIENCE_SECONDS = 30.0
 MAX_RENDERS_WITHOUT_PROGRESS = 100
@@ -111,20 +107,14 @@ TERMINAL_STATES = ("finished", "failed", "cancelled", "skipped")
 
 
 def start_thread(name: str, target: Callable[..., None], *args: Any) -> threading.Thread:
-    """Return a started daemon thread.
-
-    Every thread of this file starts here, so none outlives main.
-    """
+    """Return a started daemon thread; every thread starts here, so none outlives main."""
     thread = threading.Thread(target=target, args=args, name=f"smithers-{name}", daemon=True)
     thread.start()
     return thread
 
 
 def now_ms() -> int:
-    """Return the wall clock in milliseconds since the epoch.
-
-    The one clock behind every `_at_ms`.
-    """
+    """Return milliseconds since the epoch: the one clock behind every `_at_ms`."""
     return time.time_ns() // 1_000_000
 
 
@@ -295,10 +285,7 @@ def printable(text: str) -> str:
 
 
 def log_safe(text: object) -> str:
-    """Return `text` for one log line.
-
-    Control characters are escaped so that no line can be forged.
-    """
+    """Return `text` for one log line: control characters are escaped, so none can be forged."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
@@ -1724,10 +1711,8 @@ class Watch:
         try:
             version = self.version()
         except sqlite3.OperationalError as error:
-            if _is_busy(
-                error
-            ):  # a rollback journal locks readers out for a moment: look again later
-                return False
+            if _is_busy(error):
+                return False  # a rollback journal locks readers out for a moment: look later
             raise StorageError(f"cannot read the database: {error}") from error
         if version == self._seen:
             return False
@@ -2152,10 +2137,7 @@ class SmithersDb:
 
 
 def _statements(script: str) -> Iterator[str]:
-    """Yield the statements of a script one by one.
-
-    Executescript would commit the open transaction.
-    """
+    """Yield the statements of a script: `executescript` would commit the open transaction."""
     pending = ""
     for line in script.splitlines(keepends=True):
         pending += line
@@ -2676,9 +2658,8 @@ def kill_live_commands() -> None:
 
 
 def _signal_group(group: int, number: int) -> None:
-    with contextlib.suppress(
-        ProcessLookupError, PermissionError
-    ):  # gone already, or its leader is a zombie (macOS)
+    # It may be gone already, or its leader a zombie (macOS).
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, number)
 
 
@@ -2780,9 +2761,8 @@ def _wait_for_exit(
                 _signal_group(process.pid, signal.SIGKILL)
 
 
-_attempts_here: dict[
-    str, CurrentTask
-] = {}  # by token: lets an executor in this process find its live attempt
+# By token: lets an executor in this process find its live attempt.
+_attempts_here: dict[str, CurrentTask] = {}
 
 
 class _RemoteTask(CurrentTask):
@@ -2823,9 +2803,8 @@ def outcome_of(call: Callable[[], Any], task: CurrentTask) -> Outcome:
     """
     try:
         return Outcome(encode_output(call()))
-    except (
-        BaseException
-    ) as error:  # the outermost call of user code: SystemExit and CancelledError are failures too
+    except BaseException as error:
+        # The outermost call of user code: SystemExit and CancelledError are failures too.
         if not isinstance(error, TaskFailed) and not task.cancelled.is_set():
             logger.warning("task %s failed", task.node_id, exc_info=True)
         return Outcome(None, describe_error(error))
@@ -3131,9 +3110,8 @@ class Engine(CtxSource):
         self._loops: dict[str, tuple[int, bool]] = {}
         self._slots: dict[tuple[str, int], LeafSlot] = {}
         self._plan: Plan | None = None
-        self._scopes: dict[
-            str, str
-        ] = {}  # node id without loop scope -> with it, from the last frame of a resumed run
+        # Node id without loop scope -> with it, from the last frame of a resumed run.
+        self._scopes: dict[str, str] = {}
         self._reads: set[tuple[str, str]] = set()
         self._dirty = True  # something that the last render read has changed
         self._frame: tuple[str, str] | None = None
@@ -3481,9 +3459,8 @@ class Engine(CtxSource):
         except AuthoringError as error:
             self._fatal = describe_error(error)
             return None
-        except (
-            Exception
-        ) as error:  # user code: whatever it raises is the run's failure, never the engine's
+        except Exception as error:
+            # User code: whatever it raises is the run's failure, never the engine's.
             logger.error("the workflow function failed", exc_info=True)
             described = describe_error(error)
             message = f"the workflow function raised {described['name']}: {described['message']}"
@@ -4134,8 +4111,7 @@ def run_workflow(
 # ---------------------------------------------------------------------------
 
 # Bounds of a request, with their precedents: 8 KiB lines (nginx, Apache), 100 fields (Apache), and
-# far more
-# body than a note on an approval needs.
+# far more body than a note on an approval needs.
 MAX_REQUEST_LINE = 8 << 10
 MAX_HEAD_BYTES = 32 << 10
 MAX_HEADER_COUNT = 100
@@ -4156,18 +4132,8 @@ _INTEGER = re.compile(r"-?[0-9]{1,19}")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 # Fields that a second occurrence would make ambiguous.
 _SINGLE_FIELDS = frozenset(
-    {
-        "host",
-        "content-length",
-        "transfer-encoding",
-        "authorization",
-        "x-smithers-key",
-        "origin",
-        "sec-fetch-site",
-        "last-event-id",
-        "expect",
-        "content-type",
-    }  # fmt: skip
+    "host content-length transfer-encoding authorization x-smithers-key origin sec-fetch-site"
+    " last-event-id expect content-type".split()
 )
 
 
@@ -4392,21 +4358,8 @@ def _date() -> bytes:
     global _date_line
     second = int(time.time())
     if _date_line[0] != second:
-        days = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-        months = (
-            "Jan",
-            "Feb",
-            "Mar",
-            "Apr",
-            "May",
-            "Jun",
-            "Jul",
-            "Aug",
-            "Sep",
-            "Oct",
-            "Nov",
-            "Dec",
-        )
+        days = "Mon Tue Wed Thu Fri Sat Sun".split()
+        months = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
         at = time.gmtime(second)
         day = f"{days[at.tm_wday]}, {at.tm_mday:02} {months[at.tm_mon - 1]} {at.tm_year}"
         text = f"{day} {time.strftime('%H:%M:%S', at)}"
@@ -4477,9 +4430,8 @@ def get_events(app: ServeApp, request: Request) -> Response:
         after = integer_in("Last-Event-ID", last_id, -1)
         ended, newest = app.adapter.get_tail(app.run_id)
         if ended and newest <= after:
-            return Response(
-                204, headers=(("Cache-Control", "no-store"),)
-            )  # tells an EventSource to stop
+            # Tells an EventSource to stop.
+            return Response(204, headers=(("Cache-Control", "no-store"),))
     app.check_stream_room()
     headers = (
         ("Content-Type", "text/event-stream"),
@@ -4926,9 +4878,7 @@ def create_serve_app(
 RETRY_LINE = b"retry: 1000\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 KEEP_ALIVE_SECONDS = 10.0
-UNWRITABLE_SECONDS = (
-    60.0  # a socket that takes nothing for so long is dropped; its client can come back
-)
+UNWRITABLE_SECONDS = 60.0  # a socket that takes nothing for so long is dropped; it may come back
 MAX_STREAMS = 10_000
 LAST_CHUNK = b"0\r\n\r\n"
 
@@ -5802,6 +5752,9 @@ class Reception:
 
     def park(self, connection: Connection) -> None:
         """Take a connection whose client has to move next. Any thread may call this."""
+        if self._stopping.is_set():
+            connection.close()
+            return
         connection.await_client(IDLE_SECONDS)
         self._incoming.append(connection)
         self._waker.wake()
@@ -5849,9 +5802,7 @@ class Reception:
         except Exception:  # the outermost call for a connection
             logger.error("a connection failed", exc_info=True)
             connection.server.app.metrics.errors.inc()
-            with contextlib.suppress(
-                KeyError, ValueError
-            ):  # it was not registered, or not any more
+            with contextlib.suppress(KeyError, ValueError):  # not registered, or not any more
                 self._selector.unregister(connection.socket)
             connection.close()
 
@@ -6218,7 +6169,7 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 def load_workflow(spec: str) -> Any:
     """Return the workflow that `FILE[:name]` names.
 
-    Raises UsageError with the line of the mistake.
+    Raises UsageError, with the line of the mistake.
     """
     import importlib.util
 
@@ -6489,9 +6440,8 @@ class Process:
         signal.signal(signal.SIGINT, self._take_signal)
         signal.signal(signal.SIGTERM, self._take_signal)
         if self._server is not None:
-            sys.setswitchinterval(
-                0.0005
-            )  # a task that computes holds the server up for no longer than this at a time
+            # A task that computes holds the server up for no longer than this at a time.
+            sys.setswitchinterval(0.0005)
             self._server.start()
             self._say_where()
         announce_ready(
