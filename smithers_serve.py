@@ -25,6 +25,7 @@ import graphlib
 import hashlib
 import heapq
 import hmac
+import io
 import itertools
 import json
 import logging
@@ -6060,7 +6061,8 @@ class Parser(argparse.ArgumentParser):
 def say(text: str) -> None:
     """Write one progress line to stderr; a run goes on when nobody reads it any more."""
     with contextlib.suppress(OSError):
-        print(f"[smithers] {text}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"[smithers] {text}\n")  # at once: print would write the end by itself
+        sys.stderr.flush()
 
 
 def print_result(out: TextIO, facts: Mapping[str, Any]) -> None:
@@ -6683,19 +6685,24 @@ def result_stream() -> Iterator[TextIO]:
         is_real = out.fileno() == 1
     except (OSError, ValueError):  # a caller of main has put something else there
         is_real = False
-    with contextlib.redirect_stdout(sys.stderr):
-        if not is_real:
+    if not is_real:
+        with contextlib.redirect_stdout(sys.stderr):
             yield out
-            return
-        out.flush()
-        saved = os.dup(1)
-        try:
-            os.dup2(2, 1)
-            with os.fdopen(os.dup(saved), "w") as real:
-                yield real
-        finally:
-            os.dup2(saved, 1)
-            os.close(saved)
+        return
+    out.flush()
+    # By the line, in a buffer of its own: no progress line comes between a text and its end.
+    if isinstance(out, io.TextIOWrapper):
+        out.reconfigure(line_buffering=True)
+    saved = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with os.fdopen(os.dup(saved), "w") as real:
+            yield real
+    finally:
+        with contextlib.suppress(OSError):
+            out.flush()
+        os.dup2(saved, 1)
+        os.close(saved)
 
 
 def main(argv: Seq[str] | None = None) -> int:
