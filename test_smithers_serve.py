@@ -5323,10 +5323,13 @@ class DetachTest(CommandCase):
         self.assertEqual(body["status"], "finished")
         with self.database() as db:
             self.assertEqual(db.find_output("r1", "announce", 0), '{"announced":"v3"}')
-        with open(shown["logFile"]) as log:
-            text = log.read()
-        self.assertIn("announce finished", text)
-        self.assertNotIn("sk-secret", text)
+
+        def log() -> str:
+            with open(shown["logFile"]) as file:
+                return file.read()
+
+        eventually(lambda: "announce finished" in log())  # said after it is committed
+        self.assertNotIn("sk-secret", log())
 
     def test_a_child_that_dies_shows_its_log(self) -> None:
         self.write("raises.py", "raise RuntimeError('no such luck')\n")
