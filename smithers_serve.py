@@ -99,6 +99,7 @@ LOCK_PATIENCE_SECONDS = 60.0  # how long the engine waits for another process's 
 HTTP_LOCK_PATIENCE_SECONDS = 30.0
 MAX_RENDERS_WITHOUT_PROGRESS = 100
 MAX_TREE_DEPTH = 100
+MAX_JSON_DEPTH = 500  # of a request's body or a run's input
 MAX_RETRY_DELAY_SECONDS = 86400.0
 INT64_MAX = (1 << 63) - 1
 
@@ -325,6 +326,17 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Return whether arrays and objects are nested deeper than this; without recursion."""
+    level = [value]
+    for _ in range(levels + 1):
+        containers = [item for item in level if isinstance(item, (dict, list))]
+        if not containers:
+            return False
+        level = [x for c in containers for x in (c.values() if isinstance(c, dict) else c)]
+    return True
+
+
 def parse_json(data: bytes | str) -> Any:
     """Return the value of strict JSON.
 
@@ -335,6 +347,9 @@ def parse_json(data: bytes | str) -> Any:
         value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    # Where the interpreter gives up differs from version to version: at 1,000 or at 100,000 levels.
+    if _is_deeper(value, MAX_JSON_DEPTH):
+        raise ValueError("nested too deeply")
     # json.loads builds lone surrogates from \ud800; they could never be written again.
     if "\\u" in text:
         to_json(value).encode("utf-8")

@@ -3232,11 +3232,11 @@ class ApproveTest(ServedCase):
             self.assert_refused(400, "INVALID_REQUEST", says, "POST", "/approve/deploy", body)
 
     def test_bodies_nested_at_any_depth_are_answered(self) -> None:
-        for depth in (10, *range(900, 1005)):
+        for depth in (10, 499, 500, *range(900, 1005), 100_000):
             body = b'{"a":"\\u0041","x":' + b"[" * depth + b"]" * depth + b"}"
             with self.subTest(depth=depth):
                 answer = self.served.ask("POST", "/approve/nobody", body)
-                self.assertIn(answer[0], (400, 404))
+                self.assertEqual(answer[0], 404 if depth < 500 else 400)
 
     def test_a_gate_of_an_ended_run_is_closed(self) -> None:
         self.served.ask("POST", "/cancel")
