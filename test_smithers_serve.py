@@ -43,6 +43,7 @@ import unittest.mock
 import urllib.error
 import urllib.parse
 import urllib.request
+import warnings
 import wsgiref.simple_server
 import wsgiref.util
 import wsgiref.validate
@@ -4473,7 +4474,8 @@ class TlsTest(unittest.TestCase):
         old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         old.check_hostname = False
         old.verify_mode = ssl.CERT_NONE
-        with unittest.mock.patch("warnings.warn"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
             old.maximum_version = ssl.TLSVersion.TLSv1_1
         with self.assertRaises((ssl.SSLError, ConnectionError)):
             ask_server(self.served.port, "GET", "/health", context=old)
