@@ -5196,24 +5196,28 @@ class StreamThread:
 
     def _run(self) -> None:
         watch = self._app.adapter.watch()
+        is_stale = True  # there was a commit that the log has not been looked at after
         tick_at = 0.0
         try:
             while not self._stopping.is_set():
-                self._select(0.0 if self._lagging else WATCH_SECONDS if self._streams else None)
-                self._admit()
                 try:
-                    if watch.changed() and self._log.refresh():
+                    self._select(0.0 if self._lagging else WATCH_SECONDS if self._streams else None)
+                    self._admit()
+                    is_stale = watch.changed() or is_stale
+                    if is_stale and self._log.refresh():
                         self._pump_newest()
+                    is_stale = False
                     self._pump_lagging()
-                except (StorageError, Unavailable):
-                    logger.error("event streams wait: the database cannot be read", exc_info=True)
+                    now = time.monotonic()
+                    if now >= tick_at:
+                        tick_at = now + 1.0
+                        self._tick(now)
+                except Exception:  # the outermost loop of this thread: streams wait, and go on
+                    logger.error("event streams wait: the log cannot be read", exc_info=True)
+                    self._app.metrics.errors.inc()
                     self._stopping.wait(KEEP_ALIVE_SECONDS / 10)
                     for stream in self._streams.values():
                         self._let_lag(stream)
-                now = time.monotonic()
-                if now >= tick_at:
-                    tick_at = now + 1.0
-                    self._tick(now)
             self._admit()
             for stream in list(self._streams.values()):
                 self._guard(self._leave, stream)

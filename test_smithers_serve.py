@@ -3673,6 +3673,24 @@ class EventStreamTest(unittest.TestCase):
             seen = listener.ask("wait", 49_999, PATIENCE)
             self.assertEqual((seen["complete"], seen["inOrder"]), (True, True))
 
+    def test_streams_go_on_after_the_database_was_unreadable(self) -> None:
+        with mock.patch.object(ss, "KEEP_ALIVE_SECONDS", 0.1), serving() as served:
+            served.run_to_gate()
+            self.append(served, 4000, "x" * 2000)
+            with EventReader(served.port, buffer_bytes=4096) as slow:
+                with EventReader(served.port) as quick:
+                    quick.skip_to(served.events()[-1].seq)
+                    with contextlib.closing(sqlite3.connect(served.path)) as other:
+                        with self.assertLogs("smithers_serve", logging.ERROR) as logs:
+                            other.execute("alter table _smithers_events rename to hidden")
+                            slow.skip_to(100)  # its socket takes more now, which is not to be had
+                            count = len(logs.output)
+                            eventually(lambda: len(logs.output) > count + 3)
+                        other.execute("alter table hidden rename to _smithers_events")
+                    self.end(served)
+                    self.assertEqual(quick.until("RunFinished"), served.events()[-1].seq)
+                self.assertEqual(slow.rest()[-1], served.events()[-1].seq)
+
     def test_clients_that_never_read_cost_no_memory(self) -> None:
         with serving() as served:
             served.run_to_gate()
