@@ -4436,7 +4436,9 @@ def get_frames(app: ServeApp, request: Request) -> Response:
     after = (
         integer_in("afterFrameNo", query["afterFrameNo"], -1) if "afterFrameNo" in query else None
     )
-    return app.cached(("frames", limit, after), lambda: app.read_frames(limit, after))
+    response = app.cached(("frames", limit, after), lambda: app.read_frames(limit, after))
+    app.weigh_frames(request.head.query, response)
+    return response
 
 
 def get_events(app: ServeApp, request: Request) -> Response:
@@ -4565,8 +4567,8 @@ class ServeApp:
     A WSGI callable, `request` without a socket, and the core behind make_server.
     """
 
-    MAX_CACHED_ANSWERS = 16
-    MAX_CACHED_BYTES = 256 << 10  # of one answer; larger ones are made anew
+    MAX_CACHED_BYTES = 16 << 20  # of all cached answers
+    MAX_LIGHT_QUERIES = 16
 
     def __init__(
         self,
@@ -4590,7 +4592,7 @@ class ServeApp:
         self._watch = adapter.watch()
         self._answers: dict[tuple[Any, ...], tuple[int, Response]] = {}
         self._pending = 0
-        self._frames_are_light = False  # known after they were read once
+        self._light_queries: set[str] = set()  # for frames, as their last answers were
         self.metrics.read_at_scrape(self.metrics.approval_pending, self._count_pending)
 
     @property
@@ -4635,9 +4637,10 @@ class ServeApp:
             return False
         for route in find_routes(head.segments):
             if route.method == "GET":
+                is_light = route.handler is get_frames and head.query in self._light_queries
                 # Without a write-ahead log a reader may have to wait for a writer.
-                is_quick = route.is_quick and self.adapter.readers_never_wait or route.public
-                return is_quick or route.handler is get_frames and self._frames_are_light
+                can_read = self.adapter.readers_never_wait
+                return route.public or can_read and (route.is_quick or is_light)
         return False
 
     def respond(self, route: Route, head: Head, body: bytes) -> Response:
@@ -4654,14 +4657,24 @@ class ServeApp:
             self.metrics.errors.inc()
             return error_response(ServeError("the server failed to answer; its log says why"))
 
-    def handle(self, head: Head, read_body: Callable[[], bytes]) -> Response:
-        """Answer one request; the body is read only when the request may go on."""
+    def handle(
+        self,
+        head: Head,
+        read_body: Callable[[], bytes],
+        turns: contextlib.AbstractContextManager[Any] | None = None,
+    ) -> Response:
+        """Answer one request; the body is read only when the request may go on.
+
+        `turns` is held while the route works.
+        """
         started = time.perf_counter()
         label = UNMATCHED
         try:
             route = self.admit(head)
             label = route.pattern
-            response = self.respond(route, head, read_body())
+            body = read_body()
+            with turns or contextlib.nullcontext():
+                response = self.respond(route, head, body)
         except ServeError as error:
             response = error_response(error)
         self.observe(head.method, label, response.status, started)
@@ -4715,11 +4728,13 @@ class ServeApp:
         if found is not None and found[0] == version:
             return found[1]
         response = read()
-        if len(response.body) > self.MAX_CACHED_BYTES:
-            return response
-        if len(self._answers) >= self.MAX_CACHED_ANSWERS:
-            self._answers = {}
-        self._answers[key] = (version, response)
+        # A new dict each time: other threads may be reading the old one.
+        kept = {k: answer for k, answer in self._answers.items() if answer[0] == version}
+        size = len(response.body) + sum(len(answer[1].body) for answer in kept.values())
+        if size > self.MAX_CACHED_BYTES:
+            kept = {}
+        kept[key] = (version, response)
+        self._answers = kept
         return response
 
     def _version(self) -> int:
@@ -4739,9 +4754,16 @@ class ServeApp:
         frames = self.adapter.list_frames(self.run_id, limit, after)
         if not frames and self.adapter.get_run(self.run_id) is None:
             raise RunNotFound(f"there is no run {self.run_id}")
-        response = json_response([frame.to_json() for frame in frames])
-        self._frames_are_light = len(response.body) <= LIGHT_BYTES
-        return response
+        return json_response([frame.to_json() for frame in frames])
+
+    def weigh_frames(self, query: str, response: Response) -> None:
+        """Remember whether a query's answer is light: then the next one is too, or nearly so."""
+        if len(response.body) > LIGHT_BYTES:
+            self._light_queries.discard(query)
+        elif query not in self._light_queries:
+            if len(self._light_queries) >= self.MAX_LIGHT_QUERIES:
+                self._light_queries.clear()
+            self._light_queries.add(query)
 
     def decide(self, verdict: str, request: Request) -> Response:
         decide(
@@ -5400,6 +5422,8 @@ RESERVED_DESCRIPTORS = 64  # never for clients: the database, the log, the pipes
 LISTEN_BACKLOG = 1024  # http.server's 5 drops connections in a burst
 HEAD_SECONDS = 10.0
 BODY_SECONDS = 30.0
+MAX_READERS = 4  # answers made at once by threads
+MAX_LARGE_BYTES = 64 << 20  # of large answers that wait for slow clients
 WRITE_BYTES = 256 << 10
 SEND_BUFFER_BYTES = 256 << 10
 WRITE_SECONDS = 60.0  # per 256 KiB: a reader slower than that is dropped
@@ -5429,6 +5453,7 @@ class Connection:
         self.has_expired = False
         self._buffer = b""
         self._unsent = b""
+        self.large_body = b""  # the large answer that is being written
         self._is_last = False  # the last answer has been given: what comes in now is dropped
         self._left = MAX_BODY_BYTES  # how much of that is waited for
         self.is_writing = False
@@ -5589,16 +5614,20 @@ class Connection:
             has_read = True
             return body
 
-        response = app.handle(head, read_body)
+        turns = self.server.turns if head.method in ("GET", "HEAD") else None
+        response = app.handle(head, read_body, turns)
         if response.stream is not None and head.method != "HEAD":
             return self._hand_over(head, response, response.stream)
         keep_alive = head.keep_alive and has_read and not self.server.is_stopping
+        is_head = head.method == "HEAD"
         if response.stream is not None:
             keep_alive = False
-            output = self._stream_head(head, response)
+            self._write(self._stream_head(head, response))
+        elif is_head or len(response.body) <= LIGHT_BYTES:
+            self._write(render_response(response, is_head, keep_alive, head.is_http10))
         else:
-            output = render_response(response, head.method == "HEAD", keep_alive, head.is_http10)
-        self._write(output)
+            self._write(render_response(response, True, keep_alive, head.is_http10))
+            self._write_large(response.body)
         if not keep_alive:
             self._linger()
         return "stay" if keep_alive else "close"
@@ -5731,13 +5760,21 @@ class Connection:
     def _write(self, data: bytes) -> None:
         """Send everything; the client has a minute for every 256 KiB."""
         self.is_writing = True
+        view = memoryview(data)  # no copies for those who wait
         sent = 0
-        while sent < len(data):
+        while sent < len(view):
             self.await_client(WRITE_SECONDS)
-            sent += self.socket.send(data[sent : sent + WRITE_BYTES])
+            sent += self.socket.send(view[sent : sent + WRITE_BYTES])
         self.is_writing = False
         self.waits_since = None
         self.deadline = math.inf
+
+    def _write_large(self, body: bytes) -> None:
+        """Send a body that may be shared with others; those who take it too slowly have to go."""
+        self.large_body = body
+        self.server.limit_large_bodies()
+        self._write(body)
+        self.large_body = b""
 
     def _linger(self) -> None:
         """Read on for a moment before closing.
@@ -5874,6 +5911,9 @@ class ServeServer(ThreadingHTTPServer):
         # never while a socket is used.
         self._connections_lock = threading.Condition()
         self._connections: set[Connection] = set()
+        # Held by a thread while it makes an answer from the database. A thousand who do that at
+        # once would all be slow, hold a thousand answers, and keep the interpreter from the rest.
+        self.turns = threading.BoundedSemaphore(MAX_READERS)
         # Only our own Connection reads from sockets, so no handler class is given.
         super().__init__((host, port), None)  # type: ignore[arg-type]
         self.host = host
@@ -6008,6 +6048,16 @@ class ServeServer(ThreadingHTTPServer):
             return False
         min(waiting)[2].expire()
         return True
+
+    def limit_large_bodies(self) -> None:
+        """End the slowest readers of large answers while these hold too much memory."""
+        while True:
+            readers = [c for c in self._copy_connections() if c.large_body and not c.has_expired]
+            sizes = {id(c.large_body): len(c.large_body) for c in readers}
+            waiting = [(c.waits_since, id(c), c) for c in readers if c.is_writing and c.waits_since]
+            if sum(sizes.values()) <= MAX_LARGE_BYTES or not waiting:
+                return
+            min(waiting)[2].expire()
 
     def _refuse(self, sock: socket.socket) -> None:
         error = Unavailable(f"{self.max_connections} connections are open already")

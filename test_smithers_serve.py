@@ -4211,6 +4211,69 @@ class ConnectionLimitTest(unittest.TestCase):
                 for reader in readers:
                     reader.close()
 
+    def ask_frames(self, served: RunServer, limit: int) -> socket.socket:
+        sock = self.connect(served)
+        sock.sendall(get(path=b"/frames?limit=%d" % limit))
+        return sock
+
+    def test_the_slowest_reader_of_large_answers_has_to_go(self) -> None:
+        with mock.patch.object(ss, "MAX_LARGE_BYTES", 5 << 20), served_frames(8, 1 << 20) as served:
+            slowest = self.ask_frames(served, 3)
+            began = slowest.recv(100)
+            second = self.ask_frames(served, 4)
+            for sock, data, frames in ((second, b"", 4), (slowest, began, None)):
+                with contextlib.suppress(ConnectionError):
+                    while b"}]" not in data[-2:]:
+                        part = sock.recv(1 << 20)
+                        if not part:
+                            break
+                        data += part
+                body = data.partition(b"\r\n\r\n")[2]
+                if frames is None:
+                    self.assertLess(len(body), 3 << 20)
+                else:
+                    self.assertEqual(len(json.loads(body)), frames)
+
+    @contextlib.contextmanager
+    def slow_frames(self, served: RunServer) -> Iterator[tuple[list[int], threading.Event]]:
+        """Have answers of more than one frame wait; yield those in the making, and what ends it."""
+        making: list[int] = []
+        leave = threading.Event()
+        read = served.app.read_frames
+
+        def read_slowly(limit: int, after: int | None) -> ss.Response:
+            if limit > 1:
+                making.append(limit)
+                leave.wait(2 * PATIENCE)
+            return read(limit, after)
+
+        with mock.patch.object(served.app, "read_frames", read_slowly):
+            try:
+                yield making, leave
+            finally:
+                leave.set()
+
+    def test_a_large_answer_in_the_making_holds_nobody_up(self) -> None:
+        with served_frames(8, 100) as served, self.slow_frames(served) as (making, leave):
+            self.assertEqual(served.ask("GET", "/frames?limit=1")[0], 200)
+            sock = self.ask_frames(served, 8)
+            eventually(lambda: making == [8])
+            self.answered(self.connect(served))
+            self.assertEqual(served.ask("GET", "/")[0], 200)
+            leave.set()
+            self.assertEqual(statuses_of(sock.recv(65536)), [200])
+
+    def test_few_answers_are_made_at_once(self) -> None:
+        with served_frames(8, 100) as served, self.slow_frames(served) as (making, leave):
+            socks = [self.ask_frames(served, limit) for limit in range(2, 12)]
+            eventually(lambda: len(making) >= ss.MAX_READERS)
+            self.assertEqual(served.ask("POST", "/approve/nobody")[0], 404)
+            self.answered(self.connect(served))
+            self.assertEqual(len(making), ss.MAX_READERS)
+            leave.set()
+            for sock in socks:
+                self.assertEqual(statuses_of(sock.recv(65536)), [200])
+
     def test_streams_do_not_count_as_connections(self) -> None:
         with unittest.mock.patch.object(ss, "MAX_CONNECTIONS", 2), serving() as served:
             readers = []
