@@ -5423,6 +5423,7 @@ LISTEN_BACKLOG = 1024  # http.server's 5 drops connections in a burst
 HEAD_SECONDS = 10.0
 BODY_SECONDS = 30.0
 MAX_READERS = 4  # answers made at once by threads
+MAX_LARGE_REQUESTS = 2  # with a body of over 64 KiB, at once
 MAX_LARGE_BYTES = 64 << 20  # of large answers that wait for slow clients
 WRITE_BYTES = 256 << 10
 SEND_BUFFER_BYTES = 256 << 10
@@ -5453,6 +5454,7 @@ class Connection:
         self.has_expired = False
         self._buffer = b""
         self._unsent = b""
+        self._has_large_turn = False  # to send a large body
         self.large_body = b""  # the large answer that is being written
         self._is_last = False  # the last answer has been given: what comes in now is dropped
         self._left = MAX_BODY_BYTES  # how much of that is waited for
@@ -5615,7 +5617,12 @@ class Connection:
             return body
 
         turns = self.server.turns if head.method in ("GET", "HEAD") else None
-        response = app.handle(head, read_body, turns)
+        try:
+            response = app.handle(head, read_body, turns)
+        finally:
+            if self._has_large_turn:
+                self._has_large_turn = False
+                self.server.large_turns.release()
         if response.stream is not None and head.method != "HEAD":
             return self._hand_over(head, response, response.stream)
         keep_alive = head.keep_alive and has_read and not self.server.is_stopping
@@ -5711,6 +5718,8 @@ class Connection:
         self._buffer += data
 
     def _read_bytes(self, count: int) -> bytes:
+        if count > LIGHT_BYTES:
+            self._wait_for_large_turn()
         parts = [self._buffer]
         missing = count - len(self._buffer)
         while missing > 0:
@@ -5721,6 +5730,13 @@ class Connection:
         data = b"".join(parts)
         self._buffer = data[count:]
         return data[:count]
+
+    def _wait_for_large_turn(self) -> None:
+        """Wait until few enough requests with a large body are under way; until it is answered."""
+        if not self._has_large_turn:
+            if not self.server.large_turns.acquire(timeout=BODY_SECONDS):
+                raise Unavailable("too many requests with a large body at once")
+            self._has_large_turn = True
 
     def _read_line(self) -> bytes:
         while b"\r\n" not in self._buffer:
@@ -5744,6 +5760,8 @@ class Connection:
             total += size
             if total > MAX_BODY_BYTES:
                 raise PayloadTooLarge(f"the body may have {MAX_BODY_BYTES} bytes")
+            if total > LIGHT_BYTES:
+                self._wait_for_large_turn()
             parts.append(self._read_bytes(size))
             if self._read_bytes(2) != b"\r\n":
                 raise InvalidRequest("a chunk does not end where it should")
@@ -5914,6 +5932,8 @@ class ServeServer(ThreadingHTTPServer):
         # Held by a thread while it makes an answer from the database. A thousand who do that at
         # once would all be slow, hold a thousand answers, and keep the interpreter from the rest.
         self.turns = threading.BoundedSemaphore(MAX_READERS)
+        # Held from the first byte of a large body until it is answered: no decision needs one.
+        self.large_turns = threading.BoundedSemaphore(MAX_LARGE_REQUESTS)
         # Only our own Connection reads from sockets, so no handler class is given.
         super().__init__((host, port), None)  # type: ignore[arg-type]
         self.host = host

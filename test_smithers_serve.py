@@ -4274,6 +4274,34 @@ class ConnectionLimitTest(unittest.TestCase):
             for sock in socks:
                 self.assertEqual(statuses_of(sock.recv(65536)), [200])
 
+    def test_few_large_bodies_are_taken_at_once(self) -> None:
+        patches = contextlib.ExitStack()
+        self.addCleanup(patches.close)
+        for owner, name, value in (
+            (ss, "MAX_LARGE_REQUESTS", 1),
+            (ss, "BODY_SECONDS", 0.1),  # how long the others wait
+            (ss.ServeServer, "REAP_SECONDS", PATIENCE),  # and the first one is not timed out
+        ):
+            patches.enter_context(mock.patch.object(owner, name, value))
+        body = b'{"x":"' + b"x" * 100_000 + b'"}'
+        sized = post(body, b"Content-Length: %d" % len(body), path=b"/approve/nobody")
+        pieces = chunked(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+        for request in (sized, pieces):
+            with self.subTest(request=request[:100]), serving() as served:
+                served.run_to_gate()
+                first = self.connect(served)
+                first.sendall(request[:-1])
+                with socket.create_connection(("127.0.0.1", served.port)) as other:
+                    answers = b""
+                    while not answers.startswith(b"HTTP/1.1 503 "):  # until the first is begun
+                        answers = send_raw(served.port, [request])
+                        self.assertIn(statuses_of(answers), ([404], [503]))
+                    other.sendall(post(b"{}", b"Content-Length: 2", path=b"/approve/nobody"))
+                    self.assertEqual(statuses_of(other.recv(65536)), [404])
+                first.sendall(request[-1:])
+                self.assertEqual(statuses_of(first.recv(65536)), [404])
+                self.assertEqual(served.ask("POST", "/approve/nobody", body)[0], 404)
+
     def test_streams_do_not_count_as_connections(self) -> None:
         with unittest.mock.patch.object(ss, "MAX_CONNECTIONS", 2), serving() as served:
             readers = []
