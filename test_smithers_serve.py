@@ -4219,7 +4219,9 @@ class ConnectionLimitTest(unittest.TestCase):
     def test_the_slowest_reader_of_large_answers_has_to_go(self) -> None:
         with mock.patch.object(ss, "MAX_LARGE_BYTES", 5 << 20), served_frames(8, 1 << 20) as served:
             slowest = self.ask_frames(served, 3)
-            began = slowest.recv(100)
+            began = b""
+            while len(began) < 1000:  # its body is on the way
+                began += slowest.recv(1000)
             second = self.ask_frames(served, 4)
             for sock, data, frames in ((second, b"", 4), (slowest, began, None)):
                 with contextlib.suppress(ConnectionError):
