@@ -4567,6 +4567,7 @@ class ServeApp:
     A WSGI callable, `request` without a socket, and the core behind make_server.
     """
 
+    MAX_CACHED_ANSWERS = 16
     MAX_CACHED_BYTES = 16 << 20  # of all cached answers
     MAX_LIGHT_QUERIES = 16
 
@@ -4731,7 +4732,7 @@ class ServeApp:
         # A new dict each time: other threads may be reading the old one.
         kept = {k: answer for k, answer in self._answers.items() if answer[0] == version}
         size = len(response.body) + sum(len(answer[1].body) for answer in kept.values())
-        if size > self.MAX_CACHED_BYTES:
+        if size > self.MAX_CACHED_BYTES or len(kept) >= self.MAX_CACHED_ANSWERS:
             kept = {}
         kept[key] = (version, response)
         self._answers = kept
