@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import codecs
 import collections
 import contextlib
 import contextvars
@@ -35,6 +36,7 @@ import queue
 import re
 import secrets
 import selectors
+import shlex
 import signal
 import socket
 import sqlite3
@@ -90,11 +92,12 @@ MAX_MESSAGE_CHARS = 4 << 10
 COMMAND_TAIL_BYTES = 64 << 10
 
 HEARTBEAT_SECONDS = 1.0
-HEARTBEAT_STALE_MS = 5000
+HEARTBEAT_STALE_SECONDS = 5.0  # without a move of it, an owner that cannot be seen is dead
 WATCH_SECONDS = 0.05  # how often other processes' commits are looked for: half of 100 ms
 STOP_GRACE_SECONDS = 10.0  # a function that ignores its flag is abandoned after this
 KILL_AFTER_SECONDS = 5.0  # a command that ignores SIGTERM is killed after this
-HURRY_SECONDS = 2.0  # both of the above after Ctrl+C or SIGTERM: gone within 5 s
+SUSPEND_SECONDS = 5.0  # both of the above when the engine is stopped
+HURRY_SECONDS = 2.0  # both of the above when the process is told to leave: gone within 5 s
 LOCK_PATIENCE_SECONDS = 60.0  # how long the engine waits for another process's write lock
 HTTP_LOCK_PATIENCE_SECONDS = 30.0
 MAX_RENDERS_WITHOUT_PROGRESS = 100
@@ -104,7 +107,7 @@ MAX_RETRY_DELAY_SECONDS = 86400.0
 INT64_MAX = (1 << 63) - 1
 
 ACTIVE_STATUSES = ("running", "waiting-approval")
-TERMINAL_STATUSES = ("finished", "failed", "cancelled")
+TERMINAL_STATUSES = ("finished", "failed", "cancelled", "continued")  # the last: the original's
 TERMINAL_STATES = ("finished", "failed", "cancelled", "skipped")
 
 
@@ -113,6 +116,9 @@ def start_thread(name: str, target: Callable[..., None], *args: Any) -> threadin
     thread = threading.Thread(target=target, args=args, name=f"smithers-{name}", daemon=True)
     thread.start()
     return thread
+
+
+Key = tuple[str, int]  # how a node is named: (node id, iteration)
 
 
 def now_ms() -> int:
@@ -222,6 +228,10 @@ class ApprovalNotPending(ServeError):
     status, code = 409, "APPROVAL_NOT_PENDING"
 
 
+class GateChanged(ServeError):
+    status, code = 409, "GATE_CHANGED"
+
+
 class PayloadTooLarge(ServeError):
     status, code = 413, "PAYLOAD_TOO_LARGE"
 
@@ -255,8 +265,10 @@ def scrub_paths(text: str) -> str:
 @functools.lru_cache(maxsize=1)
 def _private_prefixes() -> re.Pattern[str]:
     """Match a folder whose name says something about the machine, where a path begins."""
-    folders = {os.getcwd(), os.path.expanduser("~"), sys.prefix, sys.base_prefix, *sys.path}
-    named = {os.path.abspath(folder) for folder in folders if folder} - {os.path.abspath(os.sep)}
+    folders = {os.path.expanduser("~"), sys.prefix, sys.base_prefix, *sys.path}
+    with contextlib.suppress(OSError):  # the working folder may have been removed
+        folders.add(os.getcwd())
+    named = {os.path.normpath(folder) for folder in folders if os.path.isabs(folder)} - {os.sep}
     longest_first = sorted((re.escape(folder + os.sep) for folder in named), key=len, reverse=True)
     # Not within a longer path or a URL: a folder /app must not eat the middle of http://host/app/.
     return re.compile(r"(?<![\w.~/-])(?:" + "|".join(longest_first) + ")")
@@ -276,9 +288,23 @@ def _message_of(error: BaseException) -> str:
     if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)) and error.strerror:
         return f"{error.strerror}: {os.path.basename(os.fsdecode(error.filename))!r}"
     try:
-        return str(error)
-    except Exception:  # user code: an error that cannot even say what it is
+        message = str(error)
+    except BaseException:  # user code: an error that cannot even say what it is
         return "(no message)"
+    # Errors that only hold others say nothing by themselves: an asyncio TaskGroup's, for one.
+    inner = getattr(error, "exceptions", None)
+    if isinstance(inner, (tuple, list)):
+        message += ": " + "; ".join(map(_named_message_of, inner[:MAX_INNER_ERRORS]))
+    if error.__cause__ is not None:
+        message += f" (caused by {_named_message_of(error.__cause__)})"
+    return message
+
+
+MAX_INNER_ERRORS = 10
+
+
+def _named_message_of(error: BaseException) -> str:
+    return f"{type(error).__name__}: {_message_of(error)[:MAX_MESSAGE_CHARS]}"
 
 
 def printable(text: str) -> str:
@@ -319,6 +345,13 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return value
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
@@ -344,7 +377,12 @@ def parse_json(data: bytes | str) -> Any:
     """
     text = data.decode("utf-8") if isinstance(data, bytes) else data
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        value = json.loads(
+            text,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            object_pairs_hook=_unique_keys,
+        )
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     # Where the interpreter gives up differs from version to version: at 1,000 or at 100,000 levels.
@@ -573,6 +611,16 @@ class Leaf(Element):
         """True when a person decides before this node goes on."""
         raise NotImplementedError
 
+    def request(self) -> dict[str, Any]:
+        """Return what is kept of its gate for whoever decides."""
+        return {
+            "title": self.label,
+            "summary": None,
+            "metadata": None,
+            "onDeny": self.on_deny,
+            "needs": [target for _, target in self.needs],
+        }
+
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Task(Leaf):
@@ -752,6 +800,15 @@ class Approval(Leaf):
     def asks_first(self) -> bool:
         return True
 
+    def request(self) -> dict[str, Any]:
+        return {
+            **super().request(),
+            "summary": self.summary,
+            "metadata": self.metadata,
+            "timeoutMs": None if self.timeout is None else round(self.timeout * 1000),
+            "onTimeout": self.on_timeout,
+        }
+
     def props(self) -> dict[str, str]:
         shown: dict[str, Any] = {
             "id": self.id,
@@ -884,6 +941,10 @@ class Node(NamedTuple):
     updated_at_ms: int
     label: str | None
 
+    @property
+    def key(self) -> Key:
+        return self.node_id, self.iteration
+
 
 class Attempt(NamedTuple):
     node_id: str
@@ -893,6 +954,21 @@ class Attempt(NamedTuple):
     started_at_ms: int
     finished_at_ms: int | None
     error_json: str | None
+    meta_json: str | None
+
+    @property
+    def key(self) -> Key:
+        return self.node_id, self.iteration
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What is kept beside its result.
+
+        `group`: process group and start time of its command; `crashed`: its process died under it;
+        `dueAtMs`: when the retry after it is due; `traceback`; `forgiven`: it does not count.
+        """
+        found = json.loads(self.meta_json) if self.meta_json else {}
+        return found if isinstance(found, dict) else {}
 
 
 class Frame(NamedTuple):
@@ -930,6 +1006,10 @@ class Gate(NamedTuple):
     decided_by: str | None
     request_json: str | None
 
+    @property
+    def key(self) -> Key:
+        return self.node_id, self.iteration
+
     def to_output(self) -> dict[str, Any]:
         return {
             "approved": self.status == "approved",
@@ -957,6 +1037,7 @@ class Decision(NamedTuple):
     iteration: int | None = None
     note: str | None = None
     decided_by: str | None = None
+    requested_at_ms: int | None = None  # of the gate that was seen
 
 
 # ---------------------------------------------------------------------------
@@ -982,69 +1063,60 @@ def _label_text(names: Seq[str], values: Seq[str]) -> str:
 class Sample:
     """One counter or gauge value. `text` is what the last scrape rendered, None after a change."""
 
-    def __init__(self, name: str, labels: str, lock: threading.Lock) -> None:
+    def __init__(self, name: str, labels: str) -> None:
         self._head = f"{name}{{{labels}}} " if labels else f"{name} "
-        self._lock = lock
         self.value: float = 0
-        self.text: str | None = None
+        self._text: str | None = None
 
-    def inc(self, amount: float = 1) -> None:
-        with self._lock:
-            self.add_locked(amount)
-
-    def add_locked(self, amount: float) -> None:
+    def add(self, amount: float) -> None:
         self.value += amount
-        self.text = None
+        self._text = None
 
     def set(self, value: float) -> None:
-        with self._lock:
+        if value != self.value:
             self.value = value
-            self.text = None
+            self._text = None
 
-    def render_locked(self) -> str:
-        if self.text is None:
-            self.text = f"{self._head}{format_number(self.value)}\n"
-        return self.text
+    def render(self) -> str:
+        if self._text is None:
+            self._text = f"{self._head}{format_number(self.value)}\n"
+        return self._text
 
 
 class Histogram:
     """Observations counted per bucket, in milliseconds."""
 
-    def __init__(
-        self, name: str, labels: str, lock: threading.Lock, bounds: tuple[float, ...]
-    ) -> None:
+    def __init__(self, name: str, labels: str, bounds: tuple[float, ...]) -> None:
         comma = "," if labels else ""
         marks = [*map(format_number, bounds), "+Inf"]
         self._heads = [f'{name}_bucket{{{labels}{comma}le="{mark}"}} ' for mark in marks]
         suffix = f"{{{labels}}} " if labels else " "
         self._sum_head, self._count_head = f"{name}_sum{suffix}", f"{name}_count{suffix}"
         self._bounds = bounds
-        self._lock = lock
         self._counts = [0] * len(marks)
         self._sum = 0.0
-        self.text: str | None = None
+        self._text: str | None = None
 
     def observe(self, value: float) -> None:
-        with self._lock:
-            self.observe_locked(value)
-
-    def observe_locked(self, value: float) -> None:
         self._counts[bisect.bisect_left(self._bounds, value)] += 1
         self._sum += value
-        self.text = None
+        self._text = None
 
-    def render_locked(self) -> str:
-        if self.text is None:
+    def render(self) -> str:
+        if self._text is None:
             totals = list(itertools.accumulate(self._counts))
             lines = [f"{head}{total}\n" for head, total in zip(self._heads, totals)]
             lines.append(f"{self._sum_head}{format_number(round(self._sum, 3))}\n")
             lines.append(f"{self._count_head}{totals[-1]}\n")
-            self.text = "".join(lines)
-        return self.text
+            self._text = "".join(lines)
+        return self._text
 
 
 class Family:
-    """All samples of one name. Without label names there is one sample, present from the start."""
+    """All samples of one name. Without label names there is one sample, present from the start.
+
+    Samples and families have no lock: only Metrics touches them, under its own.
+    """
 
     def __init__(
         self, header: str, make: Callable[[str], Any], labels: tuple[str, ...] = ()
@@ -1056,18 +1128,58 @@ class Family:
         if not labels:
             self.children[()] = make("")
 
-    def child_locked(self, *values: str) -> Any:
+    def child(self, *values: str) -> Any:
         child = self.children.get(values)
         if child is None:
             child = self.children[values] = self._make(_label_text(self._labels, values))
         return child
 
 
+# What is counted, as the original names it: a row a family. Bounds in milliseconds.
+COUNTERS = {
+    "smithers_runs_total": "Runs started or resumed here.",
+    "smithers_runs_finished_total": "Runs that finished.",
+    "smithers_runs_failed_total": "Runs that failed.",
+    "smithers_runs_cancelled_total": "Runs that were cancelled.",
+    "smithers_runs_resumed_total": "Runs that were resumed.",
+    "smithers_nodes_started": "Attempts started.",
+    "smithers_nodes_finished": "Nodes finished.",
+    "smithers_nodes_failed": "Nodes failed for good.",
+    "smithers_node_retries_total": "Retries scheduled.",
+    "smithers_errors_total": "Failed attempts, failed runs and internal errors.",
+    "smithers_events_emitted_total": "Events committed by this process.",
+    "smithers_approvals_requested": "Approval gates opened.",
+    "smithers_approvals_granted": "Approval gates approved.",
+    "smithers_approvals_denied": "Approval gates denied.",
+    "smithers_db_retries": "Waits for another writer that ran into the timeout.",
+}
+GAUGES = {
+    "smithers_runs_active": "Runs that engines of this process drive now.",
+    "smithers_nodes_active": "Attempts in progress now.",
+    "smithers_approval_pending": "Gates that wait for a decision now.",
+    "smithers_scheduler_queue_depth": "Tasks that are ready and wait for a place.",
+    "smithers_scheduler_concurrency_utilization": "Used share of the concurrency limit, 0 to 1.",
+    "smithers_event_streams_active": "Event streams open now.",
+    "smithers_process_uptime_seconds": "Seconds since the metrics began.",
+    "smithers_process_memory_rss_bytes": "Resident memory of the process in bytes.",
+}
+HISTOGRAMS = {
+    "smithers_run_duration_ms": ("Run duration in ms.", DURATION_BOUNDS),
+    "smithers_node_duration_ms": ("Node duration in ms.", DURATION_BOUNDS),
+    "smithers_attempt_duration_ms": ("Attempt duration in ms.", DURATION_BOUNDS),
+    "smithers_approval_wait_duration_ms": ("Request to decision in ms.", DURATION_BOUNDS),
+    "smithers_scheduler_wait_duration_ms": ("Ready to started in ms.", DURATION_BOUNDS),
+    "smithers_db_query_ms": ("Transaction and query time in ms.", FAST_BOUNDS),
+}
+HTTP_LABELS = ("method", "route", "status_code", "status_class")
+
+
 class Metrics:
-    """Every metric of one database's engine and server.
+    """Every metric of one database's engines and servers.
 
     One lock guards all values, so that a scrape is one consistent snapshot. Held for arithmetic and
-    string building only; no other lock is taken inside it.
+    string building only; no other lock is taken inside it. All methods may be called from any
+    thread.
     """
 
     MAX_UNCOUNTED = 1000  # answered requests not yet counted
@@ -1075,138 +1187,64 @@ class Metrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._families: dict[str, Family] = {}
-        self._readings: list[tuple[Sample, Callable[[], float]]] = []
+        self._readings: dict[str, list[Callable[[], float]]] = {}
         self._started = time.monotonic()
         self._rss = (float("-inf"), 0.0)
         self._answered: collections.deque[tuple[str, str, int, float]] = collections.deque()
-        self._define_run_metrics()
-        self._define_node_metrics()
-        self._define_server_metrics()
-
-    def _define_run_metrics(self) -> None:
-        self.runs_total = self.counter("smithers_runs_total", "Runs started or resumed here.")
-        self.runs_finished = self.counter("smithers_runs_finished_total", "Runs that finished.")
-        self.runs_failed = self.counter("smithers_runs_failed_total", "Runs that failed.")
-        self.runs_cancelled = self.counter(
-            "smithers_runs_cancelled_total", "Runs that were cancelled."
-        )
-        self.runs_resumed = self.counter("smithers_runs_resumed_total", "Runs that were resumed.")
-        self.runs_active = self.gauge(
-            "smithers_runs_active", "Runs that an engine of this process drives now."
-        )
-        self.run_duration = self.histogram(
-            "smithers_run_duration_ms", "Run duration in ms.", DURATION_BOUNDS
-        )
-
-    def _define_node_metrics(self) -> None:
-        self.nodes_started = self.counter("smithers_nodes_started", "Attempts started.")
-        self.nodes_finished = self.counter("smithers_nodes_finished", "Nodes finished.")
-        self.nodes_failed = self.counter("smithers_nodes_failed", "Nodes failed for good.")
-        self.node_retries = self.counter("smithers_node_retries_total", "Retries scheduled.")
-        self.nodes_active = self.gauge("smithers_nodes_active", "Attempts in progress now.")
-        self.errors = self.counter(
-            "smithers_errors_total", "Failed attempts, failed runs and internal errors."
-        )
-        self.events_emitted = self.counter(
-            "smithers_events_emitted_total", "Events committed by this process."
-        )
-        self.approvals_requested = self.counter(
-            "smithers_approvals_requested", "Approval gates opened."
-        )
-        self.approvals_granted = self.counter(
-            "smithers_approvals_granted", "Approval gates approved."
-        )
-        self.approvals_denied = self.counter("smithers_approvals_denied", "Approval gates denied.")
-        self.approval_pending = self.gauge(
-            "smithers_approval_pending", "Gates that wait for a decision now."
-        )
-        self.queue_depth = self.gauge(
-            "smithers_scheduler_queue_depth", "Tasks that are ready and wait for a slot."
-        )
-        self.utilization = self.gauge(
-            "smithers_scheduler_concurrency_utilization",
-            "Used share of the concurrency limit, 0 to 1.",
-        )
-        self.node_duration = self.histogram(
-            "smithers_node_duration_ms", "Node duration in ms.", DURATION_BOUNDS
-        )
-        self.attempt_duration = self.histogram(
-            "smithers_attempt_duration_ms", "Attempt duration in ms.", DURATION_BOUNDS
-        )
-        self.approval_wait = self.histogram(
-            "smithers_approval_wait_duration_ms", "Request to decision in ms.", DURATION_BOUNDS
-        )
-        self.scheduler_wait = self.histogram(
-            "smithers_scheduler_wait_duration_ms", "Ready to started in ms.", DURATION_BOUNDS
-        )
-
-    def _define_server_metrics(self) -> None:
-        self.db_retries = self.counter(
-            "smithers_db_retries", "Waits for another writer that ran into the timeout."
-        )
-        self.db_query = self.histogram(
-            "smithers_db_query_ms", "Transaction and query time in ms.", FAST_BOUNDS
-        )
-        labels = ("method", "route", "status_code", "status_class")
+        for name, help in COUNTERS.items():
+            self._add(name, "counter", help)
+        for name, help in GAUGES.items():
+            self._add(name, "gauge", help)
+        for name, (help, bounds) in HISTOGRAMS.items():
+            self._add(name, "histogram", help, bounds)
         self._http_requests = self._add(
-            "smithers_http_requests",
-            "counter",
-            "HTTP requests answered.",
-            lambda name, text: Sample(name, text, self._lock),
-            labels,
+            "smithers_http_requests", "counter", "HTTP requests answered.", None, HTTP_LABELS
         )
         self._http_duration = self._add(
             "smithers_http_request_duration_ms",
             "histogram",
             "HTTP request duration in ms.",
-            lambda name, text: Histogram(name, text, self._lock, FAST_BOUNDS),
-            labels,
+            FAST_BOUNDS,
+            HTTP_LABELS,
         )
-        self.streams_active = self.gauge("smithers_event_streams_active", "Event streams open now.")
-        uptime = self.gauge("smithers_process_uptime_seconds", "Seconds since the metrics began.")
-        self.read_at_scrape(uptime, lambda: round(time.monotonic() - self._started, 3))
-        memory = self.gauge(
-            "smithers_process_memory_rss_bytes", "Resident memory of the process in bytes."
+        self.read_at_scrape(
+            "smithers_process_uptime_seconds", lambda: round(time.monotonic() - self._started, 3)
         )
-        self.read_at_scrape(memory, self._read_rss)
+        self.read_at_scrape("smithers_process_memory_rss_bytes", self._read_rss)
 
     def _add(
         self,
         name: str,
         kind: str,
         help: str,
-        make: Callable[[str, str], Any],
+        bounds: tuple[float, ...] | None = None,
         labels: tuple[str, ...] = (),
     ) -> Family:
-        if name in self._families:
-            raise ValueError(f"metric {name} is defined twice")
+        def make(text: str) -> Sample | Histogram:
+            return Sample(name, text) if bounds is None else Histogram(name, text, bounds)
+
         header = f"# HELP {name} {help}\n# TYPE {name} {kind}\n"
-        family = self._families[name] = Family(header, functools.partial(make, name), labels)
+        family = self._families[name] = Family(header, make, labels)
         return family
 
-    def counter(self, name: str, help: str) -> Sample:
-        family = self._add(name, "counter", help, lambda n, text: Sample(n, text, self._lock))
-        sample: Sample = family.children[()]
-        return sample
+    def inc(self, name: str, amount: float = 1) -> None:
+        """Add to a counter or a gauge. Gauges are added to, so that several runs can share one."""
+        with self._lock:
+            self._families[name].child().add(amount)
 
-    def gauge(self, name: str, help: str) -> Sample:
-        family = self._add(name, "gauge", help, lambda n, text: Sample(n, text, self._lock))
-        sample: Sample = family.children[()]
-        return sample
+    def observe(self, name: str, ms: float) -> None:
+        with self._lock:
+            self._families[name].child().observe(ms)
 
-    def histogram(self, name: str, help: str, bounds: tuple[float, ...]) -> Histogram:
-        family = self._add(
-            name, "histogram", help, lambda n, text: Histogram(n, text, self._lock, bounds)
-        )
-        histogram: Histogram = family.children[()]
-        return histogram
+    def read_at_scrape(self, name: str, read: Callable[[], float]) -> None:
+        """Have `read` called at every scrape, outside the lock; a gauge is the sum of its reads."""
+        self._readings.setdefault(name, []).append(read)
 
-    def read_at_scrape(self, sample: Sample, read: Callable[[], float]) -> None:
-        """Have `read` called for the value of `sample` at every scrape, outside the lock."""
-        self._readings.append((sample, read))
+    def stop_reading(self, name: str, read: Callable[[], float]) -> None:
+        self._readings[name].remove(read)
 
     def observe_request(self, method: str, route: str, status: int, ms: float) -> None:
-        """Note an answered request. Without the lock: connection threads would queue for it."""
+        """Note an answered request. Without the lock: the threads that answer would queue for it."""
         self._answered.append((method, route, status, ms))
         if len(self._answered) > self.MAX_UNCOUNTED:
             with self._lock:
@@ -1217,8 +1255,8 @@ class Metrics:
             while True:
                 method, route, status, ms = self._answered.popleft()
                 labels = (method, route, str(status), f"{status // 100}xx")
-                self._http_requests.child_locked(*labels).add_locked(1)
-                self._http_duration.child_locked(*labels).observe_locked(ms)
+                self._http_requests.child(*labels).add(1)
+                self._http_duration.child(*labels).observe(ms)
 
     def _read_rss(self) -> float:
         """Return resident memory in bytes, read from the system at most once a second."""
@@ -1233,16 +1271,18 @@ class Metrics:
 
         Source: Prometheus text exposition format 0.0.4.
         """
-        readings = [(sample, read()) for sample, read in self._readings]
+        readings = {
+            name: math.fsum(read() for read in tuple(reads))
+            for name, reads in self._readings.items()
+        }
         parts: list[str] = []
         with self._lock:
-            for sample, value in readings:
-                if sample.value != value:
-                    sample.value, sample.text = value, None
+            for name, value in readings.items():
+                self._families[name].child().set(value)
             self._count_requests_locked()
             for family in self._families.values():
                 parts.append(family.header)
-                parts.extend(child.render_locked() for child in family.children.values())
+                parts.extend(child.render() for child in family.children.values())
         return "".join(parts)
 
 
@@ -1362,92 +1402,302 @@ create table if not exists _smithers_outputs (
   output_json text not null default 'null',
   primary key (run_id, node_id, iteration)
 ) without rowid;
-"""
-
-# How many nodes of a run are in each state, kept by triggers whoever writes: GET / never counts
-# rows.
-SUMMARY_SCHEMA = """
-create table _smithers_summary (
+create table if not exists _smithers_summary (
   run_id text not null,
   state text not null,
   nodes integer not null default 0,
   primary key (run_id, state)
 ) without rowid;
-insert into _smithers_summary (run_id, state, nodes)
-  select run_id, state, count(*) from _smithers_nodes group by run_id, state;
-create trigger _smithers_nodes_added after insert on _smithers_nodes begin
-  insert or ignore into _smithers_summary (run_id, state) values (new.run_id, new.state);
-  update _smithers_summary set nodes = nodes + 1 where run_id = new.run_id and state = new.state;
+"""
+
+# How many nodes of a run are in each state, kept by triggers whoever writes: GET / never counts
+# rows. Upserts, not `insert or ignore`: inside another program's upsert that would be an error.
+SUMMARY_TRIGGERS = """
+CREATE TRIGGER _smithers_nodes_added after insert on _smithers_nodes begin
+  insert into _smithers_summary (run_id, state, nodes) values (new.run_id, new.state, 1)
+    on conflict (run_id, state) do update set nodes = nodes + 1;
 end;
-create trigger _smithers_nodes_moved after update of state on _smithers_nodes
+CREATE TRIGGER _smithers_nodes_moved after update of state on _smithers_nodes
 when old.state <> new.state begin
-  insert or ignore into _smithers_summary (run_id, state) values (new.run_id, new.state);
   update _smithers_summary set nodes = nodes - 1 where run_id = old.run_id and state = old.state;
-  update _smithers_summary set nodes = nodes + 1 where run_id = new.run_id and state = new.state;
+  insert into _smithers_summary (run_id, state, nodes) values (new.run_id, new.state, 1)
+    on conflict (run_id, state) do update set nodes = nodes + 1;
 end;
-create trigger _smithers_nodes_dropped after delete on _smithers_nodes begin
+CREATE TRIGGER _smithers_nodes_dropped after delete on _smithers_nodes begin
   update _smithers_summary set nodes = nodes - 1 where run_id = old.run_id and state = old.state;
 end;
 """
 
 _RUN_COLUMNS = ", ".join(Run._fields)
 _GATE_COLUMNS = ", ".join(Gate._fields)
+_NODE_COLUMNS = ", ".join(Node._fields)
+_FRAME_COLUMNS = ", ".join(Frame._fields)
 
 
 def _is_busy(error: sqlite3.Error) -> bool:
     return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
 
 
-class Tx:
+class Reads:
+    """Every statement that reads, over whatever `rows` reads from.
+
+    A transaction and a snapshot are one state of the file; the adapter itself is a snapshot a call.
+    """
+
+    MAX_FRAMES_BYTES = 8 << 20  # of one reading: the tree of 10,000 tasks has 2 MiB
+
+    def rows(self, sql: str, parameters: Any = ()) -> Iterator[Any]:
+        raise NotImplementedError
+
+    def all(self, sql: str, parameters: Any = ()) -> list[Any]:
+        return list(self.rows(sql, parameters))
+
+    def one(self, sql: str, parameters: Any = ()) -> Any:
+        """Return the first row, or None."""
+        return next(iter(self.rows(sql, parameters)), None)
+
+    def get_run(self, run_id: str) -> Run | None:
+        row = self.one(f"select {_RUN_COLUMNS} from _smithers_runs where run_id = ?", (run_id,))
+        return None if row is None else Run(*row)
+
+    def list_runs(self, statuses: Seq[str]) -> list[Run]:
+        """Return the runs with one of these statuses, newest first."""
+        marks = ", ".join("?" for _ in statuses)
+        rows = self.rows(
+            f"""select {_RUN_COLUMNS} from _smithers_runs where status in ({marks})
+                order by created_at_ms desc, run_id""",
+            tuple(statuses),
+        )
+        return [Run(*row) for row in rows]
+
+    def get_summary(self, run_id: str) -> dict[str, int]:
+        """Return how many nodes of the run are in each state."""
+        return dict(
+            self.all(
+                """select state, nodes from _smithers_summary
+                   where run_id = ? and nodes > 0 order by state""",
+                (run_id,),
+            )
+        )
+
+    def get_input(self, run_id: str) -> str | None:
+        """Return the run's input as JSON text."""
+        row = self.one("select payload from input where run_id = ?", (run_id,))
+        return None if row is None else row[0]
+
+    def list_nodes(self, run_id: str) -> list[Node]:
+        rows = self.rows(
+            f"""select {_NODE_COLUMNS} from _smithers_nodes
+                where run_id = ? order by node_id, iteration""",
+            (run_id,),
+        )
+        return [Node(*row) for row in rows]
+
+    def list_iterations(self, run_id: str, node_id: str) -> list[int]:
+        rows = self.rows(
+            "select iteration from _smithers_nodes where run_id = ? and node_id = ? order by 1",
+            (run_id, node_id),
+        )
+        return [iteration for (iteration,) in rows]
+
+    def list_open_nodes(self, run_id: str) -> list[Node]:
+        """Return what is in progress or waits for a decision."""
+        rows = self.rows(
+            f"""select {_NODE_COLUMNS} from _smithers_nodes
+                where run_id = ? and state in ('in-progress', 'waiting-approval')""",
+            (run_id,),
+        )
+        return [Node(*row) for row in rows]
+
+    def list_attempts(self, run_id: str, open_nodes_only: bool = False) -> list[Attempt]:
+        """Return the attempts in order; or only those of nodes that are not over with success."""
+        rows = self.rows(
+            """select a.node_id, a.iteration, a.attempt, a.state, a.started_at_ms,
+                 a.finished_at_ms, a.error_json, a.meta_json
+               from _smithers_nodes n join _smithers_attempts a on a.run_id = n.run_id
+                 and a.node_id = n.node_id and a.iteration = n.iteration
+               where n.run_id = ? and (? or n.state not in ('finished', 'skipped'))
+               order by a.node_id, a.iteration, a.attempt""",
+            (run_id, not open_nodes_only),
+        )
+        return [Attempt(*row) for row in rows]
+
+    def list_gates(self, run_id: str, status: str | None = None) -> list[Gate]:
+        rows = self.rows(
+            f"""select {_GATE_COLUMNS} from _smithers_approvals
+                where run_id = :run_id and (:status is null or status = :status)
+                order by node_id, iteration""",
+            {"run_id": run_id, "status": status},
+        )
+        return [Gate(*row) for row in rows]
+
+    def count_open_gates(self, run_id: str) -> int:
+        return int(
+            self.one(
+                """select count(*) from _smithers_approvals
+                   where run_id = ? and status = 'requested'""",
+                (run_id,),
+            )[0]
+        )
+
+    def list_gates_of(self, run_id: str, node_id: str) -> list[Gate]:
+        """Return the gates of one node in all its iterations, newest first."""
+        rows = self.rows(
+            f"""select {_GATE_COLUMNS} from _smithers_approvals
+                where run_id = ? and node_id = ? order by iteration desc""",
+            (run_id, node_id),
+        )
+        return [Gate(*row) for row in rows]
+
+    def get_gate(self, run_id: str, key: Key) -> Gate | None:
+        row = self.one(
+            f"""select {_GATE_COLUMNS} from _smithers_approvals
+                where run_id = ? and node_id = ? and iteration = ?""",
+            (run_id, *key),
+        )
+        return None if row is None else Gate(*row)
+
+    def list_loops(self, run_id: str) -> dict[str, tuple[int, bool]]:
+        """Return (iteration, done) of every loop."""
+        rows = self.rows(
+            "select ralph_id, iteration, done from _smithers_ralph where run_id = ?", (run_id,)
+        )
+        return {ralph_id: (iteration, bool(done)) for ralph_id, iteration, done in rows}
+
+    def find_output(self, run_id: str, node_id: str, iteration: int | None) -> str | None:
+        """Return an output as JSON text: of this iteration, or of the newest one.
+
+        None when there is none.
+        """
+        row = self.one(
+            """select output_json from _smithers_outputs
+               where run_id = :run_id and node_id = :node_id
+                 and iteration = coalesce(:iteration, (
+                   select max(iteration) from _smithers_outputs
+                   where run_id = :run_id and node_id = :node_id))""",
+            {"run_id": run_id, "node_id": node_id, "iteration": iteration},
+        )
+        return None if row is None else row[0]
+
+    def find_error(self, run_id: str, key: Key) -> str | None:
+        """Return the error of the node's last failed attempt as JSON text."""
+        row = self.one(
+            """select error_json from _smithers_attempts
+               where run_id = ? and node_id = ? and iteration = ?
+               order by attempt desc limit 1""",
+            (run_id, *key),
+        )
+        return None if row is None else row[0]
+
+    def list_frames(
+        self, run_id: str, limit: int, after_frame_no: int | None = None
+    ) -> list[Frame]:
+        """Return the newest frames, newest first; or the first after a number, oldest first.
+
+        Fewer than `limit` when they are large: the first one, and what fits into 8 MiB with it.
+        """
+        order = "desc" if after_frame_no is None else "asc"
+        rows = self.rows(
+            f"""select {_FRAME_COLUMNS} from _smithers_frames
+                where run_id = ? and frame_no > ? order by frame_no {order} limit ?""",
+            (run_id, -1 if after_frame_no is None else after_frame_no, limit),
+        )
+        frames: list[Frame] = []
+        size = 0
+        for frame in map(Frame._make, rows):
+            size += len(frame.xml_json) + len(frame.mounted_task_ids_json or "")
+            size += len(frame.task_index_json or "")
+            if frames and size > self.MAX_FRAMES_BYTES:
+                break
+            frames.append(frame)
+        return frames
+
+    def list_events(self, run_id: str, after_seq: int = -1, limit: int = -1) -> list[Event]:
+        """Return at most `limit` events (all when -1) with seq > after_seq, oldest first."""
+        rows = self.rows(
+            """select seq, timestamp_ms, type, payload_json from _smithers_events
+               where run_id = ? and seq > ? order by seq limit ?""",
+            (run_id, after_seq, limit),
+        )
+        return [Event(*row) for row in rows]
+
+    def list_payloads(self, run_id: str, after_seq: int, up_to_seq: int) -> list[tuple[int, str]]:
+        """Return (seq, payload) of the events in (after_seq, up_to_seq], oldest first."""
+        return self.all(
+            """select seq, payload_json from _smithers_events
+               where run_id = ? and seq > ? and seq <= ? order by seq""",
+            (run_id, after_seq, up_to_seq),
+        )
+
+    def get_newest_seq(self, run_id: str) -> int:
+        """Return the seq of the newest event, -1 without events."""
+        newest = self.one("select max(seq) from _smithers_events where run_id = ?", (run_id,))[0]
+        return -1 if newest is None else int(newest)
+
+
+class Snapshot(Reads):
+    """One consistent state of the file."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.rows = connection.execute  # type: ignore[method-assign,assignment]
+
+
+class Tx(Reads):
     """An open write transaction on one run.
 
-    Events appended here are numbered on from the run's log.
+    Events appended here are numbered on from the run's log. A node is named by its key, (node id,
+    iteration).
     """
 
     def __init__(self, connection: sqlite3.Connection, run_id: str) -> None:
-        self._execute = connection.execute
+        self.rows = connection.execute  # type: ignore[method-assign,assignment]
         self.run_id = run_id
         self.now_ms = now_ms()
         self.events: list[Event] = []
         self.is_control = False  # set by decisions and cancel requests: the engine must look
         self._next_seq: int | None = None
 
+    def run(self, sql: str, parameters: Any) -> int:
+        """Carry out a statement and return how many rows it has changed."""
+        cursor: Any = self.rows(sql, parameters)
+        return int(cursor.rowcount)
+
     # Events
 
-    def append_event(self, type: str, **fields: Any) -> None:
-        """Append one event: `type, runId`, the fields in the given order, `timestampMs`."""
+    @property
+    def next_seq(self) -> int:
+        """The seq that the next event gets."""
         if self._next_seq is None:
-            last = self._execute(
-                "select max(seq) from _smithers_events where run_id = ?", (self.run_id,)
-            )
-            newest = last.fetchone()[0]
-            self._next_seq = 0 if newest is None else newest + 1
-        payload = to_json(
-            {"type": type, "runId": self.run_id, **fields, "timestampMs": self.now_ms}
-        )
-        event = Event(self._next_seq, self.now_ms, type, payload)
-        self._execute(
+            self._next_seq = self.get_newest_seq(self.run_id) + 1
+        return self._next_seq
+
+    def append_event(self, type: str, key: Key | None = None, **fields: Any) -> None:
+        """Append one event: `type, runId`, the node, the fields in this order, `timestampMs`."""
+        node = {} if key is None else {"nodeId": key[0], "iteration": key[1]}
+        payload = {
+            "type": type,
+            "runId": self.run_id,
+            **node,
+            **fields,
+            "timestampMs": self.now_ms,
+        }
+        event = Event(self.next_seq, self.now_ms, type, to_json(payload))
+        self.run(
             """insert into _smithers_events (run_id, seq, timestamp_ms, type, payload_json)
                values (?, ?, ?, ?, ?)""",
             (self.run_id, *event),
         )
-        self._next_seq += 1
+        self._next_seq = event.seq + 1
         self.events.append(event)
 
     # Runs
-
-    def get_run(self) -> Run | None:
-        row = self._execute(
-            f"select {_RUN_COLUMNS} from _smithers_runs where run_id = ?", (self.run_id,)
-        ).fetchone()
-        return None if row is None else Run(*row)
 
     def insert_run(
         self, name: str, path: str | None, hash: str | None, owner: str, input: str, config: str
     ) -> None:
         """Insert the run as running and owned. Raises RunExists when the id is taken."""
         try:
-            self._execute(
+            self.run(
                 """insert into _smithers_runs
                      (run_id, workflow_name, workflow_path, workflow_hash, status,
                      created_at_ms, started_at_ms, heartbeat_at_ms, runtime_owner_id, config_json)
@@ -1467,84 +1717,90 @@ class Tx:
             raise RunExists(
                 f"run {self.run_id} exists already; use --resume to go on with it"
             ) from error
-        self._execute(
+        self.run(
             "insert or replace into input (run_id, payload) values (?, ?)", (self.run_id, input)
         )
 
-    def claim_run(self, seen: Run, owner: str) -> bool:
-        """Make `owner` the owner of a run that is as `seen`.
+    def claim_run(self, seen: Run, owner: str, forget_end: bool) -> bool:
+        """Make `owner` the owner of a run that is as `seen`; False when somebody was faster.
 
-        False when somebody else was faster.
+        `forget_end` takes back how the run has ended, and a request to cancel it.
         """
         return (
-            self._execute(
-                """update _smithers_runs set runtime_owner_id = :owner,
-                     heartbeat_at_ms = :now_ms, status = 'running',
-                     finished_at_ms = null, error_json = null, cancel_requested_at_ms = null
+            self.run(
+                """update _smithers_runs set runtime_owner_id = :owner, heartbeat_at_ms = :now_ms,
+                     status = 'running',
+                     finished_at_ms = case when :forget then null else finished_at_ms end,
+                     error_json = case when :forget then null else error_json end,
+                     cancel_requested_at_ms =
+                       case when :forget then null else cancel_requested_at_ms end
                    where run_id = :run_id and runtime_owner_id is :seen_owner
-                     and heartbeat_at_ms is :seen_heartbeat""",
+                     and heartbeat_at_ms is :seen_heartbeat and status = :seen_status""",
                 {
                     "owner": owner,
                     "now_ms": self.now_ms,
+                    "forget": forget_end,
                     "run_id": self.run_id,
                     "seen_owner": seen.runtime_owner_id,
                     "seen_heartbeat": seen.heartbeat_at_ms,
+                    "seen_status": seen.status,
                 },
-            ).rowcount
+            )
             == 1
         )
 
-    def get_control(self, owner: str) -> bool:
-        """Return True when a cancel was requested.
+    def get_control(self, owner: str) -> tuple[str, bool]:
+        """Return the run's status and whether a cancel was requested.
 
         Raises OwnerLost when `owner` does not own the run.
         """
-        row = self._execute(
-            """select runtime_owner_id, cancel_requested_at_ms,
+        row = self.one(
+            """select status, cancel_requested_at_ms, runtime_owner_id,
                  (select max(seq) from _smithers_events where run_id = r.run_id)
                from _smithers_runs r where run_id = ?""",
             (self.run_id,),
-        ).fetchone()
-        if row is None or row[0] != owner:
+        )
+        if row is None or row[2] != owner:
             raise OwnerLost(f"run {self.run_id} was taken over by another process")
-        self._next_seq = 0 if row[2] is None else row[2] + 1
-        return row[1] is not None
+        self._next_seq = 0 if row[3] is None else row[3] + 1
+        return row[0], row[1] is not None
 
     def update_heartbeat(self, owner: str) -> bool:
         """Prove that `owner` lives; False when it does not own the run any more."""
         return (
-            self._execute(
+            self.run(
                 """update _smithers_runs set heartbeat_at_ms = ?
                    where run_id = ? and runtime_owner_id = ?""",
                 (self.now_ms, self.run_id, owner),
-            ).rowcount
+            )
             == 1
         )
 
-    def update_run_name(self, name: str) -> None:
-        self._execute(
-            "update _smithers_runs set workflow_name = ? where run_id = ?", (name, self.run_id)
-        )
-
     def update_run_source(self, path: str | None, hash: str | None) -> None:
-        self._execute(
+        self.run(
             "update _smithers_runs set workflow_path = ?, workflow_hash = ? where run_id = ?",
             (path, hash, self.run_id),
         )
 
-    def update_run_status(self, status: str) -> None:
-        self._execute(
-            "update _smithers_runs set status = ? where run_id = ?", (status, self.run_id)
+    def update_run_name(self, name: str) -> None:
+        self.run(
+            "update _smithers_runs set workflow_name = ? where run_id = ?", (name, self.run_id)
         )
 
+    def update_run_status(self, status: str) -> None:
+        self.run("update _smithers_runs set status = ? where run_id = ?", (status, self.run_id))
+
     def release_run(self) -> None:
-        self._execute(
-            "update _smithers_runs set runtime_owner_id = null where run_id = ?", (self.run_id,)
+        """Leave the run without an owner, and without a heartbeat that somebody would watch."""
+        self.run(
+            """update _smithers_runs set runtime_owner_id = null, heartbeat_at_ms = null
+               where run_id = ?""",
+            (self.run_id,),
         )
 
     def end_run(self, status: str, error_json: str | None) -> None:
         """Give the run its terminal status and no owner."""
-        self._execute(
+        self.run(
             """update _smithers_runs
                set status = :status, finished_at_ms = :now_ms, error_json = :error,
                  runtime_owner_id = null where run_id = :run_id""",
@@ -1553,7 +1809,7 @@ class Tx:
 
     def request_cancel(self) -> None:
         self.is_control = True
-        self._execute(
+        self.run(
             """update _smithers_runs
                set cancel_requested_at_ms = coalesce(cancel_requested_at_ms, ?)
                where run_id = ?""",
@@ -1562,79 +1818,85 @@ class Tx:
 
     # Nodes and attempts
 
-    def insert_node(self, node_id: str, iteration: int, label: str | None) -> None:
-        self._execute(
+    def insert_node(self, key: Key, label: str | None) -> None:
+        self.run(
             """insert into _smithers_nodes (run_id, node_id, iteration, state, updated_at_ms, label)
                values (?, ?, ?, 'pending', ?, ?)""",
-            (self.run_id, node_id, iteration, self.now_ms, label),
+            (self.run_id, *key, self.now_ms, label),
         )
 
     def update_node(
-        self, node_id: str, iteration: int, state: str, last_attempt: int | None
+        self, key: Key, state: str, last_attempt: int | None, label: str | None = None
     ) -> None:
-        self._execute(
-            """update _smithers_nodes set state = ?, last_attempt = ?, updated_at_ms = ?
-               where run_id = ? and node_id = ? and iteration = ?""",
-            (state, last_attempt, self.now_ms, self.run_id, node_id, iteration),
+        """Move a node. Its label is put back where another program has wiped it."""
+        self.run(
+            """update _smithers_nodes set state = ?, last_attempt = ?, updated_at_ms = ?,
+                 label = coalesce(?, label) where run_id = ? and node_id = ? and iteration = ?""",
+            (state, last_attempt, self.now_ms, label, self.run_id, *key),
         )
 
-    def has_node(self, node_id: str, iteration: int | None) -> bool:
-        return (
-            self._execute(
-                """select 1 from _smithers_nodes where run_id = :run_id and node_id = :node_id
-                     and (:iteration is null or iteration = :iteration) limit 1""",
-                {"run_id": self.run_id, "node_id": node_id, "iteration": iteration},
-            ).fetchone()
-            is not None
-        )
-
-    def list_open_nodes(self) -> list[tuple[str, int, str, int | None]]:
-        """Return (node_id, iteration, state, last_attempt) of what is in progress or waits."""
-        return self._execute(
-            """select node_id, iteration, state, last_attempt from _smithers_nodes
-               where run_id = ? and state in ('in-progress', 'waiting-approval')""",
-            (self.run_id,),
-        ).fetchall()
-
-    def insert_attempt(self, node_id: str, iteration: int, attempt: int) -> None:
-        self._execute(
+    def insert_attempt(self, key: Key, attempt: int) -> None:
+        self.run(
             """insert into _smithers_attempts
                  (run_id, node_id, iteration, attempt, state, started_at_ms)
                values (?, ?, ?, ?, 'in-progress', ?)""",
-            (self.run_id, node_id, iteration, attempt, self.now_ms),
+            (self.run_id, *key, attempt, self.now_ms),
         )
 
-    def end_attempt(
-        self, node_id: str, iteration: int, attempt: int, state: str, error: str | None = None
-    ) -> None:
-        self._execute(
+    def end_attempt(self, key: Key, attempt: int, state: str, error: str | None = None) -> None:
+        self.run(
             """update _smithers_attempts set state = ?, finished_at_ms = ?, error_json = ?
                where run_id = ? and node_id = ? and iteration = ? and attempt = ?""",
-            (state, self.now_ms, error, self.run_id, node_id, iteration, attempt),
+            (state, self.now_ms, error, self.run_id, *key, attempt),
         )
 
-    def put_output(self, node_id: str, iteration: int, output_json: str) -> None:
-        self._execute(
+    def note_attempt(self, key: Key, attempt: int, **facts: Any) -> None:
+        """Add to what is kept of an attempt beside its result: see `Attempt.meta`."""
+        row = self.one(
+            """select meta_json from _smithers_attempts
+               where run_id = ? and node_id = ? and iteration = ? and attempt = ?""",
+            (self.run_id, *key, attempt),
+        )
+        known = json.loads(row[0]) if row and row[0] else {}
+        self.run(
+            """update _smithers_attempts set meta_json = ?
+               where run_id = ? and node_id = ? and iteration = ? and attempt = ?""",
+            (to_json({**known, **facts}), self.run_id, *key, attempt),
+        )
+
+    def put_output(self, key: Key, output_json: str) -> None:
+        self.run(
             """insert or replace into _smithers_outputs (run_id, node_id, iteration, output_json)
                values (?, ?, ?, ?)""",
-            (self.run_id, node_id, iteration, output_json),
+            (self.run_id, *key, output_json),
+        )
+
+    def delete_output(self, key: Key) -> None:
+        self.run(
+            "delete from _smithers_outputs where run_id = ? and node_id = ? and iteration = ?",
+            (self.run_id, *key),
         )
 
     def put_loop(self, ralph_id: str, iteration: int, done: bool) -> None:
-        self._execute(
+        self.run(
             """insert or replace into _smithers_ralph
                  (run_id, ralph_id, iteration, done, updated_at_ms)
                values (?, ?, ?, ?, ?)""",
             (self.run_id, ralph_id, iteration, int(done), self.now_ms),
         )
 
+    def delete_loop(self, ralph_id: str) -> None:
+        self.run(
+            "delete from _smithers_ralph where run_id = ? and ralph_id = ?", (self.run_id, ralph_id)
+        )
+
     def insert_frame(self, xml_json: str, xml_hash: str, mounted: str, index: str) -> int:
         """Insert the next frame and return its number, from 1."""
-        newest = self._execute(
+        newest = self.one(
             "select max(frame_no) from _smithers_frames where run_id = ?", (self.run_id,)
         )
-        frame_no = int(newest.fetchone()[0] or 0) + 1
-        self._execute(
+        frame_no = int(newest[0] or 0) + 1
+        self.run(
             """insert into _smithers_frames (run_id, frame_no, created_at_ms, xml_json, xml_hash,
                  mounted_task_ids_json, task_index_json) values (?, ?, ?, ?, ?, ?, ?)""",
             (self.run_id, frame_no, self.now_ms, xml_json, xml_hash, mounted, index),
@@ -1643,64 +1905,43 @@ class Tx:
 
     # Gates
 
-    def get_gate(self, node_id: str, iteration: int) -> Gate | None:
-        row = self._execute(
-            f"""select {_GATE_COLUMNS} from _smithers_approvals
-                where run_id = ? and node_id = ? and iteration = ?""",
-            (self.run_id, node_id, iteration),
-        ).fetchone()
-        return None if row is None else Gate(*row)
-
-    def get_newest_gate(self, node_id: str) -> Gate | None:
-        """Return the gate of this node that waits, else the one of its newest iteration."""
-        row = self._execute(
-            f"""select {_GATE_COLUMNS} from _smithers_approvals where run_id = ? and node_id = ?
-                order by status = 'requested' desc, iteration desc limit 1""",
-            (self.run_id, node_id),
-        ).fetchone()
-        return None if row is None else Gate(*row)
-
-    def open_gate(self, node_id: str, iteration: int, request_json: str) -> None:
-        self._execute(
+    def open_gate(self, key: Key, request_json: str) -> None:
+        self.run(
             """insert or replace into _smithers_approvals
                  (run_id, node_id, iteration, status, requested_at_ms, request_json)
                values (?, ?, ?, 'requested', ?, ?)""",
-            (self.run_id, node_id, iteration, self.now_ms, request_json),
+            (self.run_id, *key, self.now_ms, request_json),
         )
 
-    def close_gate(self, node_id: str, iteration: int) -> None:
-        """Mark a gate that nobody will decide any more."""
-        self._execute(
+    def close_gate(self, key: Key) -> None:
+        """Mark a gate that nobody will decide any more; one that was decided is asked again."""
+        self.run(
             """update _smithers_approvals set status = 'cancelled', decided_at_ms = ?
-               where run_id = ? and node_id = ? and iteration = ? and status = 'requested'""",
-            (self.now_ms, self.run_id, node_id, iteration),
+               where run_id = ? and node_id = ? and iteration = ?""",
+            (self.now_ms, self.run_id, *key),
         )
 
     def decide_gate(self, gate: Gate, decision: Decision) -> bool:
         """Store a decision and take the node out of waiting; False when the gate was not open."""
         self.is_control = True
-        row = {
-            "verdict": decision.verdict,
-            "now_ms": self.now_ms,
-            "note": decision.note,
-            "decided_by": decision.decided_by,
-            "run_id": self.run_id,
-            "node_id": gate.node_id,
-            "iteration": gate.iteration,
-        }
-        won = self._execute(
+        won = self.run(
             """update _smithers_approvals
-               set status = :verdict, decided_at_ms = :now_ms, note = :note,
-                 decided_by = :decided_by
-               where run_id = :run_id and node_id = :node_id and iteration = :iteration
-                 and status = 'requested'""",
-            row,
-        ).rowcount
-        self._execute(
-            """update _smithers_nodes set state = 'pending', updated_at_ms = :now_ms
-               where run_id = :run_id and node_id = :node_id and iteration = :iteration
+               set status = ?, decided_at_ms = ?, note = ?, decided_by = ?
+               where run_id = ? and node_id = ? and iteration = ? and status = 'requested'""",
+            (
+                decision.verdict,
+                self.now_ms,
+                decision.note,
+                decision.decided_by,
+                self.run_id,
+                *gate.key,
+            ),
+        )
+        self.run(
+            """update _smithers_nodes set state = 'pending', updated_at_ms = ?
+               where run_id = ? and node_id = ? and iteration = ?
                  and state = 'waiting-approval'""",
-            row,
+            (self.now_ms, self.run_id, *gate.key),
         )
         return won == 1
 
@@ -1709,7 +1950,7 @@ class Watch:
     """Tells whether anybody, in any process, has committed to the database.
 
     Source: PRAGMA data_version, which changes when another connection commits; this one never
-    writes.
+    writes. All methods may be called from any thread.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
@@ -1740,17 +1981,22 @@ class Watch:
             self._connection.close()
 
 
-class SmithersDb:
+class SmithersDb(Reads):
     """The one sqlite file behind runs: durable, and shared by any number of processes.
 
-    Raises StorageError when the file cannot be used. All methods may be called from any thread.
+    With `create=False` a file that is not there is an error. A file that another program made is
+    read as it is, and gets our tables only before the first write. Raises StorageError when the
+    file cannot be used. All methods may be called from any thread.
     """
 
     MAX_IDLE_READERS = 4  # descriptors kept open for reading between requests
-    MAX_FRAMES_BYTES = 8 << 20  # of one reading: the tree of 10,000 tasks has 2 MiB
+    BUSY_SECONDS = 1.0  # how long sqlite itself waits for a lock, before we look at the deadline
 
-    def __init__(self, path: str | os.PathLike[str] = "smithers.db") -> None:
-        self.path = os.path.abspath(os.fspath(path))
+    def __init__(self, path: str | os.PathLike[str] = "smithers.db", create: bool = True) -> None:
+        name = os.fspath(path)
+        if name in ("", ":memory:") or name.startswith("file:"):
+            raise StorageError(f"a run is kept in a file: expected its path, got {name!r}")
+        self.path = os.path.realpath(name)
         self.metrics = Metrics()
         # Guards _writer. Held for one transaction, which runs no user code and writes to no socket.
         self._write_lock = threading.Lock()
@@ -1758,10 +2004,11 @@ class SmithersDb:
         self._listeners: list[Callable[[Tx], None]] = []
         self._closed = False
         try:
-            self._create_private_file()
+            self._create_private_file(create)
+            self._file = os.stat(self.path)
             self._writer = self._connect()
             try:
-                self._prepare()
+                self._open(create)
             except BaseException:
                 self._writer.close()
                 raise
@@ -1769,20 +2016,28 @@ class SmithersDb:
             reason = getattr(error, "strerror", None) or error
             raise StorageError(f"cannot use {self.path} as a database: {reason}") from error
 
+    def __enter__(self) -> SmithersDb:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     # Opening
 
-    def _create_private_file(self) -> None:
+    def _create_private_file(self, create: bool) -> None:
         """Create a new file as 0600: it will hold inputs and outputs.
 
         Sqlite copies the mode to its side files.
         """
+        if not create and not os.path.exists(self.path):
+            raise StorageError(f"there is no database {self.path}")
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
             self.path,
-            timeout=5.0,
+            timeout=self.BUSY_SECONDS,
             isolation_level=None,
             check_same_thread=False,
             cached_statements=128,
@@ -1790,22 +2045,78 @@ class SmithersDb:
         connection.execute("pragma foreign_keys = on")
         return connection
 
-    def _prepare(self) -> None:
-        self._use_wal()
-        self._writer.execute("pragma synchronous = full")
-        # A log that begins anew after 200 pages, not 1,000: a sync is faster (0.2 for 0.3 ms) where
-        # the file need not grow, and a short run gets there too.
-        self._writer.execute("pragma wal_autocheckpoint = 200")
-        if self._lacks_schema():
-            self._begin(LOCK_PATIENCE_SECONDS)
-            try:
-                self._create_schema()
-                self._writer.execute("commit")
-            except BaseException:
-                self._writer.execute("rollback")
-                raise
+    def _open(self, create: bool) -> None:
+        """Learn what the file holds; a new one, and one that our older triggers harm, is prepared."""
+        schema = self._wait_for_lock(self._read_schema)
+        self._is_ours = "_smithers_outputs" in schema
+        self._is_prepared = False
+        self._use_mode(self._writer.execute("pragma journal_mode").fetchone()[0])
+        if create and (not schema or self._has_old_triggers(schema)):
+            self._prepare()
+        else:
+            self._is_prepared = self._is_ours and not any(self._lacks(schema))
+        self._adapt_readers()
 
-    def _use_wal(self) -> None:
+    def _read_schema(self) -> dict[str, str]:
+        """Return the statement behind each table and trigger of the file."""
+        return dict(
+            self._writer.execute(
+                "select name, sql from sqlite_master where type in ('table', 'trigger')"
+            )
+        )
+
+    @staticmethod
+    def _has_old_triggers(schema: dict[str, str]) -> bool:
+        wanted = {_name_of(sql): sql for sql in _statements(SUMMARY_TRIGGERS)}
+        return any(name in schema and schema[name] != sql for name, sql in wanted.items())
+
+    def _lacks(self, schema: dict[str, str]) -> Iterator[str]:
+        """Yield what is missing in a file that our engine is to write to."""
+        yield from (
+            _name_of(sql) for sql in _statements(SUMMARY_TRIGGERS) if sql not in schema.values()
+        )
+        for table, columns in _wanted_columns().items():
+            present = self._columns_of(table)
+            yield from (f"{table}.{column[0]}" for column in columns if column[0] not in present)
+
+    def _columns_of(self, table: str) -> set[str]:
+        return {row[1] for row in self._writer.execute(f"pragma main.table_info({table})")}
+
+    def _prepare(self) -> None:
+        """Bring the file to the form that our engine writes, once, before the first write."""
+        if self._is_ours or not self._read_schema():
+            self._use_mode(self._wait_for_lock(self._use_wal))
+        self._begin(LOCK_PATIENCE_SECONDS)
+        try:
+            schema = self._read_schema()
+            if any(self._lacks(schema)):
+                self._write_schema(schema)
+            self._writer.execute("commit")
+        except BaseException:
+            self._writer.execute("rollback")
+            raise
+        self._is_ours = self._is_prepared = True
+        self._adapt_readers()
+
+    def _write_schema(self, schema: dict[str, str]) -> None:
+        for table, columns in _wanted_columns().items():
+            present = self._columns_of(table)
+            for name, kind, default in columns if present else ():
+                if name not in present:
+                    suffix = "" if default is None else f" default {default}"
+                    self._writer.execute(f"alter table {table} add column {name} {kind}{suffix}")
+        for statement in _statements(SCHEMA):
+            self._writer.execute(statement)
+        for statement in _statements(SUMMARY_TRIGGERS):
+            self._writer.execute(f"drop trigger if exists {_name_of(statement)}")
+            self._writer.execute(statement)
+        self._writer.execute("delete from _smithers_summary")
+        self._writer.execute(
+            """insert into _smithers_summary (run_id, state, nodes)
+               select run_id, state, count(*) from _smithers_nodes group by run_id, state"""
+        )
+
+    def _use_wal(self) -> str:
         """Switch to the write-ahead log, or back where it cannot work (no shared memory)."""
         mode = self._writer.execute("pragma journal_mode = wal").fetchone()[0]
         if mode == "wal" and not self._can_write():
@@ -1816,12 +2127,23 @@ class SmithersDb:
             mode = self._writer.execute("pragma journal_mode = delete").fetchone()[0]
             self._writer.execute("pragma locking_mode = normal")
             self._writer.execute("select 1 from sqlite_master limit 1").fetchone()
-        self.readers_never_wait = mode == "wal"
         if mode != "wal":
             logger.warning(
                 "no write-ahead log possible here (journal mode %s): readers may wait for writers",
                 mode,
             )
+        return str(mode)
+
+    def _use_mode(self, mode: str) -> None:
+        """Have every commit on disk before it is told, in this journal mode."""
+        self.readers_never_wait = mode == "wal"
+        # Without the log a commit is the removal of a file: its folder has to be synced as well.
+        self._writer.execute(f"pragma synchronous = {'full' if mode == 'wal' else 'extra'}")
+        # A log that begins anew after 200 pages, not 1,000: a sync is faster (0.2 for 0.3 ms) where
+        # the file need not grow, and a short run gets there too.
+        self._writer.execute("pragma wal_autocheckpoint = 200")
+        # What a reader has kept from beginning anew is given back when it has left.
+        self._writer.execute("pragma journal_size_limit = 4194304")
 
     def _can_write(self) -> bool:
         """Return whether a write can begin, now or after another process's."""
@@ -1833,45 +2155,34 @@ class SmithersDb:
         except sqlite3.OperationalError as error:
             return _is_busy(error)
         finally:
-            self._writer.execute("pragma busy_timeout = 5000")
+            self._writer.execute(f"pragma busy_timeout = {self.BUSY_SECONDS * 1000:.0f}")
 
-    def _lacks_schema(self) -> bool:
-        """Return True when a table or column of ours is missing.
+    def _adapt_readers(self) -> None:
+        """Have readers find what they ask for in a file of another program, or of another version.
 
-        Reads only: opening a live file must not wait.
+        Temporary views and tables are the connection's own: the file stays as it is.
         """
-        return any(
-            columns is None or missing for columns, missing in self._missing_columns().values()
-        )
-
-    def _missing_columns(self) -> dict[str, tuple[set[str] | None, list[tuple[str, str, Any]]]]:
-        """Return per table its columns, None when there is none, and those of ours it lacks."""
-        with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as model:
-            model.executescript(SCHEMA + SUMMARY_SCHEMA)
-            tables = [
-                row[0]
-                for row in model.execute("select name from sqlite_master where type = 'table'")
+        self._adaptation = ["pragma temp_store = memory"]
+        for table, columns in _wanted_columns().items():
+            present = self._columns_of(table)
+            missing = [
+                f"{'null' if default is None else default} as {name}"
+                for name, _, default in columns
+                if name not in present
             ]
-            wanted = {t: model.execute(f"pragma table_info({t})").fetchall() for t in tables}
-        found: dict[str, tuple[set[str] | None, list[tuple[str, str, Any]]]] = {}
-        for table, columns in wanted.items():
-            present = {row[1] for row in self._writer.execute(f"pragma table_info({table})")}
-            missing = [(row[1], row[2], row[4]) for row in columns if row[1] not in present]
-            found[table] = (present or None, missing if present else [])
-        return found
-
-    def _create_schema(self) -> None:
-        for table, (present, missing) in self._missing_columns().items():
-            for name, kind, default in missing if present else ():
-                suffix = "" if default is None else f" default {default}"
-                self._writer.execute(f"alter table {table} add column {name} {kind}{suffix}")
-        for statement in _statements(SCHEMA):
-            self._writer.execute(statement)
-        if not self._writer.execute(
-            "select 1 from sqlite_master where name = '_smithers_summary'"
-        ).fetchone():
-            for statement in _statements(SUMMARY_SCHEMA):
-                self._writer.execute(statement)
+            # Deltas of later versions are no trees: who reads frames gets the whole ones.
+            where = " where encoding is not 'delta'" if "encoding" in present else ""
+            if table == "_smithers_summary" and not present:
+                select = "select run_id, state, count(*) as nodes from main._smithers_nodes group by run_id, state"
+            elif not present:
+                select = "select " + ", ".join(missing) + " where 0"
+            elif missing or where:
+                select = "select " + ", ".join(["*", *missing]) + f" from main.{table}{where}"
+            else:
+                continue
+            self._adaptation.append(f"create temp view {table} as {select}")
+        while self._readers:
+            self._readers.pop().close()
 
     def close(self) -> None:
         """Close every connection of this adapter."""
@@ -1883,7 +2194,21 @@ class SmithersDb:
 
     # Transactions
 
-    def _begin(self, patience: float) -> None:
+    def _wait_for_lock(self, call: Callable[[], Any]) -> Any:
+        """Return what `call` returns, once no other process holds a lock that it needs.
+
+        sqlite itself does not wait where it would read or change the journal mode.
+        """
+        deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
+        while True:
+            try:
+                return call()
+            except sqlite3.OperationalError as error:
+                if not _is_busy(error) or time.monotonic() >= deadline:
+                    raise
+                threading.Event().wait(0.01)
+
+    def _begin(self, patience: float, give_up: Callable[[], bool] = bool) -> None:
         deadline = time.monotonic() + patience
         while True:
             try:
@@ -1892,24 +2217,43 @@ class SmithersDb:
             except sqlite3.OperationalError as error:
                 if not _is_busy(error):
                     raise
-                self.metrics.db_retries.inc()
-                if time.monotonic() >= deadline:
+                self.metrics.inc("smithers_db_retries")
+                if time.monotonic() >= deadline or give_up():
                     raise Unavailable("the database is locked by another process") from error
 
+    def check_file(self) -> None:
+        """Raise StorageError when the file is not the one that was opened."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            found = None
+        if found is None or not os.path.samestat(found, self._file):
+            raise StorageError(
+                f"the database {self.path} was removed or replaced while it was in use"
+            )
+
     @contextlib.contextmanager
-    def transaction(self, run_id: str, patience: float = LOCK_PATIENCE_SECONDS) -> Iterator[Tx]:
+    def transaction(
+        self,
+        run_id: str,
+        patience: float = LOCK_PATIENCE_SECONDS,
+        give_up: Callable[[], bool] = bool,
+    ) -> Iterator[Tx]:
         """Yield a write transaction; commit at the end or roll back, then tell the listeners.
 
-        Raises Unavailable when another process holds the write lock for `patience` seconds,
-        StorageError when sqlite fails.
+        Raises Unavailable when another process holds the write lock for `patience` seconds or until
+        `give_up` returns True, StorageError when sqlite fails or the file has gone.
         """
         started = time.perf_counter()
-        if not self._write_lock.acquire(timeout=patience):
+        if not self._write_lock.acquire(timeout=min(patience, threading.TIMEOUT_MAX)):
             raise Unavailable("the database is locked")
         try:
-            self._begin(patience)
+            if not self._is_prepared:
+                self._prepare()
+            self._begin(patience, give_up)
             tx = Tx(self._writer, run_id)
             try:
+                self.check_file()
                 yield tx
                 self._writer.execute("commit")
             except BaseException:
@@ -1921,9 +2265,9 @@ class SmithersDb:
             raise StorageError(f"cannot write the database: {error}") from error
         finally:
             self._write_lock.release()
-        self.metrics.db_query.observe((time.perf_counter() - started) * 1000)
+        self.metrics.observe("smithers_db_query_ms", (time.perf_counter() - started) * 1000)
         if tx.events:
-            self.metrics.events_emitted.inc(len(tx.events))
+            self.metrics.inc("smithers_events_emitted_total", len(tx.events))
         for listener in tuple(self._listeners):
             listener(tx)
 
@@ -1944,222 +2288,81 @@ class SmithersDb:
         except sqlite3.Error as error:
             raise StorageError(f"cannot read the database: {error}") from error
 
+    # Reading
+
     def _take_reader(self) -> sqlite3.Connection:
         try:
             return self._readers.pop()
         except IndexError:
-            return self._connect()
+            connection = self._connect()
+            for statement in self._adaptation:
+                connection.execute(statement)
+            return connection
 
     @contextlib.contextmanager
-    def _snapshot(self) -> Iterator[sqlite3.Connection]:
-        """Yield a connection that reads one consistent state.
-
-        Readers are pooled, not kept per thread.
-        """
+    def snapshot(self) -> Iterator[Reads]:
+        """Yield reads of one consistent state. Connections are pooled, not kept per thread."""
         connection: sqlite3.Connection | None = None
+        adaptation = self._adaptation
         try:
             connection = self._take_reader()
             connection.execute("begin")
             try:
-                yield connection
+                yield Snapshot(connection)
             finally:
                 connection.execute("commit")
         except sqlite3.Error as error:
             if connection is not None:
                 connection.close()
                 connection = None
+            self.check_file()
             if _is_busy(error):
                 raise Unavailable("the database is locked by another process") from error
             raise StorageError(f"cannot read the database: {error}") from error
         finally:
             if connection is not None:
-                if self._closed or len(self._readers) >= self.MAX_IDLE_READERS:
+                is_stale = self._closed or adaptation is not self._adaptation
+                if is_stale or len(self._readers) >= self.MAX_IDLE_READERS:
                     connection.close()
                 else:
                     self._readers.append(connection)
 
-    # Reading
-
-    def get_run(self, run_id: str) -> Run | None:
-        with self._snapshot() as db:
-            row = db.execute(
-                f"select {_RUN_COLUMNS} from _smithers_runs where run_id = ?", (run_id,)
-            ).fetchone()
-        return None if row is None else Run(*row)
-
-    def get_run_and_summary(self, run_id: str) -> tuple[Run | None, dict[str, int]]:
-        """Return the run and how many of its nodes are in each state, from one snapshot."""
-        with self._snapshot() as db:
-            row = db.execute(
-                f"select {_RUN_COLUMNS} from _smithers_runs where run_id = ?", (run_id,)
-            ).fetchone()
-            counts = db.execute(
-                """select state, nodes from _smithers_summary
-                   where run_id = ? and nodes > 0 order by state""",
-                (run_id,),
-            ).fetchall()
-        return (None if row is None else Run(*row)), dict(counts)
-
-    def list_runs(self, statuses: Seq[str]) -> list[Run]:
-        """Return the runs with one of these statuses, newest first."""
-        marks = ", ".join("?" for _ in statuses)
-        with self._snapshot() as db:
-            rows = db.execute(
-                f"""select {_RUN_COLUMNS} from _smithers_runs where status in ({marks})
-                    order by created_at_ms desc""",
-                tuple(statuses),
-            ).fetchall()
-        return [Run(*row) for row in rows]
-
-    def get_input(self, run_id: str) -> str | None:
-        """Return the run's input as JSON text."""
-        with self._snapshot() as db:
-            row = db.execute("select payload from input where run_id = ?", (run_id,)).fetchone()
-        return None if row is None else row[0]
-
-    def list_nodes(self, run_id: str) -> list[Node]:
-        with self._snapshot() as db:
-            rows = db.execute(
-                """select node_id, iteration, state, last_attempt, updated_at_ms, label
-                   from _smithers_nodes where run_id = ? order by node_id, iteration""",
-                (run_id,),
-            ).fetchall()
-        return [Node(*row) for row in rows]
-
-    def list_attempts(self, run_id: str) -> list[Attempt]:
-        with self._snapshot() as db:
-            rows = db.execute(
-                """select node_id, iteration, attempt, state, started_at_ms, finished_at_ms,
-                     error_json
-                   from _smithers_attempts where run_id = ? order by node_id, iteration, attempt""",
-                (run_id,),
-            ).fetchall()
-        return [Attempt(*row) for row in rows]
-
-    def count_failed_attempts(self, run_id: str) -> dict[tuple[str, int], int]:
-        """Return the number of failed attempts of every node that has not ended yet."""
-        with self._snapshot() as db:
-            rows = db.execute(
-                """select n.node_id, n.iteration, count(*) from _smithers_nodes n
-                   join _smithers_attempts a on a.run_id = n.run_id and a.node_id = n.node_id
-                     and a.iteration = n.iteration
-                   where n.run_id = ? and n.state in ('pending', 'cancelled')
-                     and a.state = 'failed'
-                   group by n.node_id, n.iteration""",
-                (run_id,),
-            ).fetchall()
-        return {(node_id, iteration): count for node_id, iteration, count in rows}
-
-    def list_gates(self, run_id: str) -> list[Gate]:
-        with self._snapshot() as db:
-            rows = db.execute(
-                f"""select {_GATE_COLUMNS} from _smithers_approvals
-                    where run_id = ? order by node_id, iteration""",
-                (run_id,),
-            ).fetchall()
-        return [Gate(*row) for row in rows]
-
-    def list_loops(self, run_id: str) -> dict[str, tuple[int, bool]]:
-        """Return (iteration, done) of every loop."""
-        with self._snapshot() as db:
-            rows = db.execute(
-                "select ralph_id, iteration, done from _smithers_ralph where run_id = ?", (run_id,)
-            ).fetchall()
-        return {ralph_id: (iteration, bool(done)) for ralph_id, iteration, done in rows}
-
-    def find_output(self, run_id: str, node_id: str, iteration: int | None) -> str | None:
-        """Return an output as JSON text: of this iteration, or of the newest one.
-
-        None when there is none.
-        """
-        with self._snapshot() as db:
-            row = db.execute(
-                """select output_json from _smithers_outputs
-                   where run_id = :run_id and node_id = :node_id
-                     and iteration = coalesce(:iteration, (
-                       select max(iteration) from _smithers_outputs
-                       where run_id = :run_id and node_id = :node_id))""",
-                {"run_id": run_id, "node_id": node_id, "iteration": iteration},
-            ).fetchone()
-        return None if row is None else row[0]
-
-    def find_error(self, run_id: str, node_id: str, iteration: int) -> str | None:
-        """Return the error of the node's last failed attempt as JSON text."""
-        with self._snapshot() as db:
-            row = db.execute(
-                """select error_json from _smithers_attempts
-                   where run_id = ? and node_id = ? and iteration = ?
-                   order by attempt desc limit 1""",
-                (run_id, node_id, iteration),
-            ).fetchone()
-        return None if row is None else row[0]
-
-    def list_frames(
-        self, run_id: str, limit: int, after_frame_no: int | None = None
-    ) -> list[Frame]:
-        """Return the newest frames, newest first; or the first after a number, oldest first.
-
-        Fewer than `limit` when they are large: the first one, and what fits into 8 MiB with it.
-        """
-        columns = ", ".join(Frame._fields)
-        order = "desc" if after_frame_no is None else "asc"
-        frames: list[Frame] = []
-        size = 0
-        with self._snapshot() as db:
-            rows = db.execute(
-                f"""select {columns} from _smithers_frames
-                    where run_id = ? and frame_no > ? order by frame_no {order} limit ?""",
-                (run_id, -1 if after_frame_no is None else after_frame_no, limit),
-            )
-            for frame in map(Frame._make, rows):
-                size += len(frame.xml_json) + len(frame.mounted_task_ids_json or "")
-                size += len(frame.task_index_json or "")
-                if frames and size > self.MAX_FRAMES_BYTES:
-                    break
-                frames.append(frame)
-        return frames
-
-    def list_events(self, run_id: str, after_seq: int = -1, limit: int = -1) -> list[Event]:
-        """Return at most `limit` events (all when -1) with seq > after_seq, oldest first."""
-        with self._snapshot() as db:
-            rows = db.execute(
-                """select seq, timestamp_ms, type, payload_json from _smithers_events
-                   where run_id = ? and seq > ? order by seq limit ?""",
-                (run_id, after_seq, limit),
-            ).fetchall()
-        return [Event(*row) for row in rows]
-
-    def list_payloads(self, run_id: str, after_seq: int, up_to_seq: int) -> list[tuple[int, str]]:
-        """Return (seq, payload) of the events in (after_seq, up_to_seq], oldest first."""
-        with self._snapshot() as db:
-            return db.execute(
-                """select seq, payload_json from _smithers_events
-                   where run_id = ? and seq > ? and seq <= ? order by seq""",
-                (run_id, after_seq, up_to_seq),
-            ).fetchall()
-
-    def get_tail(self, run_id: str) -> tuple[bool, int]:
-        """Return whether the run has ended, and the seq of its newest event (-1 without events)."""
-        with self._snapshot() as db:
-            status = db.execute(
-                "select status from _smithers_runs where run_id = ?", (run_id,)
-            ).fetchone()
-            newest = db.execute(
-                "select max(seq) from _smithers_events where run_id = ?", (run_id,)
-            ).fetchone()[0]
-        return (status is not None and status[0] in TERMINAL_STATUSES), (
-            -1 if newest is None else newest
-        )
+    def rows(self, sql: str, parameters: Any = ()) -> Iterator[Any]:
+        with self.snapshot() as reads:
+            yield from reads.rows(sql, parameters)
 
 
 def _statements(script: str) -> Iterator[str]:
-    """Yield the statements of a script: `executescript` would commit the open transaction."""
+    """Yield the statements of a script as sqlite keeps them.
+
+    `executescript` would commit the open transaction.
+    """
     pending = ""
     for line in script.splitlines(keepends=True):
         pending += line
         if sqlite3.complete_statement(pending):
-            yield pending
+            yield pending.strip().rstrip(";")
             pending = ""
+
+
+def _name_of(statement: str) -> str:
+    return statement.split()[2]
+
+
+@functools.lru_cache(maxsize=1)
+def _wanted_columns() -> dict[str, list[tuple[str, str, Any]]]:
+    """Return name, type and default of every column of our schema, by table."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as model:
+        model.executescript(SCHEMA)
+        tables = [
+            row[0] for row in model.execute("select name from sqlite_master where type = 'table'")
+        ]
+        return {
+            table: [
+                (row[1], row[2], row[4]) for row in model.execute(f"pragma table_info({table})")
+            ]
+            for table in tables
+        }
 
 
 # ---------------------------------------------------------------------------
@@ -2173,7 +2376,7 @@ class Group:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.active = 0
-        self.waiting: collections.deque[LeafSlot] = collections.deque()
+        self.waiting: collections.deque[Key] = collections.deque()
 
 
 class Slot:
@@ -2245,6 +2448,10 @@ class LeafSlot(Slot):
         # What it needs: parameter, id, and whether the newest iteration is meant.
         self.targets: list[tuple[str | None, str, bool]] = []
 
+    @property
+    def has_turn(self) -> bool:
+        return self.is_active and self.needs_left == 0 and not self.is_done
+
 
 def scope_of(loops: tuple[LoopSlot, ...]) -> str:
     """Return `@@outer=1,middle=0`, or nothing outside of loops."""
@@ -2261,6 +2468,7 @@ class Plan:
     def __init__(self, workflow: Workflow, loops: Mapping[str, tuple[int, bool]]) -> None:
         self.reached: collections.deque[LeafSlot] = collections.deque()
         self.due: collections.deque[LoopSlot] = collections.deque()
+        self.slots: dict[Key, LeafSlot] = {}
         self.by_id: dict[str, LeafSlot] = {}
         self.loop_by_id: dict[str, LoopSlot] = {}
         self._loops = loops
@@ -2272,7 +2480,7 @@ class Plan:
         for slot in leaves:
             self._link(slot)
         if any(slot.targets for slot in leaves):
-            self._refuse_cycles(leaves)
+            self._refuse_cycles()
 
     # Mounting
 
@@ -2302,6 +2510,7 @@ class Plan:
     ) -> LeafSlot:
         self._refuse_twice(leaf.id)
         slot = self.by_id[leaf.id] = LeafSlot(leaf, parent, loops, groups)
+        self.slots[slot.key] = slot
         return slot
 
     def _mount_loop(
@@ -2345,11 +2554,8 @@ class Plan:
         """
         return next((loop for loop in target.loops if loop not in slot.loops), target)
 
-    def _refuse_cycles(self, leaves: list[LeafSlot]) -> None:
-        """Check needs together with the order of the tree.
-
-        Waiting for a later sibling is a cycle too.
-        """
+    def _order(self) -> dict[Any, list[Any]]:
+        """Return what comes before what: by start and end of each slot, those directly before it."""
         before: dict[Any, list[Any]] = {}
         pending: list[Slot] = [self.root]
         while pending:
@@ -2360,12 +2566,19 @@ class Plan:
             if isinstance(slot, Branch):
                 self._order_children(slot, before)
                 pending.extend(slot.children)
-        for leaf in leaves:
+        for leaf in self.leaves():
             before[(leaf, "end")].extend(
                 (self._awaited(self.by_id[id], leaf), "end") for _, id, _ in leaf.targets
             )
+        return before
+
+    def _refuse_cycles(self) -> None:
+        """Check needs together with the order of the tree.
+
+        Waiting for a later sibling is a cycle too.
+        """
         try:
-            graphlib.TopologicalSorter(before).prepare()
+            graphlib.TopologicalSorter(self._order()).prepare()
         except graphlib.CycleError as error:
             # the cycle is listed against the direction of waiting, its first entry again at the end
             slots = [slot for slot, _ in reversed(error.args[1][1:])]
@@ -2373,6 +2586,33 @@ class Plan:
             raise AuthoringError(
                 f"needs form a cycle through {', '.join(map(repr, ids))}", "CYCLIC_DEPENDENCY"
             ) from None
+
+    def followers(self, slot: LeafSlot) -> tuple[set[str], list[LoopSlot]]:
+        """Return the ids of the nodes that come after one, and the loops that end after it."""
+        after: dict[Any, list[Any]] = {}
+        for later, earlier in self._order().items():
+            for one in earlier:
+                after.setdefault(one, []).append(later)
+        found: set[Any] = set()
+        pending = [(slot, "end")]
+        while pending:
+            for later in after.get(pending.pop(), ()):
+                if later not in found:
+                    found.add(later)
+                    pending.append(later)
+        ids = {s.leaf.id for s, _ in found if isinstance(s, LeafSlot)} - {slot.leaf.id}
+        return ids, [s for s, which in found if isinstance(s, LoopSlot) and which == "end"]
+
+    def sources_of(self, slot: LeafSlot) -> list[tuple[str, str, int | None]]:
+        """Return (parameter, node id, iteration or None for the newest) of each output it gets.
+
+        To be asked when an attempt starts: the loops around it may have moved on since the render.
+        """
+        return [
+            (parameter, self.by_id[id].key[0], None if newest else self.by_id[id].key[1])
+            for parameter, id, newest in slot.targets
+            if parameter is not None
+        ]
 
     @staticmethod
     def _order_children(branch: Branch, before: dict[Any, list[Any]]) -> None:
@@ -2418,9 +2658,10 @@ class Plan:
         return list(self.leaves(slot))
 
     def _remount(self, slot: LoopSlot, iteration: int) -> None:
-        for old in self._below(slot):
+        for old in self.below(slot):
             if isinstance(old, LeafSlot):
                 del self.by_id[old.leaf.id]
+                del self.slots[old.key]
             elif isinstance(old, LoopSlot):
                 del self.loop_by_id[old.loop.id]
         slot.children = []
@@ -2429,13 +2670,9 @@ class Plan:
         for leaf in self.leaves(slot):
             self._link(leaf)
 
-    def ids_below(self, slot: LoopSlot) -> list[str]:
-        """Return the ids of all nodes and loops in a loop's body."""
-        below = [s for s in self._below(slot) if isinstance(s, (LeafSlot, LoopSlot))]
-        return [s.leaf.id if isinstance(s, LeafSlot) else s.loop.id for s in below]
-
     @staticmethod
-    def _below(branch: Branch) -> Iterator[Slot]:
+    def below(branch: Branch) -> Iterator[Slot]:
+        """Yield everything below a branch."""
         stack = list(branch.children)
         while stack:
             slot = stack.pop()
@@ -2506,23 +2743,491 @@ class Plan:
             self._work.append((parent.children[parent.cursor], False))
 
 
+# Where a node stands: exactly one of these. What its row says (its state) follows.
+PENDING = "pending"  # its turn has not come, or has not been looked at since the last render
+READY = "ready"  # waits for the run's next free place
+BLOCKED = "blocked"  # waits for a place in a full Parallel
+RUNNING = "running"  # an attempt is in flight, also one that was told to stop
+RETRYING = "retrying"  # its turn has come, its next attempt is due later
+AT_GATE = "at gate"  # its gate has been requested
+ENDED = "ended"
+
+MAX_CRASHES = 3  # lives, or pools of workers, that one node may bring down
+
+
+class Record:
+    """What is known of one node, beside its place in the tree."""
+
+    __slots__ = (
+        "phase",
+        "state",
+        "last_attempt",
+        "failures",
+        "crashes",
+        "due_at_ms",
+        "gate",
+        "ready_at_ms",
+        "started_at_ms",
+    )
+
+    def __init__(self, state: str = "pending", last_attempt: int | None = None) -> None:
+        self.phase = ENDED if state in ("finished", "failed", "skipped") else PENDING
+        self.state = state
+        self.last_attempt = last_attempt
+        self.failures = 0
+        self.crashes = 0  # in a row; a suspect until it ends
+        self.due_at_ms = 0  # its next attempt begins no earlier
+        self.gate: str | None = None  # what the row of its gate says
+        self.ready_at_ms = 0
+        self.started_at_ms: int | None = None
+
+
+class Effect(NamedTuple):
+    """Something that the engine is to do, now and in this order."""
+
+    kind: str
+    key: Key
+    detail: Any = None
+
+
+class Progress:
+    """How far a run has come: today's tree, and a record for each of its nodes.
+
+    Told what was rendered, has ended, was decided or is due, it answers with effects. It has no
+    clock, no thread and no transaction. A key is all that is held of a node: its place is looked up
+    in today's tree when it is needed, so that nothing starts at a place that is no longer its own.
+    """
+
+    def __init__(self, max_concurrency: int) -> None:
+        self.max_concurrency = max_concurrency
+        self.plan: Plan | None = None
+        self.records: dict[Key, Record] = {}
+        self.loops: dict[str, tuple[int, bool]] = {}
+        self.failed: list[str] = []  # ids of the nodes that fail the run
+        self.fatal: dict[str, str] | None = None  # the error that fails it without a node
+        self.is_stopping = False  # cancelled or suspended: nothing new starts
+        self.is_stale = True  # something that the last render has read has changed
+        self._reads: set[tuple[str, str]] = set()
+        self._idle_renders = 0  # in a row, with nothing done in between
+        self._ready: collections.deque[Key] = collections.deque()
+        self._suspects: list[Key] = []  # ready, and waiting for each other
+        self._suspects_running = 0
+        self._counts: collections.Counter[str] = collections.Counter()
+
+    @property
+    def is_halting(self) -> bool:
+        """True when nothing new may start: the run only waits for what is in flight."""
+        return self.is_stopping or self.fatal is not None or bool(self.failed)
+
+    @property
+    def running(self) -> int:
+        return self._counts[RUNNING]
+
+    @property
+    def queued(self) -> int:
+        return self._counts[READY] + self._counts[BLOCKED]
+
+    @property
+    def open_gates(self) -> int:
+        return self._counts[AT_GATE]
+
+    def standing(self) -> str:
+        """Return `stale`, `busy`, `ended`, `waiting` (for decisions only) or `stuck`, an error."""
+        if self.is_halting:
+            return "busy" if self.running else "ended"
+        if self.is_stale or self.plan is None:
+            return "stale"
+        if self.running or self.queued or self._counts[RETRYING]:
+            return "busy"
+        if self.plan.root.is_done:
+            return "ended"
+        return "waiting" if self.open_gates else "stuck"
+
+    # What an earlier life has left
+
+    def recall(self, key: Key, record: Record) -> None:
+        self.records[key] = record
+        self._counts[record.phase] += 1
+
+    # Moves of a record
+
+    def _move(self, record: Record, phase: str, state: str, id: str) -> None:
+        """Give a record its next phase and state; a render that has read the state is due again."""
+        self._counts[record.phase] -= 1
+        self._counts[phase] += 1
+        record.phase = phase
+        if record.state != state:
+            record.state = state
+            self._changed("state", id)
+
+    def _changed(self, kind: str, id: str) -> None:
+        if (kind, id) in self._reads:
+            self.is_stale = True
+
+    def _slot(self, key: Key) -> LeafSlot | None:
+        return self.plan.slots.get(key) if self.plan is not None else None
+
+    # A new tree
+
+    def refuse_endless_rendering(self, plan: Plan) -> None:
+        """Raise AuthoringError RENDER_LOOP when trees follow each other and nothing runs."""
+        self._idle_renders += 1
+        if self._idle_renders <= MAX_RENDERS_WITHOUT_PROGRESS or self.plan is None:
+            return
+        changed = sorted(plan.by_id.keys() ^ self.plan.by_id.keys())[:10]
+        what = f"; what changes: {', '.join(changed)}" if changed else ""
+        raise AuthoringError(
+            f"{MAX_RENDERS_WITHOUT_PROGRESS} renders in a row, and nothing ran{what}", "RENDER_LOOP"
+        )
+
+    def rendered(self, plan: Plan, reads: set[tuple[str, str]]) -> list[Effect]:
+        """Make a rendered tree today's; return what begins and what ends with it."""
+        is_first = self.plan is None
+        self.plan, self._reads, self.is_stale = plan, reads, False
+        self._ready.clear()
+        self._suspects.clear()
+        if is_first:
+            self._forget(key for key in list(self.records) if self._is_over(key))
+        effects = self._adopt(list(plan.leaves()))
+        effects += [Effect("frame", ("", 0))]
+        for key, record in self.records.items():
+            effects += self._fit(key, record, plan.slots.get(key))
+        plan.start()
+        return effects
+
+    def _adopt(self, slots: Iterable[LeafSlot]) -> list[Effect]:
+        """Have a record for each slot, and those that run hold their places."""
+        effects = []
+        for slot in slots:
+            record = self.records.get(slot.key)
+            if record is None:
+                self.recall(slot.key, Record())
+                effects.append(Effect("insert", slot.key))
+            elif record.phase == RUNNING:
+                for group in slot.groups:
+                    group.active += 1
+        return effects
+
+    def _fit(self, key: Key, record: Record, slot: LeafSlot | None) -> list[Effect]:
+        """Bring a record in line with what today's tree has under its key."""
+        id = key[0] if slot is None else slot.leaf.id
+        if record.phase in (READY, BLOCKED, RETRYING):
+            self._move(record, PENDING, record.state, id)  # its turn is looked at again
+        elif record.phase == RUNNING and (slot is None or not isinstance(slot.leaf, Task)):
+            return [Effect("stop", key, "no longer in the tree")]
+        elif record.phase == AT_GATE and (slot is None or not slot.leaf.asks_first):
+            record.gate = "cancelled"
+            self._move(record, PENDING, "cancelled", id)
+            return [Effect("close", key, "no longer in the tree")]
+        elif record.state == "finished" and slot is not None:
+            # Under an id that a gate and a task have shared: the end of one is not the other's.
+            was_decided = record.gate in ("approved", "denied")
+            is_same = (
+                was_decided if isinstance(slot.leaf, Approval) else record.last_attempt is not None
+            )
+            if not is_same:
+                self._move(record, PENDING, "finished", id)
+        return []
+
+    def _is_over(self, key: Key) -> bool:
+        """True for a node of an iteration that is over, when its loop has gone on."""
+        assert self.plan is not None
+        is_known = key[0].partition("@@")[0] in self.plan.by_id
+        return is_known and key not in self.plan.slots and self.records[key].phase == ENDED
+
+    def _forget(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            self._counts[self.records.pop(key).phase] -= 1
+
+    # Going on
+
+    def advance(self, now_ms: int) -> Iterator[Effect]:
+        """Yield what is to be done, until a render is due or nothing is left to do now.
+
+        The caller carries each effect out before it asks for the next.
+        """
+        plan = self.plan
+        while plan is not None and not self.is_stale and not self.is_halting:
+            if plan.reached:
+                yield from self._reach(plan.reached.popleft(), now_ms)
+            elif plan.due:
+                yield from self._decide_loop(plan, plan.due.popleft())
+            else:
+                key = self._next_to_start()
+                if key is None:
+                    return
+                yield self._start(key)
+
+    def _reach(self, slot: LeafSlot, now_ms: int) -> Iterator[Effect]:
+        """Look at a node whose turn has come, in whatever phase it is."""
+        record, leaf, key = self.records[slot.key], slot.leaf, slot.key
+        if record.phase == ENDED:
+            self._end(slot, record.state)
+            return
+        if record.phase != PENDING:
+            return  # what it does or waits for says later how it goes on
+        if record.state not in ("pending", "waiting-approval"):
+            self._move(record, PENDING, "pending", leaf.id)
+            yield Effect("repeat", key)
+        if leaf.skip_if:
+            yield self._conclude(slot, "skipped", "skip")
+        elif not leaf.asks_first:
+            yield from self._enqueue(slot, record, now_ms)
+        elif record.gate == "approved":
+            if isinstance(leaf, Approval):
+                yield self._conclude(slot, "finished", "pass")
+            else:
+                yield from self._enqueue(slot, record, now_ms)
+        elif record.gate == "denied":
+            yield self._deny(slot)
+        else:
+            is_open = record.gate == "requested"
+            record.gate = "requested"
+            self._idle_renders = 0
+            self._move(record, AT_GATE, "waiting-approval", leaf.id)
+            yield Effect("await" if is_open else "open", key)
+
+    def _deny(self, slot: LeafSlot) -> Effect:
+        leaf = slot.leaf
+        if leaf.on_deny == "fail":
+            return self._conclude(slot, "failed", "deny")
+        if leaf.on_deny == "continue" and isinstance(leaf, Approval):
+            return self._conclude(slot, "finished", "pass")
+        self._changed("output", leaf.id)
+        return self._conclude(slot, "skipped", "skip", "with its decision")
+
+    def _conclude(self, slot: LeafSlot, state: str, effect: str, detail: Any = None) -> Effect:
+        """Bring a node to its end."""
+        record = self.records[slot.key]
+        self._move(record, ENDED, state, slot.leaf.id)
+        record.crashes = 0
+        if state == "finished":
+            self._changed("output", slot.leaf.id)
+        elif state == "failed":
+            self._changed("error", slot.leaf.id)
+        self._end(slot, state)
+        return Effect(effect, slot.key, detail)
+
+    def _end(self, slot: LeafSlot, state: str) -> None:
+        """Let what follows a node that has ended have its turn, or the run fail."""
+        assert self.plan is not None
+        if state == "failed" and not slot.leaf.continue_on_fail:
+            self.failed.append(slot.key[0])
+        else:
+            self.plan.complete(slot)
+
+    def _enqueue(self, slot: LeafSlot, record: Record, now_ms: int) -> Iterator[Effect]:
+        if record.crashes >= MAX_CRASHES:
+            yield self._conclude(slot, "failed", "crash")
+        elif record.due_at_ms > now_ms:
+            self._move(record, RETRYING, record.state, slot.leaf.id)
+            yield Effect("delay", slot.key, record.due_at_ms)
+        else:
+            self._make_ready(slot.key, record, now_ms)
+
+    def _make_ready(self, key: Key, record: Record, now_ms: int) -> None:
+        record.ready_at_ms = now_ms
+        self._move(record, READY, record.state, key[0])
+        self._ready.append(key)
+
+    def _decide_loop(self, plan: Plan, slot: LoopSlot) -> Iterator[Effect]:
+        """Begin a loop, its next iteration, or end it.
+
+        `until` comes from a render that has seen all of it.
+        """
+        loop = slot.loop
+        number = slot.iteration + 1 if slot.has_begun else 0
+        if loop.until or number >= loop.max_iterations:
+            if not loop.until and loop.on_max == "fail":
+                message = f"loop {slot.key!r} did not reach its end in {number} iterations"
+                self.fatal = describe_error(TaskFailed(message, "LOOP_EXHAUSTED"))
+                return
+            self.loops[slot.key] = (slot.iteration, True)
+            plan.complete(slot)
+            yield Effect("loop", (slot.key, slot.iteration), True)
+            return
+        self.loops[slot.key] = (number, False)
+        yield Effect("loop", (slot.key, number), False)
+        if not slot.has_begun:
+            plan.begin_loop(slot, number)
+            return
+        self._idle_renders = 0
+        self._changed("iteration", loop.id)
+        for below in plan.below(slot):
+            if isinstance(below, LeafSlot):
+                for kind in ("output", "state", "error"):
+                    self._changed(kind, below.leaf.id)
+                if self.records[below.key].phase == ENDED:
+                    self._forget([below.key])
+            elif isinstance(below, LoopSlot):
+                self._changed("iteration", below.loop.id)
+                self.loops.pop(below.key, None)
+        yield from self._adopt(plan.begin_loop(slot, number))
+        if not self.is_stale:
+            yield Effect("frame", ("", 0))
+
+    # Places
+
+    def _next_to_start(self) -> Key | None:
+        """Return a ready node that has a place, None when none is ready or no place is free.
+
+        Those that were in flight when a life ended start after the others and one at a time, the
+        least suspect first: so one that brings its process down does not take the rest with it.
+        """
+        while self.running < self.max_concurrency:
+            if self._ready:
+                key = self._ready.popleft()
+                if self.records[key].phase == READY and self.records[key].crashes:
+                    self._suspects.append(key)
+                    continue
+            elif self._suspects and not self._suspects_running:
+                key = min(self._suspects, key=lambda suspect: self.records[suspect].crashes)
+                self._suspects.remove(key)
+            else:
+                return None
+            if self.records[key].phase == READY and self._has_place(key):
+                return key
+        return None
+
+    def _has_place(self, key: Key) -> bool:
+        """Return whether every Parallel around a node has a place; else it waits at one that has none."""
+        slot = self._slot(key)
+        assert slot is not None
+        full = next((group for group in slot.groups if group.active >= group.limit), None)
+        if full is None:
+            return True
+        full.waiting.append(key)
+        self._move(self.records[key], BLOCKED, "pending", slot.leaf.id)
+        for group in slot.groups:  # a place that it was woken for and cannot take is another's
+            if group.active < group.limit:
+                self._wake(group)
+        return False
+
+    def _wake(self, group: Group) -> None:
+        while group.waiting:
+            key = group.waiting.popleft()
+            record = self.records.get(key)
+            if record is not None and record.phase == BLOCKED:
+                self._move(record, READY, "pending", key[0])
+                self._ready.appendleft(key)
+                return
+
+    def _start(self, key: Key) -> Effect:
+        slot, record = self._slot(key), self.records[key]
+        assert slot is not None
+        record.last_attempt = 0 if record.last_attempt is None else record.last_attempt + 1
+        self._idle_renders = 0
+        self._suspects_running += bool(record.crashes)
+        for group in slot.groups:
+            group.active += 1
+        self._move(record, RUNNING, "in-progress", slot.leaf.id)
+        return Effect("start", key, record.last_attempt)
+
+    # What happens meanwhile
+
+    def attempt_ended(self, key: Key, result: str, now_ms: int) -> str:
+        """Book the end of the attempt in flight; return what became of the node.
+
+        `result` is `finished`, `failed`, `unfixable` (failed, and would again), `interrupted` or
+        `crashed`. The answer is `finished`, `retrying`, `failed` or `cancelled`, which may run again.
+        """
+        record, slot = self.records[key], self._slot(key)
+        self._idle_renders = 0
+        self._suspects_running -= bool(record.crashes)
+        if slot is not None:
+            for group in slot.groups:
+                group.active -= 1
+                self._wake(group)
+        if result == "crashed":
+            record.crashes += 1
+        if slot is None or not isinstance(slot.leaf, Task) or result in ("interrupted", "crashed"):
+            self._move(record, PENDING, "cancelled", key[0] if slot is None else slot.leaf.id)
+            self._look_again(slot)
+            return "cancelled"
+        if result == "finished":
+            self._conclude(slot, "finished", "")
+            return "finished"
+        record.failures += 1
+        if result == "unfixable" or record.failures > slot.leaf.retries or self.is_halting:
+            self._conclude(slot, "failed", "")
+            return "failed"
+        record.due_at_ms = now_ms + round(1000 * slot.leaf.retry_delay_after(record.failures))
+        self._move(record, PENDING, "pending", slot.leaf.id)
+        self._look_again(slot)
+        return "retrying"
+
+    def _look_again(self, slot: LeafSlot | None) -> None:
+        """Have a node looked at once more, if it is its turn in today's tree."""
+        if slot is not None and self.plan is not None and slot.has_turn:
+            self.plan.reached.append(slot)
+
+    def retry_is_due(self, key: Key, now_ms: int) -> None:
+        record = self.records.get(key)
+        if record is not None and record.phase == RETRYING:
+            self._make_ready(key, record, now_ms)
+
+    def gate_decided(self, key: Key, status: str) -> None:
+        """Note a decision, or that nobody will decide any more (`cancelled`)."""
+        record = self.records.get(key)
+        if record is not None and record.phase == AT_GATE:
+            record.gate = status
+            slot = self._slot(key)
+            assert slot is not None
+            self._idle_renders = 0
+            self._move(record, PENDING, "pending", slot.leaf.id)
+            self._look_again(slot)
+
+    def gate_expired(self, key: Key) -> None:
+        """Fail a node at whose gate nobody has decided in time."""
+        slot, record = self._slot(key), self.records[key]
+        assert slot is not None and record.phase == AT_GATE
+        record.gate = "cancelled"
+        self._conclude(slot, "failed", "")
+
+
 # ---------------------------------------------------------------------------
 # Tasks: how one attempt runs
 # ---------------------------------------------------------------------------
 
 
 class Outcome(NamedTuple):
-    """What came of an attempt: an output, or an error."""
+    """What came of an attempt: an output, or an error with its traceback."""
 
     output_json: str | None
     error: dict[str, str] | None = None
+    traceback: str | None = None
+
+
+class Lines:
+    """Text as it comes in, cut into lines; one that is longer than 8 KiB is cut there."""
+
+    def __init__(self) -> None:
+        self._partial = ""
+
+    def feed(self, text: str) -> list[str]:
+        """Return the lines that `text` completes."""
+        *lines, self._partial = (self._partial + text).split("\n")
+        whole = [line[:-1] if line.endswith("\r") else line for line in lines]
+        parts = [part for line in whole for part in self._cut(line)]
+        if len(self._partial) > MAX_LOG_LINE:
+            *more, self._partial = self._cut(self._partial)
+            parts += more
+        return parts
+
+    def rest(self) -> list[str]:
+        partial, self._partial = self._partial, ""
+        return self._cut(partial) if partial else []
+
+    @staticmethod
+    def _cut(line: str) -> list[str]:
+        return [line[at : at + MAX_LOG_LINE] for at in range(0, max(len(line), 1), MAX_LOG_LINE)]
 
 
 class CurrentTask:
     """What a running task knows of itself; `current_task()` returns it.
 
     `idempotency_key` is the same for every attempt of a node. `cancelled` is set when the task
-    should stop.
+    should stop. The task's own thread calls `log`, `emit` and `printed`, the engine's `stop`.
     """
 
     def __init__(self, run_id: str, node_id: str, iteration: int, attempt: int) -> None:
@@ -2534,6 +3239,7 @@ class CurrentTask:
         self.cancelled = threading.Event()
         self.kill_after = KILL_AFTER_SECONDS
         self._logged = 0
+        self._printed: dict[str, Lines] = {}
         # Guards _on_stop, so that a stop that comes while the task begins or ends is neither lost
         # nor late.
         self._lock = threading.Lock()
@@ -2544,16 +3250,28 @@ class CurrentTask:
 
         Raises TaskFailed OUTPUT_LIMIT past 32 MiB in one attempt.
         """
-        self.emit(str(text), "stdout")
+        lines = Lines()
+        self.emit(lines.feed(str(text)) + lines.rest() or [""], "stdout")
 
-    def emit(self, text: str, stream: str) -> None:
-        for line in text.splitlines():
-            for start in range(0, max(len(line), 1), MAX_LOG_LINE):
-                part = printable(line[start : start + MAX_LOG_LINE])
-                self._logged += len(part.encode()) + 1
-                if self._logged > MAX_LOG_BYTES:
-                    raise TaskFailed(f"printed more than {MAX_LOG_BYTES >> 20} MiB", "OUTPUT_LIMIT")
-                self._send(part, stream)
+    def emit(self, lines: Iterable[str], stream: str) -> None:
+        for line in lines:
+            line = printable(line)
+            self._logged += len(line.encode()) + 1
+            if self._logged > MAX_LOG_BYTES:
+                raise TaskFailed(f"printed more than {MAX_LOG_BYTES >> 20} MiB", "OUTPUT_LIMIT")
+            self._send(line, stream)
+
+    def printed(self, text: str, stream: str) -> None:
+        """Take what a function writes to sys.stdout or sys.stderr."""
+        self.emit(self._printed.setdefault(stream, Lines()).feed(text), stream)
+
+    def end_lines(self) -> None:
+        """Emit what was printed without an end of line."""
+        for stream, lines in self._printed.items():
+            self.emit(lines.rest(), stream)
+
+    def note_group(self, group: int) -> None:
+        """Keep the process group of a command where who resumes the run finds it."""
 
     def _send(self, text: str, stream: str) -> None:
         """Where a line goes. Outside of an engine: nowhere."""
@@ -2593,6 +3311,77 @@ def current_task() -> CurrentTask:
     return task
 
 
+class TaskStream(io.TextIOBase):
+    """Stands in for sys.stdout or sys.stderr: what a task prints is its output too.
+
+    A stream that nobody reads any more, or a full disk behind it, is no failure of the task.
+    """
+
+    def __init__(self, real: TextIO | None, stream: str, echo: bool) -> None:
+        self.real = real
+        self._stream = stream
+        self._echo = echo  # also here, when a task prints
+
+    def write(self, text: str) -> int:
+        task = _current.get(None)
+        if task is not None:
+            task.printed(text, self._stream)
+        with contextlib.suppress(OSError, ValueError):
+            if self.real is not None and (task is None or self._echo):
+                self.real.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            if self.real is not None:
+                self.real.flush()
+
+    def writable(self) -> bool:
+        return True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self.real, "encoding", "utf-8")
+
+    def fileno(self) -> int:
+        return self.real.fileno() if self.real is not None else super().fileno()
+
+    def isatty(self) -> bool:
+        return self.real is not None and self.real.isatty()
+
+
+# Guards _capturers, the engines and workers that want to hear what tasks print.
+_capture_lock = threading.Lock()
+_capturers = 0
+
+
+@contextlib.contextmanager
+def captured_prints(echo: bool) -> Iterator[None]:
+    """Have what tasks print heard while the block runs; blocks may overlap in several threads.
+
+    With `echo` it is also written where it would have gone.
+    """
+    global _capturers
+    with _capture_lock:
+        _capturers += 1
+        if _capturers == 1:
+            sys.stdout = TaskStream(sys.stdout, "stdout", echo)
+            sys.stderr = TaskStream(sys.stderr, "stderr", echo)
+    try:
+        yield
+    finally:
+        with _capture_lock:
+            _capturers -= 1
+            if _capturers == 0:
+                for name in ("stdout", "stderr"):
+                    stream = getattr(sys, name)
+                    if isinstance(stream, TaskStream):  # else somebody has put their own there
+                        setattr(sys, name, stream.real)
+
+
 def encode_output(value: Any) -> str:
     """Return a task's output as JSON text.
 
@@ -2601,6 +3390,7 @@ def encode_output(value: Any) -> str:
     try:
         text = to_json(value)
         size = len(text.encode("utf-8"))
+        parse_json(text)  # finds keys that are one in JSON, such as 1 and "1"
     except (TypeError, ValueError, RecursionError) as error:
         raise TaskFailed(f"the output is not JSON: {error}", "OUTPUT_NOT_JSON") from error
     if size > MAX_OUTPUT_BYTES:
@@ -2609,6 +3399,10 @@ def encode_output(value: Any) -> str:
             "OUTPUT_TOO_LARGE",
         )
     return text
+
+
+# The work is done and would be done again: a retry cannot help.
+UNFIXABLE = ("OUTPUT_NOT_JSON", "OUTPUT_TOO_LARGE", "OUTPUT_LIMIT")
 
 
 def call_function(
@@ -2620,7 +3414,10 @@ def call_function(
         value = run(*args, **kwargs)
         return _await(task, value) if isinstance(value, types.CoroutineType) else value
     finally:
-        _current.reset(token)
+        try:
+            task.end_lines()
+        finally:
+            _current.reset(token)
 
 
 def _await(task: CurrentTask, coroutine: types.CoroutineType[Any, Any, Any]) -> Any:
@@ -2639,31 +3436,58 @@ def _await(task: CurrentTask, coroutine: types.CoroutineType[Any, Any, Any]) -> 
     return asyncio.run(supervise())
 
 
-class _Tail:
-    """The last 64 KiB of a pipe, and its lines as they come."""
+class _Pipe:
+    """One output of a command: its lines as they come, and its last 64 KiB."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: Any, stream: str) -> None:
+        self.file = file
+        self.stream = stream
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._lines = Lines()
         self._kept = bytearray()
-        self._partial = b""
+        self._size = 0
+        os.set_blocking(file.fileno(), False)
 
-    def feed(self, data: bytes) -> list[bytes]:
-        """Return the lines that `data` completes; a line longer than 8 KiB is cut."""
+    def read(self, task: CurrentTask) -> int | None:
+        """Take what is there and emit its lines; return its size, 0 at the end, None for nothing."""
+        try:
+            data = os.read(self.file.fileno(), 65536)
+        except BlockingIOError:
+            return None
+        self._size += len(data)
         self._kept += data
         if len(self._kept) > 2 * COMMAND_TAIL_BYTES:
             del self._kept[:-COMMAND_TAIL_BYTES]
-        *lines, self._partial = (self._partial + data).split(b"\n")
-        if len(self._partial) > MAX_LOG_LINE:
-            lines.append(self._partial)
-            self._partial = b""
-        return lines
+        task.emit(self._lines.feed(self._decode(data)), self.stream)
+        return len(data)
 
-    def rest(self) -> list[bytes]:
-        return [self._partial] if self._partial else []
+    def finish(self, task: CurrentTask) -> None:
+        """Emit what is left after the command's end.
+
+        What it has written is in the pipe when its end is seen. Who holds the pipe open may write
+        on: that is no more of the command's than a pipe can have held.
+        """
+        left = MAX_PIPE_BYTES
+        while left > 0:
+            size = self.read(task)
+            if not size:
+                break
+            left -= size
+        task.emit(self._lines.feed(self._decode(b"", True)) + self._lines.rest(), self.stream)
+
+    @property
+    def dropped(self) -> int:
+        """The number of bytes that `text` leaves out."""
+        return max(0, self._size - COMMAND_TAIL_BYTES)
 
     def text(self) -> str:
-        return bytes(self._kept[-COMMAND_TAIL_BYTES:]).decode("utf-8", "replace")
+        kept = bytes(self._kept[-COMMAND_TAIL_BYTES:])
+        if self.dropped:  # not from the middle of a character
+            kept = kept.lstrip(bytes(range(0x80, 0xC0)))
+        return kept.decode("utf-8", "replace")
 
 
+MAX_PIPE_BYTES = 1 << 20  # what Linux lets a pipe hold at most (pipe-max-size), usually 64 KiB
 _live_groups: set[int] = set()  # process groups of running commands; add and discard are atomic
 
 
@@ -2682,7 +3506,8 @@ def _signal_group(group: int, number: int) -> None:
 def run_command(task: CurrentTask, argv: Seq[str]) -> dict[str, Any]:
     """Run a command in its own process group and return `{"exitCode","stdout","stderr"}`.
 
-    Raises TaskFailed COMMAND_FAILED for a non-zero exit code.
+    Where more than 64 KiB were printed, `truncated` says how many bytes `stdout` or `stderr` leave
+    out. Raises TaskFailed COMMAND_FAILED for a non-zero exit code.
     """
     import subprocess
 
@@ -2707,74 +3532,56 @@ def run_command(task: CurrentTask, argv: Seq[str]) -> dict[str, Any]:
         _live_groups.add(process.pid)
         try:
             with task.stopped_by(functools.partial(_signal_group, process.pid, signal.SIGTERM)):
-                tails = _follow(task, process)
+                task.note_group(process.pid)
+                pipes = (_Pipe(process.stdout, "stdout"), _Pipe(process.stderr, "stderr"))
+                _follow(task, process, pipes)
         except BaseException:
             _signal_group(process.pid, signal.SIGKILL)
             raise
         finally:
             _live_groups.discard(process.pid)
     code = process.returncode
-    stdout, stderr = tails[0].text(), tails[1].text()
+    stdout, stderr = pipes[0].text(), pipes[1].text()
     if code != 0:
-        last = (stderr.strip() or stdout.strip()).rpartition("\n")[2][-200:]
+        last = (stderr.strip() or stdout.strip()).rpartition("\n")[2][:500]
         how = f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
         raise TaskFailed(
             f"{os.path.basename(argv[0])} {how}" + (f": {last}" if last else ""), "COMMAND_FAILED"
         )
-    return {"exitCode": code, "stdout": stdout, "stderr": stderr}
+    output: dict[str, Any] = {"exitCode": code, "stdout": stdout, "stderr": stderr}
+    truncated = {pipe.stream: pipe.dropped for pipe in pipes if pipe.dropped}
+    return {**output, "truncated": truncated} if truncated else output
 
 
-def _follow(task: CurrentTask, process: subprocess.Popen[bytes]) -> tuple[_Tail, _Tail]:
-    """Emit a command's lines until it has exited and its pipes are drained.
+def _follow(task: CurrentTask, process: subprocess.Popen[bytes], pipes: Seq[_Pipe]) -> None:
+    """Emit a command's lines until it has exited and what it wrote is read.
 
     Escalate a stop to SIGKILL.
     """
-    assert process.stdout is not None and process.stderr is not None
-    tails = (_Tail(), _Tail())
     kill_at: float | None = None
     with selectors.DefaultSelector() as selector:
-        for pipe, tail, stream in zip(
-            (process.stdout, process.stderr), tails, ("stdout", "stderr")
-        ):
-            selector.register(pipe, selectors.EVENT_READ, (tail, stream))
-        while selector.get_map():
-            ready = selector.select(0.1)
-            for key, _ in ready:
-                tail, stream = key.data
-                data = os.read(key.fd, 65536)
-                _emit_lines(task, tail.feed(data) if data else tail.rest(), stream)
-                if not data:
-                    selector.unregister(key.fileobj)
-            if not ready and process.poll() is not None:
-                break  # a grandchild holds the pipe open: the command itself has ended
+        for pipe in pipes:
+            selector.register(pipe.file, selectors.EVENT_READ, pipe)
+        while process.poll() is None:
+            if selector.get_map():
+                for key, _ in selector.select(0.1):
+                    if key.data.read(task) == 0:
+                        selector.unregister(key.fileobj)
+            else:  # it has closed its pipes; it may still be running
+                _wait_a_little(process)
             if task.cancelled.is_set():
                 kill_at = kill_at or time.monotonic() + task.kill_after
                 if time.monotonic() >= kill_at:
                     _signal_group(process.pid, signal.SIGKILL)
-        _wait_for_exit(task, process, kill_at)
-    return tails
+    for pipe in pipes:
+        pipe.finish(task)
 
 
-def _emit_lines(task: CurrentTask, lines: list[bytes], stream: str) -> None:
-    if not task.cancelled.is_set():
-        for line in lines:
-            task.emit(line.decode("utf-8", "replace").rstrip("\r") or " ", stream)
-
-
-def _wait_for_exit(
-    task: CurrentTask, process: subprocess.Popen[bytes], kill_at: float | None
-) -> None:
-    """Wait for a command that has closed its pipes; it may still be running."""
+def _wait_a_little(process: subprocess.Popen[bytes]) -> None:
     import subprocess
 
-    while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.1)
-            return
-        if task.cancelled.is_set():
-            kill_at = kill_at or time.monotonic() + task.kill_after
-            if time.monotonic() >= kill_at:
-                _signal_group(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(0.1)
 
 
 # By token: lets an executor in this process find its live attempt.
@@ -2794,6 +3601,7 @@ class _RemoteTask(CurrentTask):
 
 def call_in_executor(
     token: str,
+    engine: str,
     run: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -2801,15 +3609,50 @@ def call_in_executor(
     node_id: str,
     iteration: int,
     attempt: int,
-) -> tuple[str | None, dict[str, str] | None, list[tuple[str, str]]]:
-    """Run one attempt in an executor's worker: (output JSON, error, lines), plain values only.
+) -> tuple[tuple[Any, ...], list[tuple[str, str]]]:
+    """Run one attempt in an executor's worker and return its outcome and lines, as plain tuples.
 
     A user exception never has to be pickled; what it said comes back as text.
     """
     here = _attempts_here.get(token)
-    task = here or _RemoteTask(run_id, node_id, iteration, attempt)
-    output, error = outcome_of(lambda: call_function(task, run, args, kwargs), task)
-    return output, error, task.lines if isinstance(task, _RemoteTask) else []
+    if here is not None:
+        return tuple(outcome_of(lambda: call_function(here, run, args, kwargs), here)), []
+    _leave_with(engine)
+    task = _RemoteTask(run_id, node_id, iteration, attempt)
+    with captured_prints(echo=True):
+        outcome = outcome_of(lambda: call_function(task, run, args, kwargs), task)
+    return tuple(outcome), task.lines
+
+
+@functools.lru_cache(maxsize=1)
+def _leave_with(engine: str) -> None:
+    """Have a worker of a process pool end with the process that has started it.
+
+    Left alone, it would finish an old attempt beside the next engine's new one.
+    """
+    import multiprocessing
+
+    parent = multiprocessing.parent_process()
+    if parent is None or parent.pid != process_of(engine)[1]:
+        return  # a worker of something that has a life of its own
+
+    def watch() -> None:
+        while process_is_alive(engine):
+            time.sleep(ORPHAN_SECONDS)
+        os._exit(1)
+
+    start_thread("parent-watch", watch)
+
+
+ORPHAN_SECONDS = 0.1  # how late a pool's worker notices that its engine has gone
+
+
+def leave(code: int) -> None:
+    """End the process now, with what it has said so far."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)
 
 
 def outcome_of(call: Callable[[], Any], task: CurrentTask) -> Outcome:
@@ -2817,48 +3660,86 @@ def outcome_of(call: Callable[[], Any], task: CurrentTask) -> Outcome:
 
     Whatever it raises is its failure, with the traceback in the log.
     """
+    pid = os.getpid()
     try:
-        return Outcome(encode_output(call()))
+        outcome = Outcome(encode_output(call()))
     except BaseException as error:
         # The outermost call of user code: SystemExit and CancelledError are failures too.
-        if not isinstance(error, TaskFailed) and not task.cancelled.is_set():
-            logger.warning("task %s failed", task.node_id, exc_info=True)
-        return Outcome(None, describe_error(error))
+        traceback = None if isinstance(error, TaskFailed) else traceback_of(error)
+        if traceback is not None and not task.cancelled.is_set():
+            logger.warning("task %s failed\n%s", task.node_id, traceback)
+        outcome = Outcome(None, describe_error(error), traceback)
+    if os.getpid() != pid:  # a child that the task has forked has come back to here
+        leave(0 if outcome.error is None else 1)
+    return outcome
+
+
+def traceback_of(error: BaseException) -> str:
+    """Return the traceback from the user's first line on, at most its last 8 KiB."""
+    import traceback
+
+    entries = error.__traceback__
+    while entries is not None and entries.tb_frame.f_code.co_filename == __file__:
+        entries = entries.tb_next
+    try:
+        text = "".join(
+            traceback.format_exception(type(error), error, entries or error.__traceback__)
+        )
+    except Exception:  # user code: an error that cannot even say what it is
+        text = f"{type(error).__name__}: (no message)"
+    return printable(text[-MAX_TRACEBACK_CHARS:].rstrip())
+
+
+MAX_TRACEBACK_CHARS = 8 << 10
 
 
 class TaskThreads:
-    """Daemon threads that run one call each at a time; a new one starts only when none is idle."""
+    """Daemon threads for one call each, so that no call sees what another has left in its thread.
+
+    A thread that has ended leaves a fresh one in its place, made while the engine commits.
+    `submit` and `close` are the engine's thread's.
+    """
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]] | None] = (
             queue.SimpleQueue()
         )
-        self._lock = threading.Lock()  # guards _idle and _started
+        self._lock = threading.Lock()  # guards _idle, _started and _is_closed
         self._idle = 0
         self._started = 0
+        self._is_closed = False
 
     def submit(self, call: Callable[..., None], *args: Any) -> None:
+        """Have a call made. Raises RuntimeError when the system has no thread left."""
         with self._lock:
             if self._idle:
                 self._idle -= 1
             else:
-                self._started += 1
-                start_thread(f"task-{self._started}", self._work)
+                self._start_locked()
         self._calls.put((call, args))
 
+    def _start_locked(self) -> None:
+        self._started += 1
+        start_thread(f"task-{self._started}", self._work)
+
     def _work(self) -> None:
-        while True:
-            item = self._calls.get()
-            if item is None:
-                return
-            call, args = item
-            call(*args)
-            with self._lock:
-                self._idle += 1
+        item = self._calls.get()
+        if item is None:
+            return
+        call, args = item
+        contextvars.Context().run(call, *args)
+        with self._lock:
+            if not self._is_closed:
+                with contextlib.suppress(RuntimeError):  # no thread left: the next submit says so
+                    self._start_locked()
+                    self._idle += 1
 
     def close(self) -> None:
-        """Let every thread leave after its call."""
-        for _ in range(self._started):
+        """Let every idle thread leave, and the others after their call."""
+        with self._lock:
+            self._is_closed = True
+            idle, self._idle = self._idle, 0
+        for _ in range(idle):
             self._calls.put(None)
 
 
@@ -2869,37 +3750,54 @@ class TaskThreads:
 
 @functools.lru_cache(maxsize=1)
 def _host() -> str:
-    """Return this machine and its process-id namespace.
+    """Return this machine, its boot and its process-id namespace: where a process can be looked up."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # no /proc: then the name has to do
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            parts.append(file.read().strip()[:8])
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return "/".join(parts)
 
-    Within it, a process id can be looked up.
+
+def _stat_of(pid: int) -> tuple[str, int, str] | None:
+    """Return state, process group and start time of a process, None when there is none.
+
+    Source: proc(5), /proc/[pid]/stat.
     """
     try:
-        namespace = os.readlink("/proc/self/ns/pid")
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
     except OSError:
-        namespace = ""
-    return f"{socket.gethostname()}|{namespace}"
+        return None
+    return fields[0].decode(), int(fields[2]), fields[19].decode()
+
+
+def _started(pid: int) -> str:
+    stat = _stat_of(pid)
+    return "" if stat is None else stat[2]
+
+
+# The engines that live in this process, by owner id; add and discard are atomic.
+_engines_here: set[str] = set()
 
 
 def new_owner_id() -> str:
-    return f"{_host()}|{os.getpid()}|{secrets.token_hex(8)}"
+    pid = os.getpid()
+    return f"{_host()}|{pid}|{_started(pid)}|{secrets.token_hex(8)}"
 
 
-def owner_is_alive(run: Run, at_ms: int) -> bool:
-    """Return whether the engine that owns the run still lives.
-
-    A recent heartbeat, and its process if it is ours to see.
-    """
-    if run.runtime_owner_id is None:
-        return False
-    if at_ms - (run.heartbeat_at_ms or 0) > HEARTBEAT_STALE_MS:
-        return False
-    host, _, rest = run.runtime_owner_id.rpartition("|")[0].rpartition("|")
-    return host != _host() or not rest.isdecimal() or _process_exists(int(rest))
+def process_of(owner: str) -> tuple[str, int, str]:
+    """Return host, process id (0 when it is none of ours) and start time of an owner."""
+    host, _, rest = owner.rpartition("|")[0].rpartition("|")[0].rpartition("|")
+    return host, int(rest) if rest.isdecimal() else 0, owner.split("|")[-2:][0]
 
 
-def _process_exists(pid: int) -> bool:
-    if os.name == "nt":  # os.kill would end it; the heartbeat has to do
-        return True
+def process_is_alive(owner: str) -> bool:
+    """Return whether the process of an owner on this host lives, as the kernel says."""
+    _, pid, started = process_of(owner)
+    if started:
+        stat = _stat_of(pid)
+        return stat is not None and stat[0] not in "ZX" and stat[2] == started
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -2909,34 +3807,165 @@ def _process_exists(pid: int) -> bool:
     return True
 
 
+Life = Literal["alive", "dead", "unseen"]
+
+
+def owner_life(run: Run) -> Life:
+    """Return whether the engine of a run lives; `unseen` when only its heartbeat can tell."""
+    owner = run.runtime_owner_id
+    if owner is None:
+        # Another program may keep no owner; ours leaves no heartbeat without one.
+        return "unseen" if run.heartbeat_at_ms is not None and run.status == "running" else "dead"
+    host, pid, _ = process_of(owner)
+    if host != _host() or pid == 0 or os.name == "nt":
+        return "unseen"
+    if pid == os.getpid():
+        return "alive" if owner in _engines_here else "dead"
+    return "alive" if process_is_alive(owner) else "dead"
+
+
+def watch_owner(db: SmithersDb, run_id: str, seconds: float = HEARTBEAT_STALE_SECONDS) -> Life:
+    """Return whether the engine of a run lives, after watching its heartbeat if that must tell.
+
+    Only this observer's own clock counts: an owner whose heartbeat does not move for so long is
+    dead, whatever time it bears.
+    """
+    first = db.get_run(run_id)
+    deadline = time.monotonic() + seconds
+    pause = threading.Event()
+    while first is not None:
+        life = owner_life(first)
+        if life != "unseen":
+            return life
+        if time.monotonic() >= deadline:
+            return "dead"
+        pause.wait(WATCH_SECONDS)
+        run = db.get_run(run_id)
+        if run is not None and run.is_terminal:
+            return "dead"
+        if run is None or run.heartbeat_at_ms != first.heartbeat_at_ms:
+            return "alive"
+        first = run
+    return "dead"
+
+
+def end_leftovers(run: Run, attempts: Iterable[Attempt]) -> None:
+    """End what is left of the commands of attempts that were in progress when their engine died.
+
+    They are found by the process group in the attempt's row and, on Linux, by the environment that
+    every command has got: a command that had just been started is not in its row yet.
+    """
+    owner = run.runtime_owner_id or ""
+    if process_of(owner)[0] != _host():
+        return  # another machine, or another boot of this one
+    wanted = [attempt for attempt in attempts if attempt.state == "in-progress"]
+    for number, seconds in ((signal.SIGTERM, LEFTOVER_SECONDS), (signal.SIGKILL, LEFTOVER_SECONDS)):
+        deadline = time.monotonic() + seconds
+        told: set[int] = set()
+        while True:
+            left = set().union(*(_leftovers_of(run.run_id, attempt) for attempt in wanted))
+            if not left:
+                return
+            for pid in left - told:
+                logger.warning(
+                    "ending process %d, left by the last engine of run %s", pid, run.run_id
+                )
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, number)
+            told |= left
+            if time.monotonic() >= deadline:
+                break
+            threading.Event().wait(WATCH_SECONDS)
+
+
+LEFTOVER_SECONDS = 2.0
+
+
+def _leftovers_of(run_id: str, attempt: Attempt) -> set[int]:
+    """Return the processes of an attempt's command that still live."""
+    group, started = attempt.meta.get("group", (0, ""))
+    marks = {
+        f"SMITHERS_IDEMPOTENCY_KEY={run_id}:{attempt.node_id}:{attempt.iteration}".encode(),
+        f"SMITHERS_ATTEMPT={attempt.attempt}".encode(),
+    }
+    found = set()
+    for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
+        stat = _stat_of(int(name)) if name.isdecimal() else None
+        if stat is None or stat[0] in "ZX" or int(name) == os.getpid():
+            continue
+        is_leader = int(name) == group and stat[2] == started
+        try:
+            with open(f"/proc/{name}/environ", "rb") as file:
+                is_marked = marks <= set(file.read().split(b"\0"))
+        except OSError:
+            is_marked = False
+        if is_leader or is_marked:
+            found.add(int(name))
+    if found or os.path.isdir("/proc/self"):
+        return found
+    try:
+        os.killpg(group, 0)
+        return {group} if group else set()
+    except (ProcessLookupError, PermissionError):
+        return set()
+
+
 def decide(db: SmithersDb, run_id: str, node_id: str, decision: Decision) -> None:
     """Approve or deny a gate; the same decision again changes nothing.
 
-    Raises RunNotFound, NodeNotFound, or ApprovalNotPending when the node does not wait or was
-    decided otherwise.
+    Raises RunNotFound, NodeNotFound, InvalidRequest when it is not said which of several gates is
+    meant, GateChanged when it is not the one that was seen, RunNotActive when the run has ended, or
+    ApprovalNotPending when the node does not wait or was decided otherwise.
     """
     for text in (decision.note, decision.decided_by):
         if text is not None and printable(text) != text:
             raise InvalidRequest("note and decidedBy must be valid Unicode")
     with db.transaction(run_id, HTTP_LOCK_PATIENCE_SECONDS) as tx:
-        if tx.get_run() is None:
+        run = tx.get_run(run_id)
+        if run is None:
             raise RunNotFound(f"there is no run {run_id}")
-        if not tx.has_node(node_id, decision.iteration):
-            at = "" if decision.iteration is None else f" in iteration {decision.iteration}"
-            raise NodeNotFound(f"there is no node {node_id!r}{at}")
-        if decision.iteration is None:
-            gate = tx.get_newest_gate(node_id)
-        else:
-            gate = tx.get_gate(node_id, decision.iteration)
-        if gate is None:
-            raise ApprovalNotPending(f"node {node_id!r} does not wait for a decision")
+        gate = _find_gate(tx, node_id, decision)
+        if (
+            decision.requested_at_ms is not None
+            and decision.requested_at_ms != gate.requested_at_ms
+        ):
+            raise GateChanged(
+                f"node {node_id!r} was asked again at {gate.requested_at_ms},"
+                f" after what was decided about ({decision.requested_at_ms})"
+            )
         if gate.status == decision.verdict:
             return
         if gate.status != "requested":
             raise ApprovalNotPending(
                 f"node {node_id!r} does not wait for a decision: it was {gate.status}"
             )
+        if run.is_terminal:
+            raise RunNotActive(f"run {run_id} is {run.status} already")
         record_decision(db.metrics, tx, gate, decision)
+
+
+def _find_gate(tx: Tx, node_id: str, decision: Decision) -> Gate:
+    """Return the gate that a decision is about.
+
+    Without an iteration a node must have been asked in one only: a decision that is repeated, or
+    comes late, would otherwise be taken for the next one's.
+    """
+    gates = tx.list_gates_of(tx.run_id, node_id)
+    if decision.iteration is not None:
+        gates = [gate for gate in gates if gate.iteration == decision.iteration]
+    if len(gates) == 1:
+        return gates[0]
+    if gates:
+        asked = ", ".join(str(gate.iteration) for gate in reversed(gates[:20]))
+        raise InvalidRequest(
+            f"node {node_id!r} was asked in several iterations: say which (iteration: {asked})"
+        )
+    iterations = tx.list_iterations(tx.run_id, node_id)
+    if decision.iteration is not None and decision.iteration not in iterations:
+        raise NodeNotFound(f"there is no node {node_id!r} in iteration {decision.iteration}")
+    if not iterations:
+        raise NodeNotFound(f"there is no node {node_id!r}")
+    raise ApprovalNotPending(f"node {node_id!r} does not wait for a decision")
 
 
 def record_decision(metrics: Metrics, tx: Tx, gate: Gate, decision: Decision) -> None:
@@ -2947,48 +3976,57 @@ def record_decision(metrics: Metrics, tx: Tx, gate: Gate, decision: Decision) ->
     said = {"note": decision.note, "decidedBy": decision.decided_by}
     tx.append_event(
         "ApprovalGranted" if granted else "ApprovalDenied",
-        nodeId=gate.node_id,
-        iteration=gate.iteration,
+        gate.key,
         **{key: value for key, value in said.items() if value is not None},
     )
-    (metrics.approvals_granted if granted else metrics.approvals_denied).inc()
-    metrics.approval_wait.observe(max(0, tx.now_ms - (gate.requested_at_ms or tx.now_ms)))
+    metrics.inc("smithers_approvals_granted" if granted else "smithers_approvals_denied")
+    waited = max(0, tx.now_ms - (gate.requested_at_ms or tx.now_ms))
+    metrics.observe("smithers_approval_wait_duration_ms", waited)
 
 
 def cancel_run(db: SmithersDb, run_id: str) -> None:
     """Ask the run's engine to cancel it; without a living engine cancel it here.
 
-    Raises RunNotFound, or RunNotActive when the run has ended.
+    Returns when the request is on disk: a run whose engine dies before it has obeyed is cancelled
+    when it is resumed. Raises RunNotFound, or RunNotActive when the run has ended.
     """
     with db.transaction(run_id, HTTP_LOCK_PATIENCE_SECONDS) as tx:
-        run = tx.get_run()
+        run = tx.get_run(run_id)
         if run is None:
             raise RunNotFound(f"there is no run {run_id}")
         if run.is_terminal:
             raise RunNotActive(f"run {run_id} is {run.status} already")
-        if owner_is_alive(run, tx.now_ms):
-            tx.request_cancel()
-        else:
-            close_run(tx, "cancelled", None)
-            db.metrics.runs_cancelled.inc()
+        tx.request_cancel()
+        life = owner_life(run)
+        if life == "dead":
+            _cancel_here(db, tx)
+    if life == "unseen" and watch_owner(db, run_id) == "dead":
+        with db.transaction(run_id, HTTP_LOCK_PATIENCE_SECONDS) as tx:
+            now = tx.get_run(run_id)
+            if now is not None and not now.is_terminal and _same_owner(now, run):
+                _cancel_here(db, tx)
 
 
-def close_run(tx: Tx, status: str, error: Mapping[str, Any] | None) -> None:
+def _same_owner(run: Run, other: Run) -> bool:
+    return run.runtime_owner_id == other.runtime_owner_id
+
+
+def _cancel_here(db: SmithersDb, tx: Tx) -> None:
+    run_close(tx, "cancelled", None)
+    db.metrics.inc("smithers_runs_cancelled_total")
+
+
+CLOSING_REASONS = {
+    "finished": "no longer in the tree",
+    "failed": "the run failed",
+    "cancelled": "the run was cancelled",
+}
+
+
+def run_close(tx: Tx, status: str, error: Mapping[str, Any] | None) -> None:
     """End the run: what is open is cancelled, the row gets its status, the last event says so."""
-    reason = {
-        "finished": "no longer in the tree",
-        "failed": "the run failed",
-        "cancelled": "the run was cancelled",
-    }
-    for node_id, iteration, state, attempt in tx.list_open_nodes():
-        close_node(
-            tx,
-            node_id,
-            iteration,
-            attempt if state == "in-progress" else None,
-            reason[status],
-            attempt,
-        )
+    for node in tx.list_open_nodes(tx.run_id):
+        node_close(tx, node, CLOSING_REASONS[status])
     tx.end_run(status, None if error is None else to_json(error))
     tx.append_event("RunStatusChanged", status=status)
     if status == "failed":
@@ -2997,49 +4035,25 @@ def close_run(tx: Tx, status: str, error: Mapping[str, Any] | None) -> None:
         tx.append_event("RunFinished" if status == "finished" else "RunCancelled")
 
 
-def close_node(
-    tx: Tx, node_id: str, iteration: int, running: int | None, reason: str, last_attempt: int | None
-) -> None:
+def node_close(tx: Tx, node: Node, reason: str) -> None:
     """Cancel one open node: its running attempt, or its gate."""
-    fields: dict[str, Any] = {"nodeId": node_id, "iteration": iteration}
-    if running is None:
-        tx.close_gate(node_id, iteration)
+    fields: dict[str, Any] = {}
+    if node.state == "in-progress" and node.last_attempt is not None:
+        tx.end_attempt(node.key, node.last_attempt, "cancelled")
+        fields["attempt"] = node.last_attempt
     else:
-        tx.end_attempt(node_id, iteration, running, "cancelled")
-        fields["attempt"] = running
-    tx.update_node(node_id, iteration, "cancelled", last_attempt)
-    tx.append_event("NodeCancelled", **fields, reason=reason)
+        tx.close_gate(node.key)
+    tx.update_node(node.key, "cancelled", node.last_attempt)
+    tx.append_event("NodeCancelled", node.key, **fields, reason=reason)
 
 
 # ---------------------------------------------------------------------------
-# Engine: drives one run, one transaction a transition
+# Attempts: what is in flight
 # ---------------------------------------------------------------------------
 
-
-class RunResult(NamedTuple):
-    """How a run stands when its engine leaves it.
-
-    `error` is `{"name","message","code"?}` of a failed run.
-    """
-
-    run_id: str
-    status: str
-    error: dict[str, Any] | None
-
-
-class NodeRecord:
-    """What the engine remembers of a node between transitions; the rows say the same."""
-
-    __slots__ = ("state", "last_attempt", "failures", "is_fresh", "started_at")
-
-    def __init__(
-        self, state: str, last_attempt: int | None = None, failures: int = 0, is_fresh: bool = False
-    ) -> None:
-        self.state = state
-        self.last_attempt = last_attempt
-        self.failures = failures
-        self.is_fresh = is_fresh  # failed in an earlier life of the run: gets another try
-        self.started_at: float | None = None
+SUSPENDED = "the engine was stopped"  # why an attempt was stopped that did nothing wrong
+POOL_BROKE = "its pool of workers broke"
+BROKEN_POOL_CODE = "WORKER_CRASHED"
 
 
 class Running(CurrentTask):
@@ -3047,33 +4061,265 @@ class Running(CurrentTask):
 
     def __init__(
         self,
-        engine: Engine,
+        attempts: Attempts,
         slot: LeafSlot,
         attempt: int,
         sources: list[tuple[str, str, int | None]],
     ) -> None:
-        super().__init__(engine.run_id, slot.key[0], slot.key[1], attempt)
-        self.slot = slot
+        super().__init__(attempts.run_id, slot.key[0], slot.key[1], attempt)
+        assert isinstance(slot.leaf, Task)
+        self.key = slot.key
+        self.task = slot.leaf  # as it was when the attempt began
         self.sources = sources
-        self.engine = engine
         self.started_at = time.monotonic()
         self.stopped_for: str | None = None
         self.token = secrets.token_hex(8)
         self.future: Future[Any] | None = None
+        self._attempts = attempts
 
     def _send(self, text: str, stream: str) -> None:
-        self.engine.accept_line(self, text, stream)
+        self._attempts.accept_line(self, text, stream)
+
+    def note_group(self, group: int) -> None:
+        self._attempts.note_group(self, group)
+
+
+class Attempts:
+    """Starts attempts, hears them, stops them, and gives up those that do not stop.
+
+    The engine's thread calls everything but `accept_line` and `note_group`, which the tasks call,
+    and what begins with `_run` and `_take`, which their threads do. They all speak to the engine
+    through `post`.
+    """
+
+    MAX_WAITING_LINES = 2000  # lines that tasks may be ahead of the log before they are held back
+
+    def __init__(
+        self,
+        db: SmithersDb,
+        run_id: str,
+        owner: str,
+        executor: Executor | Callable[[], Executor] | None,
+        post: Callable[..., None],
+    ) -> None:
+        self.run_id = run_id
+        self.in_flight: dict[Key, Running] = {}
+        self.left_call_behind = False  # an executor still works on something that was given up
+        self._db = db
+        self._owner = owner
+        self._pid = os.getpid()
+        self._engine_thread = threading.get_ident()
+        self._post = post
+        self._make_executor = executor if executor and not hasattr(executor, "submit") else None
+        self._executor: Any = None if self._make_executor else executor
+        self._threads = TaskThreads()
+        # Guards _waiting_lines. Held for arithmetic only.
+        self._line_room = threading.Condition()
+        self._waiting_lines = 0
+
+    def begin(
+        self, slot: LeafSlot, attempt: int, sources: list[tuple[str, str, int | None]]
+    ) -> Running:
+        """Note an attempt, in the transaction of its start; `launch` follows the commit."""
+        running = self.in_flight[slot.key] = Running(self, slot, attempt, sources)
+        return running
+
+    def launch(self, running: Running) -> None:
+        """Hand an attempt, whose start is committed, to a thread or to the executor."""
+        self._engine_thread = threading.get_ident()
+        if running.stopped_for is not None:
+            self._post("done", running, Outcome(None))
+        elif callable(running.task.run) and (self._make_executor or self._executor):
+            self._submit(running)
+        else:
+            try:
+                self._threads.submit(self._run, running)
+            except RuntimeError as error:
+                failure = TaskFailed(f"no thread could be started: {error}", "NO_THREAD")
+                self._post("done", running, Outcome(None, describe_error(failure)))
+
+    def _submit(self, running: Running) -> None:
+        _attempts_here[running.token] = running
+        task = running.task
+        try:
+            if self._executor is None and self._make_executor is not None:
+                self._executor = self._make_executor()
+            running.future = self._executor.submit(
+                call_in_executor, running.token, self._owner, task.run, task.args,
+                self._arguments_of(running), running.run_id, running.node_id, running.iteration,
+                running.attempt,
+            )  # fmt: skip
+        except Exception as error:  # foreign code: a broken or closed pool refuses in its own ways
+            self._take_failure(running, error)
+            return
+        running.future.add_done_callback(functools.partial(self._take_future, running))
+
+    def _run(self, running: Running) -> None:
+        """Run one attempt in a task thread and post what came of it, whatever happens."""
+        lost = TaskFailed("the task ended and nothing of it could be told", "TASK_LOST")
+        outcome = Outcome(None, {"name": "TaskFailed", "message": str(lost), "code": lost.code})
+        try:
+            outcome = outcome_of(functools.partial(self._call, running), running)
+        finally:
+            self._post("done", running, outcome)
+
+    def _call(self, running: Running) -> Any:
+        task = running.task
+        if not callable(task.run):
+            return run_command(running, task.run)
+        return call_function(running, task.run, task.args, self._arguments_of(running))
+
+    def _arguments_of(self, running: Running) -> dict[str, Any]:
+        """Return the keyword arguments: those given, and the outputs of what the task needs."""
+        arguments = dict(running.task.kwargs)
+        for parameter, node_id, iteration in running.sources:
+            found = self._db.find_output(self.run_id, node_id, iteration)
+            arguments[parameter] = None if found is None else json.loads(found)
+        return arguments
+
+    def _take_future(self, running: Running, future: Future[Any]) -> None:
+        error = None if future.cancelled() else future.exception()
+        if future.cancelled() or error is not None:
+            self._take_failure(running, error)
+            return
+        outcome, lines = future.result()
+        for text, stream in lines:
+            self.accept_line(running, text, stream)
+        self._post("done", running, Outcome(*outcome))
+
+    def _take_failure(self, running: Running, error: BaseException | None) -> None:
+        """Post that an executor has not run an attempt."""
+        from concurrent.futures import BrokenExecutor
+
+        reason = "the call was cancelled" if error is None else f"{type(error).__name__}: {error}"
+        code = BROKEN_POOL_CODE if isinstance(error, BrokenExecutor) else "EXECUTOR_FAILED"
+        failure = TaskFailed(f"the executor could not run the task: {reason}", code)
+        self._post("done", running, Outcome(None, describe_error(failure)))
+
+    def renew_pool(self) -> bool:
+        """Have a pool that broke made anew at its next use; False when it was given ready-made."""
+        if self._make_executor is not None and self._executor is not None:
+            self._executor.shutdown(wait=False)
+            self._executor = None
+        return self._make_executor is not None
+
+    # Lines
+
+    def accept_line(self, running: Running, text: str, stream: str) -> None:
+        """Take a line from a task; holds the task back while too many wait to be written."""
+        if os.getpid() != self._pid:
+            return  # a forked child: nobody here would write it
+        # An executor that calls at once does so in the engine's thread, which cannot wait for itself.
+        is_engine = threading.get_ident() == self._engine_thread
+        with self._line_room:
+            while self._waiting_lines >= self.MAX_WAITING_LINES and not is_engine:
+                if running.cancelled.is_set() and self.in_flight.get(running.key) is not running:
+                    return
+                self._line_room.wait(0.5)
+            self._waiting_lines += 1
+        self._post("line", running, text, stream)
+
+    def line_taken(self) -> None:
+        with self._line_room:
+            self._waiting_lines -= 1
+            if self._waiting_lines == self.MAX_WAITING_LINES - 1:
+                self._line_room.notify_all()
+
+    def note_group(self, running: Running, group: int) -> None:
+        with self._db.transaction(self.run_id, math.inf, running.cancelled.is_set) as tx:
+            tx.note_attempt(running.key, running.attempt, group=[group, _started(group)])
+
+    # Stopping
+
+    def is_live(self, running: Running) -> bool:
+        return self.in_flight.get(running.key) is running
+
+    def stop(self, running: Running, reason: str) -> bool:
+        """Tell an attempt to stop; False when it was told before."""
+        if running.stopped_for is not None:
+            return False
+        running.stopped_for = reason
+        running.stop()
+        if running.future is not None:
+            running.future.cancel()
+        return True
+
+    def release(self, running: Running) -> None:
+        """Take an attempt out of flight: it has ended, or it is given up and its result dropped."""
+        del self.in_flight[running.key]
+        _attempts_here.pop(running.token, None)
+
+    def give_up(self, running: Running) -> None:
+        logger.warning("task %s ignores its cancelled flag; it is abandoned", running.node_id)
+        self.left_call_behind |= running.future is not None
+
+    def close(self) -> None:
+        """Stop whatever still runs; its results go nowhere."""
+        for running in list(self.in_flight.values()):
+            running.stop()
+            self.release(running)
+        with self._line_room:
+            self._waiting_lines = 0
+            self._line_room.notify_all()
+        self._threads.close()
+        if self._make_executor is not None and self._executor is not None:
+            self._executor.shutdown(wait=False)
+
+
+class Deadlines:
+    """When something is due, by kind and key, on one clock: set again, cancelled, listed."""
+
+    def __init__(self) -> None:
+        self.at: dict[tuple[str, Any], float] = {}
+        self._heap: list[tuple[float, int, tuple[str, Any]]] = []
+        self._tie = itertools.count()
+
+    def set(self, kind: str, key: Any, at: float) -> None:
+        self.at[kind, key] = at
+        heapq.heappush(self._heap, (at, next(self._tie), (kind, key)))
+
+    def cancel(self, kind: str, key: Any) -> None:
+        self.at.pop((kind, key), None)
+
+    def next(self) -> float:
+        """Return the earliest, infinity when there is none."""
+        while self._heap and self.at.get(self._heap[0][2]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else math.inf
+
+    def take(self, now: float) -> Iterator[tuple[str, Any]]:
+        """Yield what is due, and forget it."""
+        while self.next() <= now:
+            _, _, due = heapq.heappop(self._heap)
+            del self.at[due]
+            yield due
+
+
+# ---------------------------------------------------------------------------
+# Engine: drives one run, one transaction a step
+# ---------------------------------------------------------------------------
+
+
+class RunResult(NamedTuple):
+    """How a run stands when its engine leaves it.
+
+    `error` is `{"name","message","code"?}` of a failed run. `running` or `waiting-approval` is the
+    status of a run that was suspended, or that waits and was not to be waited for.
+    """
+
+    run_id: str
+    status: str
+    error: dict[str, Any] | None
 
 
 class Engine(CtxSource):
     """Drives one run from its claim to its end, in the thread that calls `run`.
 
     Everything that happens elsewhere (a task that ends, a line, a decision, another process's
-    commit) comes in through one mailbox. Memory changes inside a transaction; when that fails the
-    engine stops, so what it knows is never ahead of the file.
+    commit) comes in through one mailbox; what follows from it `Progress` says. Memory changes
+    inside a transaction; when that fails the engine stops, so what it knows is never ahead of the
+    file. Other threads call `cancel`, `suspend` and `post`, also in a signal handler.
     """
-
-    MAX_WAITING_LINES = 2000  # lines a task may be ahead of the log before it is held back
 
     def __init__(
         self,
@@ -3084,10 +4330,16 @@ class Engine(CtxSource):
         input: Any = None,
         abort: threading.Event | None = None,
         max_concurrency: int = 4,
-        executor: Executor | None = None,
+        executor: Executor | Callable[[], Executor] | None = None,
         on_event: Callable[[Event], None] | None = None,
         park: bool = True,
+        config: Mapping[str, Any] | None = None,
+        echo_prints: bool = True,
     ) -> None:
+        if not isinstance(adapter, SmithersDb):
+            raise AuthoringError(
+                f"adapter must be a SmithersDb, got {adapter!r}: SmithersDb(path) opens a file"
+            )
         check_id(run_id, "run")
         _check_number("run_workflow", "max_concurrency", max_concurrency, 1, whole=True)
         if not isinstance(workflow, Workflow) and not callable(workflow):
@@ -3096,169 +4348,245 @@ class Engine(CtxSource):
             )
         self.run_id = run_id
         self.result: RunResult | None = None
-        self.left_call_behind = False  # an executor still works on something that was given up
+        self.abort = abort or threading.Event()
         self._workflow = workflow
         self._db = adapter
         self._metrics = adapter.metrics
-        _checked_json("run_workflow", "input", input)
-        self._input_json = to_json({} if input is None else input)
-        self.abort = abort or threading.Event()
+        self._input_json = encode_input(input)
+        self._config = {"maxConcurrency": max_concurrency, **(config or {})}
         self._max_concurrency = max_concurrency
         self._executor = executor
         self._on_event = on_event
         self._park = park
+        self._echo_prints = echo_prints
         self._owner = new_owner_id()
         self._mailbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-        self._line_room = threading.Semaphore(self.MAX_WAITING_LINES)
-        self._threads = TaskThreads()
         self._stop_heartbeat = threading.Event()
-        self._hurry = threading.Event()
+        self._is_leaving = threading.Event()  # the process ends: whatever runs gets little time
+        self._is_suspended = threading.Event()
         self._delivered = -1
         self._begin_empty()
 
     def _begin_empty(self) -> None:
         """Set what the engine knows of its run: nothing yet."""
-        self._resumed: Run | None = None  # as its last engine left it
-        # The run as it stands
+        self._progress = Progress(self._max_concurrency)
+        self._attempts = Attempts(self._db, self.run_id, self._owner, self._executor, self.post)
         self._status = "running"
         self._began = time.monotonic()
-        self._nodes: dict[tuple[str, int], NodeRecord] = {}
-        self._loops: dict[str, tuple[int, bool]] = {}
-        self._slots: dict[tuple[str, int], LeafSlot] = {}
-        self._plan: Plan | None = None
+        self._labels: dict[Key, str | None] = {}  # of an earlier life's rows
         # Node id without loop scope -> with it, from the last frame of a resumed run.
         self._scopes: dict[str, str] = {}
-        self._reads: set[tuple[str, str]] = set()
-        self._dirty = True  # something that the last render read has changed
         self._frame: tuple[str, str] | None = None
         self._xml: tuple[str, str] = ("", "")
-        self._renders_without_progress = 0
-        # What it waits for
-        self._ready: collections.deque[tuple[LeafSlot, float]] = collections.deque()
-        self._starting: list[Running] = []
-        self._inflight: dict[tuple[str, int], Running] = {}
-        self._retrying: dict[tuple[str, int], float] = {}  # when each is due
-        self._gates: dict[tuple[str, int], Approval | Task] = {}
-        self._timed_gates: set[tuple[str, int]] = set()
-        self._timers: list[tuple[float, int, Callable[[Tx], None]]] = []
-        self._tie = itertools.count()
-        # Why it ends
-        self._failed: list[str] = []
-        self._fatal: dict[str, str] | None = None
         self._cancelling = False
+        self._ended_elsewhere: str | None = None  # the status that another program has written
+        self._is_hurrying = False
+        self._starting: list[Running] = []
+        self._next_seq = 0  # of this run's log, as this engine knows it
+        self._counted: dict[str, float] = {}  # what this run has added to each gauge
+        # What must count while nothing runs is due by the wall clock; the rest is not.
+        self._wall = Deadlines()  # retry and gate, in ms since the epoch
+        self._grace = Deadlines()  # timeout and give-up, on the monotonic clock
 
     # Life
 
-    def open(self, resume: bool = False, force: bool = False) -> bool:
+    @property
+    def left_call_behind(self) -> bool:
+        return self._attempts.left_call_behind
+
+    def open(
+        self, resume: bool = False, force: bool = False, retry: bool | Iterable[str] = False
+    ) -> bool:
         """Insert or claim the run; True when there is something to drive.
 
-        Raises RunExists, RunNotFound, RunOwned.
+        With `resume` a run that has ended is only looked at, unless `retry` gives its failed nodes
+        (True) or the named ones a fresh try; one that does not exist is begun. Raises RunExists,
+        RunOwned, AuthoringError when the run is another workflow's, InvalidRequest for a node that
+        cannot be retried.
         """
-        if not resume:
+        run = self._db.get_run(self.run_id) if resume else None
+        if run is None:
             self._insert()
             return True
-        self._resumed = self._claim(force)
-        return self._resumed is not None
+        if run.is_terminal and retry is False:
+            error = None if run.error_json is None else dict(json.loads(run.error_json))
+            self.result = RunResult(self.run_id, run.status, error)
+            return False
+        if not force and watch_owner(self._db, self.run_id) == "alive":
+            raise RunOwned(
+                f"run {self.run_id} is driven by a living process; --force takes it over"
+            )
+        self._claim(run, force, retry)
+        return True
 
     def run(self) -> RunResult:
-        """Drive the opened run until it ends, or waits only for gates and was told not to park.
+        """Drive the opened run until it ends, is suspended, or waits for gates and is not to park.
 
         Raises OwnerLost after a takeover and StorageError when the database fails; nothing is
         written then.
         """
         metrics = self._metrics
-        metrics.runs_total.inc()
-        metrics.runs_active.inc()
+        metrics.inc("smithers_runs_total")
+        metrics.inc("smithers_runs_active")
         self._watch = self._db.watch()
         self._db.subscribe(self._notice)
         start_thread("heartbeat", self._beat)
         try:
-            if self._resumed is not None:
-                self._recall(self._resumed)
-            self._drive()
+            with captured_prints(self._echo_prints):
+                self._drive()
         finally:
             self._stop_heartbeat.set()
+            _engines_here.discard(self._owner)
             self._db.unsubscribe(self._notice)
             self._watch.close()
-            self._let_go()
-            metrics.runs_active.inc(-1)
+            self._attempts.close()
+            self._show_gauges()
+            metrics.inc("smithers_runs_active", -1)
         assert self.result is not None
         return self.result
 
-    def hurry(self) -> None:
-        """Cancel now and wait only briefly for tasks: the process is about to leave.
-
-        Safe in a signal handler.
-        """
-        self._hurry.set()
+    def cancel(self) -> None:
+        """Cancel the run and wait only briefly for tasks: the process is about to leave."""
+        self._is_leaving.set()
         self.abort.set()
+
+    def suspend(self) -> None:
+        """Leave the run as it is, for a later resume: the process is about to leave."""
+        self._is_leaving.set()
+        self._is_suspended.set()
+
+    def post(self, kind: str, *details: Any) -> None:
+        self._mailbox.put((kind, *details))
 
     def _insert(self) -> None:
         path, digest = _source_of(self._workflow)
         name = str(getattr(self._workflow, "name", getattr(self._workflow, "__name__", "workflow")))
-        config = to_json({"maxConcurrency": self._max_concurrency})
         with self._db.transaction(self.run_id) as tx:
-            tx.insert_run(name, path, digest, self._owner, self._input_json, config)
+            tx.insert_run(name, path, digest, self._owner, self._input_json, to_json(self._config))
             tx.append_event("RunStarted")
             tx.append_event("RunStatusChanged", status="running")
-        self._deliver(tx)
+        _engines_here.add(self._owner)
+        self._told(tx)
 
-    def _claim(self, force: bool) -> Run | None:
-        """Make this engine the owner and mend what the last one left half done.
-
-        None for a finished run.
-        """
+    def _claim(self, seen: Run, force: bool, retry: bool | Iterable[str]) -> None:
+        """Make this engine the owner, and mend what the last one left half done."""
+        self._recall()
+        plan = self._look_at_tree(seen, force)
+        chosen, loops = ([], []) if retry is False else self._chosen_to_retry(seen, plan, retry)
         with self._db.transaction(self.run_id) as tx:
-            run = tx.get_run()
-            if run is None:
-                raise RunNotFound(f"there is no run {self.run_id}")
-            if run.status == "finished":
-                self.result = RunResult(self.run_id, run.status, None)
-                return None
-            if owner_is_alive(run, tx.now_ms) and not force:
-                raise RunOwned(
-                    f"run {self.run_id} is driven by a living process; --force takes it over"
-                )
-            if not tx.claim_run(run, self._owner):
+            if not tx.claim_run(seen, self._owner, forget_end=seen.is_terminal):
                 raise RunOwned(f"run {self.run_id} was claimed by another process")
-            self._check_source(tx, run)
+            attempts = tx.list_attempts(self.run_id, open_nodes_only=True)
+            self._next_seq = tx.next_seq
+        _engines_here.add(self._owner)
+        end_leftovers(seen, attempts)
+        has_crashed = seen.runtime_owner_id is not None and not force
+        with self._transaction() as tx:
+            path, digest = _source_of(self._workflow)
+            if seen.workflow_hash is not None and digest != seen.workflow_hash:
+                logger.warning(
+                    "the workflow file has changed since run %s began; going on with the new one",
+                    self.run_id,
+                )
+            tx.update_run_source(path, digest)
             tx.append_event("RunStatusChanged", status="running")
-            for node_id, iteration, state, attempt in tx.list_open_nodes():
-                if state == "in-progress":
-                    close_node(tx, node_id, iteration, attempt, "the run was interrupted", attempt)
-        self._metrics.runs_resumed.inc()
+            for node in tx.list_open_nodes(self.run_id):
+                if node.state == "in-progress":
+                    if has_crashed and node.last_attempt is not None:
+                        tx.note_attempt(node.key, node.last_attempt, crashed=True)
+                    node_close(tx, node, "the run was interrupted")
+            for loop in loops:
+                is_around = any(
+                    loop in plan.slots[key].loops for key in chosen if key in plan.slots
+                )
+                if is_around:
+                    tx.put_loop(loop.key, loop.iteration, False)
+                else:
+                    tx.delete_loop(loop.key)
+            if chosen:
+                self._reset_nodes(tx, set(chosen))
+        self._metrics.inc("smithers_runs_resumed_total")
         self._delivered = tx.events[0].seq - 1
-        self._deliver(tx)
-        return run
+        self._told(tx)
+        self._begin_empty()
+        self._next_seq = tx.next_seq
+        self._recall()
 
-    def _check_source(self, tx: Tx, run: Run) -> None:
-        path, digest = _source_of(self._workflow)
-        if run.workflow_hash is not None and digest != run.workflow_hash:
-            logger.warning(
-                "the workflow file has changed since run %s began; going on with the new one",
-                self.run_id,
+    def _look_at_tree(self, seen: Run, force: bool) -> Plan | None:
+        """Render once before anything is claimed: another workflow's run is not gone on with."""
+        plan = self._render()
+        has_frame = self._frame is not None
+        if plan is not None and has_frame and plan.name != seen.workflow_name and not force:
+            raise AuthoringError(
+                f"run {self.run_id} is one of workflow {seen.workflow_name!r}, not of {plan.name!r};"
+                " --force goes on with it all the same",
+                "WORKFLOW_MISMATCH",
             )
-        tx.update_run_source(path, digest)
+        return plan
 
-    def _recall(self, run: Run) -> None:
-        """Read back what an earlier engine had committed."""
-        failures = self._db.count_failed_attempts(self.run_id)
-        was_failed = run.status == "failed"
-        for node in self._db.list_nodes(self.run_id):
-            key = (node.node_id, node.iteration)
-            fresh = was_failed and node.state == "failed"
-            self._nodes[key] = NodeRecord(
-                node.state, node.last_attempt, failures.get(key, 0), fresh
-            )
-        self._loops = self._db.list_loops(self.run_id)
-        self._input_json = self._db.get_input(self.run_id) or "{}"
-        for frame in self._db.list_frames(self.run_id, 1):
-            self._frame = (frame.xml_json, frame.mounted_task_ids_json)
-            mounted = (
-                entry.rpartition("::")[0]
-                for entry in json.loads(frame.mounted_task_ids_json or "[]")
-            )
-            self._scopes = {node_id.partition("@@")[0]: node_id for node_id in mounted}
+    def _chosen_to_retry(
+        self, seen: Run, plan: Plan | None, retry: bool | Iterable[str]
+    ) -> tuple[list[Key], list[LoopSlot]]:
+        """Return the failed nodes; or the named ones and, of the tree, what comes after them.
+
+        Also the loops that are not over then, or have not begun.
+        """
+        nodes = self._progress.records
+        if isinstance(retry, bool):
+            failed = [key for key, record in nodes.items() if record.state == "failed"]
+            if seen.status != "failed" and plan is not None:  # a failure that may be is left alone
+                slots = [plan.slots[key] for key in failed if key in plan.slots]
+                failed = [slot.key for slot in slots if not slot.leaf.continue_on_fail]
+            return failed, []
+        if plan is None:
+            raise InvalidRequest("nodes can be retried only in a tree that renders")
+        chosen: dict[Key, None] = {}
+        loops: dict[LoopSlot, None] = {}
+        for id in retry:
+            slot = plan.by_id.get(id.partition("@@")[0])
+            if slot is None or slot.key not in nodes:
+                raise InvalidRequest(f"there is no node {id!r} to retry in the tree of this run")
+            ids, loops_after = plan.followers(slot)
+            chosen[slot.key] = None
+            chosen.update(dict.fromkeys(k for k in nodes if k[0].partition("@@")[0] in ids))
+            loops.update(dict.fromkeys(loops_after))
+        return list(chosen), list(loops)
+
+    def _reset_nodes(self, tx: Tx, keys: set[Key]) -> None:
+        """Give nodes a fresh try: their earlier failures, decisions and outputs do not count."""
+        for attempt in tx.list_attempts(self.run_id):
+            if attempt.key in keys:
+                tx.note_attempt(attempt.key, attempt.attempt, forgiven=True)
+        for key in sorted(keys):
+            if tx.get_gate(self.run_id, key) is not None:
+                tx.close_gate(key)
+            tx.delete_output(key)
+            tx.update_node(key, "pending", self._progress.records[key].last_attempt)
+            tx.append_event("NodePending", key)
+
+    def _recall(self) -> None:
+        """Read back what an earlier engine had committed, from one snapshot."""
+        progress = self._progress
+        with self._db.snapshot() as reads:
+            gates = {gate.key: gate.status for gate in reads.list_gates(self.run_id)}
+            attempts: dict[Key, list[Attempt]] = {}
+            for attempt in reads.list_attempts(self.run_id, open_nodes_only=True):
+                attempts.setdefault(attempt.key, []).append(attempt)
+            for node in reads.list_nodes(self.run_id):
+                record = Record(node.state, node.last_attempt)
+                record.gate = gates.get(node.key)
+                _count_attempts(record, attempts.get(node.key, []))
+                self._labels[node.key] = node.label
+                progress.recall(node.key, record)
+            progress.loops = reads.list_loops(self.run_id)
+            self._input_json = reads.get_input(self.run_id) or "{}"
+            for frame in reads.list_frames(self.run_id, 1):
+                self._frame = (frame.xml_json, frame.mounted_task_ids_json)
+                mounted = (
+                    entry.rpartition("::")[0]
+                    for entry in json.loads(frame.mounted_task_ids_json or "[]")
+                )
+                self._scopes = {node_id.partition("@@")[0]: node_id for node_id in mounted}
 
     def _beat(self) -> None:
         """Prove once a second that this engine lives.
@@ -3272,117 +4600,124 @@ class Engine(CtxSource):
             except Unavailable:
                 continue  # somebody holds the write lock: the engine waits for it as well
             except SmithersError as error:
-                self._mailbox.put(("broken", error))
+                self.post("broken", error)
                 return
-            if not owned and not self._stop_heartbeat.is_set():
-                self._mailbox.put(("control",))
+            if not owned:
+                self.post("control")
                 return
+            if self._progress.open_gates:
+                self.post("count")
 
-    def _let_go(self) -> None:
-        """Stop whatever still runs; its results go nowhere."""
-        for running in self._inflight.values():
-            running.stop()
-            _attempts_here.pop(running.token, None)
-        self._inflight.clear()
-        self._metrics.nodes_active.set(0)
-        self._metrics.queue_depth.set(0)
-        self._metrics.utilization.set(0)
-        self._line_room.release(self.MAX_WAITING_LINES)
-        self._threads.close()
-
-    # Mailbox
-
-    def accept_line(self, running: Running, text: str, stream: str) -> None:
-        """Take a line from a task; holds the task back while too many wait to be written."""
-        while not self._line_room.acquire(timeout=0.5):
-            if running.cancelled.is_set():
-                return
-        self._mailbox.put(("line", running, text, stream))
+    # The loop
 
     def _notice(self, tx: Tx) -> None:
         if tx.is_control and tx.run_id == self.run_id:
-            self._mailbox.put(("control",))
+            self.post("control")
 
     def _drive(self) -> None:
-        self._step([], look=False)
+        self._step([])
         next_look = 0.0
         while self.result is None:
             messages = self._wait()
             now = time.monotonic()
-            look = any(message[0] == "control" for message in messages)
-            if not look and now >= next_look:
+            is_due = self._wall.next() <= now_ms() or self._grace.next() <= now
+            is_told = (
+                self.abort.is_set()
+                and not self._cancelling
+                or self._is_suspended.is_set()
+                and not self._progress.is_stopping
+                or self._is_leaving.is_set()
+                and not self._is_hurrying
+            )
+            has_news = bool(messages) or is_due or is_told
+            if not has_news and now >= next_look:
                 next_look = now + WATCH_SECONDS
-                look = self._watch.changed()
-            aborted = self.abort.is_set() and not self._cancelling
-            if (
-                messages
-                or look
-                or aborted
-                or self._hurry.is_set()
-                or self._timers
-                and self._timers[0][0] <= now
-            ):
-                self._step(messages, look)
+                has_news = self._watch.changed()
+            if has_news:
+                self._step(messages)
 
     def _wait(self) -> list[tuple[Any, ...]]:
-        """Return all messages there are, after waiting for the first, a timer or the next look."""
-        timeout = WATCH_SECONDS
-        if self._timers:
-            timeout = min(timeout, max(0.0, self._timers[0][0] - time.monotonic()))
+        """Return all messages there are, after waiting for the first, a deadline or the next look.
+
+        Never long: the wall clock may jump, and a deadline with it.
+        """
+        timeout = min(
+            WATCH_SECONDS,
+            self._grace.next() - time.monotonic(),
+            (self._wall.next() - now_ms()) / 1000,
+        )
         messages: list[tuple[Any, ...]] = []
         with contextlib.suppress(queue.Empty):
-            messages.append(self._mailbox.get(timeout=timeout))
+            messages.append(self._mailbox.get(timeout=max(0.0, timeout)))
             while len(messages) < 1000:
                 messages.append(self._mailbox.get_nowait())
         return messages
 
-    def _step(self, messages: list[tuple[Any, ...]], look: bool) -> None:
+    def _step(self, messages: list[tuple[Any, ...]]) -> None:
         """Carry the run as far as it goes now: one transaction, and one more after each render."""
         with self._transaction() as tx:
             for kind, *details in messages:
                 if kind == "done":
-                    self._end_attempt(tx, *details)
+                    self._attempt_done(tx, *details)
                 elif kind == "line":
-                    self._write_line(tx, *details)
+                    self._line_write(tx, *details)
+                elif kind == "count":
+                    self._gates_count(tx)
                 elif kind == "broken":
                     raise details[0]
-            if look:
-                self._collect_decisions(tx)
-            self._fire_timers(tx)
+            self._fire(tx)
             self._advance(tx)
         self._after_commit(tx)
-        while self._dirty and not self._halting and self.result is None:
+        while self._progress.is_stale and not self._progress.is_halting and self.result is None:
             plan = self._render()
             with self._transaction() as tx:
-                if plan is not None:
+                if plan is not None and not self._progress.is_stopping:
                     self._mount(tx, plan)
                 self._advance(tx)
             self._after_commit(tx)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Tx]:
-        """A transaction of this run's owner: fenced, and aware of a cancel request."""
-        with self._db.transaction(self.run_id) as tx:
-            if tx.get_control(self._owner) or self.abort.is_set():
-                self._begin_cancel()
-            if self._hurry.is_set():
-                self._set_grace(HURRY_SECONDS)
+        """A transaction of this run's owner: fenced, and aware of what others have asked for."""
+        give_up = self._is_leaving.is_set
+        with self._db.transaction(self.run_id, math.inf, give_up) as tx:
+            status, is_cancelled = tx.get_control(self._owner)
+            if status in TERMINAL_STATUSES:
+                self._ended_elsewhere = status
+            if status in TERMINAL_STATUSES or is_cancelled or self.abort.is_set():
+                self._begin_to_cancel(tx, is_cancelled)
+            elif self._is_suspended.is_set():
+                self._stop_all(SUSPENDED)
+            if self._is_leaving.is_set():
+                self._shorten_grace()
+            if tx.next_seq != self._next_seq:
+                self._decisions_collect(tx)
             yield tx
 
     def _after_commit(self, tx: Tx) -> None:
         starting, self._starting = self._starting, []
         for running in starting:
-            if running.stopped_for is None:
-                self._launch(running)
-            else:
-                self._mailbox.put(("done", running, Outcome(None)))
-        self._metrics.nodes_active.set(len(self._inflight))
-        self._metrics.queue_depth.set(len(self._ready))
-        self._metrics.utilization.set(len(self._inflight) / self._max_concurrency)
-        self._deliver(tx)
+            self._attempts.launch(running)
+        self._show_gauges()
+        self._told(tx)
 
-    def _deliver(self, tx: Tx) -> None:
-        """Give the observer every event of the log in order, also those of other processes."""
+    def _show_gauges(self) -> None:
+        """Add to each gauge what has changed of this run's share."""
+        running = len(self._attempts.in_flight)
+        is_over = self.result is not None or self._stop_heartbeat.is_set()
+        shown = {
+            "smithers_nodes_active": running,
+            "smithers_scheduler_queue_depth": 0 if is_over else self._progress.queued,
+            "smithers_scheduler_concurrency_utilization": running / self._max_concurrency,
+        }
+        for name, value in shown.items():
+            if value != self._counted.get(name, 0):
+                self._metrics.inc(name, value - self._counted.get(name, 0))
+                self._counted[name] = value
+
+    def _told(self, tx: Tx) -> None:
+        """Note how far the log goes, and give the observer every event of it in order."""
+        self._next_seq = tx.next_seq
         if self._on_event is None:
             return
         events = tx.events
@@ -3395,13 +4730,21 @@ class Engine(CtxSource):
             except Exception:  # foreign code: an observer that fails must not cost the run
                 logger.error("the observer of run %s failed", self.run_id, exc_info=True)
 
-    def _at(self, deadline: float, call: Callable[[Tx], None]) -> None:
-        heapq.heappush(self._timers, (deadline, next(self._tie), call))
-
-    def _fire_timers(self, tx: Tx) -> None:
-        now = time.monotonic()
-        while self._timers and self._timers[0][0] <= now:
-            heapq.heappop(self._timers)[2](tx)
+    def _fire(self, tx: Tx) -> None:
+        """Do what is due."""
+        for kind, key in self._wall.take(tx.now_ms):
+            if kind == "retry":
+                self._progress.retry_is_due(key, tx.now_ms)
+            elif not self._progress.is_halting:
+                self._gate_expire(tx, key)
+        for kind, running in self._grace.take(time.monotonic()):
+            if not self._attempts.is_live(running):
+                continue
+            if kind == "timeout":
+                self._stop(running, "timeout")
+            else:
+                self._attempts.give_up(running)
+                self._attempt_book(tx, running, Outcome(None), is_given_up=True)
 
     # Rendering
 
@@ -3409,48 +4752,47 @@ class Engine(CtxSource):
         return self._db.find_output(self.run_id, self._node_id_of(id), iteration)
 
     def find_state(self, id: str) -> str | None:
-        slot = self._plan.by_id.get(id) if self._plan is not None else None
-        if slot is not None:
-            return self._nodes[slot.key].state
-        states = [
-            record.state for key, record in self._nodes.items() if key[0] == self._node_id_of(id)
-        ]
-        return states[-1] if states else None
+        key = self._key_of(id)
+        return None if key is None else self._progress.records[key].state
 
     def find_error(self, id: str) -> dict[str, Any] | None:
         key = self._key_of(id)
-        if key is None or self._nodes[key].state != "failed":
+        if key is None or self._progress.records[key].state != "failed":
             return None
-        found = self._db.find_error(self.run_id, *key)
-        if found is not None:
-            return dict(json.loads(found))
-        gates = {(gate.node_id, gate.iteration): gate for gate in self._db.list_gates(self.run_id)}
-        return _denial_error(gates[key]) if key in gates else None
-
-    def _key_of(self, id: str) -> tuple[str, int] | None:
-        """Return the key behind an id as written, also before the first render of a resumed run."""
-        slot = self._plan.by_id.get(id) if self._plan is not None else None
-        if slot is not None:
-            return slot.key
-        node_id = self._node_id_of(id)
-        return max((key for key in self._nodes if key[0] == node_id), default=None)
+        with self._db.snapshot() as reads:
+            found = reads.find_error(self.run_id, key)
+            if found is not None:
+                return dict(json.loads(found))
+            gate = reads.get_gate(self.run_id, key)
+        return None if gate is None else _denial_error(gate)
 
     def find_iteration(self, loop_id: str) -> int:
-        slot = self._plan.loop_by_id.get(loop_id) if self._plan is not None else None
+        plan, loops = self._progress.plan, self._progress.loops
+        slot = plan.loop_by_id.get(loop_id) if plan is not None else None
         if slot is not None:
             return slot.iteration
-        keys = [key for key in self._loops if key.partition("@@")[0] == loop_id]
+        keys = [key for key in loops if key.partition("@@")[0] == loop_id]
         newest = max(
             keys, key=lambda key: [int(n) for n in re.findall("=([0-9]+)", key)], default=None
         )
-        return 0 if newest is None else self._loops[newest][0]
+        return 0 if newest is None else loops[newest][0]
+
+    def _key_of(self, id: str) -> Key | None:
+        """Return the key behind an id as written, also before the first render of a resumed run."""
+        plan = self._progress.plan
+        slot = plan.by_id.get(id) if plan is not None else None
+        if slot is not None:
+            return slot.key
+        node_id = self._node_id_of(id)
+        return max((key for key in self._progress.records if key[0] == node_id), default=None)
 
     def _node_id_of(self, id: str) -> str:
         """Return the node id behind an id as written.
 
         In a nested loop it carries the outer iteration.
         """
-        slot = self._plan.by_id.get(id) if self._plan is not None else None
+        plan = self._progress.plan
+        slot = plan.by_id.get(id) if plan is not None else None
         return slot.key[0] if slot is not None else self._scopes.get(id, id)
 
     def _render(self) -> Plan | None:
@@ -3458,82 +4800,181 @@ class Engine(CtxSource):
 
         A mistake in it becomes the run's failure.
         """
-        ctx = Ctx(self.run_id, json.loads(self._input_json), self)
-        self._dirty = False
-        self._renders_without_progress += 1
+        progress = self._progress
+        ctx = Ctx(self.run_id, json.loads(self._input_json), source=self)
         try:
             tree = self._workflow if isinstance(self._workflow, Workflow) else self._workflow(ctx)
             if not isinstance(tree, Workflow):
                 raise AuthoringError(
                     f"a workflow function must return a Workflow, got {tree!r}", "INVALID_TREE"
                 )
-            plan = Plan(tree, self._loops)
-            self._refuse_endless_rendering(plan)
+            plan = Plan(tree, progress.loops)
+            progress.refuse_endless_rendering(plan)
             xml = to_json(xml_of(tree))
-        except (StorageError, Unavailable):
+        except (StorageError, Unavailable, KeyboardInterrupt):
             raise
         except AuthoringError as error:
-            self._fatal = describe_error(error)
+            progress.fatal = describe_error(error)
             return None
-        except Exception as error:
-            # User code: whatever it raises is the run's failure, never the engine's.
-            logger.error("the workflow function failed", exc_info=True)
+        except BaseException as error:
+            # User code: whatever it raises, also SystemExit, is the run's failure, never the engine's.
+            logger.error("the workflow function failed\n%s", traceback_of(error))
             described = describe_error(error)
             message = f"the workflow function raised {described['name']}: {described['message']}"
-            self._fatal = describe_error(AuthoringError(message, "RENDER_FAILED"))
+            progress.fatal = describe_error(AuthoringError(message, "RENDER_FAILED"))
             return None
         self._reads = ctx.reads
         self._xml = (xml, hashlib.sha256(xml.encode("utf-8")).hexdigest())
         return plan
 
-    def _refuse_endless_rendering(self, plan: Plan) -> None:
-        if self._renders_without_progress <= MAX_RENDERS_WITHOUT_PROGRESS or self._plan is None:
-            return
-        changed = sorted(plan.by_id.keys() ^ self._plan.by_id.keys())[:10]
-        what = f"; what changes: {', '.join(changed)}" if changed else ""
-        raise AuthoringError(
-            f"{MAX_RENDERS_WITHOUT_PROGRESS} renders in a row, and nothing ran{what}",
-            "RENDER_LOOP",
-        )
-
     def _mount(self, tx: Tx, plan: Plan) -> None:
-        """Make a rendered tree the one that runs.
-
-        Its frame, its new nodes, and the end of what it dropped.
-        """
-        if self._plan is None:
+        """Make a rendered tree the one that runs: its frame, its new nodes, the end of what it dropped."""
+        if self._progress.plan is None:
             tx.update_run_name(plan.name)
-        self._plan = plan
-        self._slots = {}
-        self._ready.clear()
-        self._add_nodes(tx, list(plan.leaves()))
-        self._commit_frame(tx)
-        self._retrying = {key: due for key, due in self._retrying.items() if key in self._slots}
-        for key, running in self._inflight.items():
-            if key in self._slots:
-                for group in self._slots[key].groups:
-                    group.active += 1
-            else:
-                self._stop(running, "no longer in the tree")
-        for key in [key for key in self._gates if key not in self._slots]:
-            del self._gates[key]
-            self._timed_gates.discard(key)
-            self._nodes[key].state = "cancelled"
-            close_node(tx, *key, None, "no longer in the tree", self._nodes[key].last_attempt)
-        plan.start()
+            self._put_labels_back(tx, plan)
+        for effect in self._progress.rendered(plan, self._reads):
+            self._carry_out(tx, effect)
 
-    def _add_nodes(self, tx: Tx, slots: list[LeafSlot]) -> None:
-        for slot in slots:
-            self._slots[slot.key] = slot
-            if slot.key not in self._nodes:
-                self._nodes[slot.key] = NodeRecord("pending")
-                tx.insert_node(*slot.key, slot.leaf.label)
-                tx.append_event("NodePending", nodeId=slot.key[0], iteration=slot.key[1])
+    def _put_labels_back(self, tx: Tx, plan: Plan) -> None:
+        """Mend the labels that another program's decisions have wiped."""
+        for key, label in self._labels.items():
+            slot = plan.slots.get(key)
+            if slot is not None and slot.leaf.label is not None and label is None:
+                record = self._progress.records[key]
+                tx.update_node(key, record.state, record.last_attempt, slot.leaf.label)
+        self._labels = {}
 
-    def _commit_frame(self, tx: Tx) -> None:
+    # Going on
+
+    def _advance(self, tx: Tx) -> None:
+        """Do everything that needs no render, then see whether the run is at an end or parked."""
+        for effect in self._progress.advance(tx.now_ms):
+            self._carry_out(tx, effect)
+        self._settle(tx)
+
+    def _carry_out(self, tx: Tx, effect: Effect) -> None:
+        getattr(self, EFFECTS[effect.kind])(tx, effect.key, effect.detail)
+
+    def _leaf(self, key: Key) -> Leaf:
+        assert self._progress.plan is not None
+        return self._progress.plan.slots[key].leaf
+
+    def _settle(self, tx: Tx) -> None:
+        """End the run, leave it, park it, or say that it runs."""
+        standing = self._progress.standing()
+        if standing == "ended":
+            self._run_end(tx)
+        elif standing == "stale" or self._progress.is_halting:
+            return
+        elif standing == "busy":
+            self._show_status(tx, "running")
+        elif standing == "waiting":
+            self._show_status(tx, "waiting-approval")
+            if not self._park and not any(kind == "gate" for kind, _ in self._wall.at):
+                self._run_leave(tx)
+        else:
+            raise AssertionError("nothing is left to wait for and the tree is not done")
+
+    def _show_status(self, tx: Tx, status: str) -> None:
+        if self._status != status:
+            self._status = status
+            tx.update_run_status(status)
+            tx.append_event("RunStatusChanged", status=status)
+
+    def _run_leave(self, tx: Tx) -> None:
+        """Leave the run as it is, without an owner."""
+        tx.release_run()
+        self.result = RunResult(self.run_id, self._status, None)
+
+    def _run_end(self, tx: Tx) -> None:
+        progress = self._progress
+        error: dict[str, Any] | None = None
+        if self._ended_elsewhere is not None:
+            self._run_close_after(tx, self._ended_elsewhere)
+            return
+        if self._cancelling:
+            status = "cancelled"
+        elif progress.fatal is not None or progress.failed:
+            status = "failed"
+            message = f"Task(s) failed: {', '.join(progress.failed)}"
+            error = progress.fatal or describe_error(TaskFailed(message))
+            self._metrics.inc("smithers_errors_total")
+        elif progress.is_stopping:
+            self._run_leave(tx)
+            return
+        else:
+            status = "finished"
+        run_close(tx, status, error)
+        self._metrics.inc(f"smithers_runs_{status}_total")
+        ms = (time.monotonic() - self._began) * 1000
+        self._metrics.observe("smithers_run_duration_ms", ms)
+        self.result = RunResult(self.run_id, status, error)
+
+    def _run_close_after(self, tx: Tx, status: str) -> None:
+        """Close what is open of a run whose end another program has written, perhaps without event."""
+        for node in tx.list_open_nodes(self.run_id):
+            node_close(tx, node, f"the run was {status} by another program")
+        told = {event.type for event in tx.list_events(self.run_id, tx.next_seq - 3)}
+        if status == "cancelled" and "RunCancelled" not in told:
+            tx.append_event("RunCancelled")
+        tx.release_run()
+        self.result = RunResult(self.run_id, status, None)
+
+    # Nodes and loops
+
+    def _node_move(self, tx: Tx, key: Key, event: str, **fields: Any) -> None:
+        """Write where a node stands, with its event."""
+        record = self._progress.records[key]
+        tx.update_node(key, record.state, record.last_attempt)
+        tx.append_event(event, key, **fields)
+
+    def _node_insert(self, tx: Tx, key: Key, _: Any) -> None:
+        tx.insert_node(key, self._leaf(key).label)
+        tx.append_event("NodePending", key)
+
+    def _node_repeat(self, tx: Tx, key: Key, _: Any) -> None:
+        self._node_move(tx, key, "NodePending")
+
+    def _node_skip(self, tx: Tx, key: Key, with_decision: Any) -> None:
+        if with_decision:
+            gate = tx.get_gate(self.run_id, key)
+            assert gate is not None
+            tx.put_output(key, to_json(gate.to_output()))
+        self._node_move(tx, key, "NodeSkipped")
+
+    def _node_finish(self, tx: Tx, key: Key, output_json: str, attempt: int) -> None:
+        tx.put_output(key, output_json)
+        self._node_move(tx, key, "NodeFinished", attempt=attempt)
+        self._metrics.inc("smithers_nodes_finished")
+        self._node_observe(tx, key)
+
+    def _node_fail(self, tx: Tx, key: Key, error: Mapping[str, Any], attempt: int) -> None:
+        self._node_move(tx, key, "NodeFailed", attempt=attempt, error=error)
+        self._metrics.inc("smithers_nodes_failed")
+        self._node_observe(tx, key)
+
+    def _node_observe(self, tx: Tx, key: Key) -> None:
+        started = self._progress.records[key].started_at_ms
+        if started is not None:
+            self._metrics.observe("smithers_node_duration_ms", max(0, tx.now_ms - started))
+
+    def _node_delay(self, tx: Tx, key: Key, due_at_ms: int) -> None:
+        self._wall.set("retry", key, due_at_ms)
+
+    def _node_crash(self, tx: Tx, key: Key, _: Any) -> None:
+        attempt = self._progress.records[key].last_attempt or 0
+        message = f"each of its last {MAX_CRASHES} attempts ended with the process that ran it"
+        error = describe_error(TaskFailed(message, "TASK_CRASHED"))
+        tx.end_attempt(key, attempt, "cancelled", to_json(error))
+        self._node_fail(tx, key, error, attempt)
+
+    def _loop_put(self, tx: Tx, key: Key, is_done: bool) -> None:
+        tx.put_loop(*key, is_done)
+
+    def _frame_commit(self, tx: Tx, _: Key, __: Any) -> None:
         """Store the tree when it differs from the last frame."""
-        assert self._plan is not None
-        keys = [slot.key for slot in self._plan.leaves()]
+        assert self._progress.plan is not None
+        keys = [slot.key for slot in self._progress.plan.leaves()]
         mounted = to_json([f"{node_id}::{iteration}" for node_id, iteration in keys])
         if self._frame == (self._xml[0], mounted):
             return
@@ -3544,511 +4985,223 @@ class Engine(CtxSource):
         frame_no = tx.insert_frame(*self._xml, mounted, index)
         tx.append_event("FrameCommitted", frameNo=frame_no, xmlHash=self._xml[1])
 
-    def _changed(self, kind: str, id: str) -> None:
-        if (kind, id) in self._reads:
-            self._dirty = True
-
-    # Advancing
-
-    @property
-    def _halting(self) -> bool:
-        return self._cancelling or self._fatal is not None or bool(self._failed)
-
-    def _advance(self, tx: Tx) -> None:
-        """Do everything that needs no render, then see whether the run is at an end or parked."""
-        plan = self._plan
-        while plan is not None and not self._dirty and not self._halting:
-            if plan.reached:
-                self._reach(tx, plan.reached.popleft())
-            elif plan.due:
-                self._decide_loop(tx, plan.due.popleft())
-            elif not self._start_next(tx):
-                break
-        self._settle(tx)
-
-    def _reach(self, tx: Tx, slot: LeafSlot) -> None:
-        """Give a node its turn, whatever state it was left in."""
-        assert self._plan is not None
-        record, leaf = self._nodes[slot.key], slot.leaf
-        may_stay_failed = leaf.continue_on_fail and not record.is_fresh
-        if record.state in ("finished", "skipped") or record.state == "failed" and may_stay_failed:
-            self._plan.complete(slot)
-            return
-        if record.state == "failed":  # in an earlier life, also one that died before its run failed
-            record.is_fresh = True
-            self._changed("error", leaf.id)
-        if record.state == "in-progress" or slot.key in self._gates:
-            return
-        if record.state not in ("pending", "waiting-approval"):
-            self._set_state(tx, slot, "pending", "NodePending")
-        if leaf.skip_if:
-            self._skip(tx, slot)
-        elif leaf.asks_first:
-            self._reach_gate(tx, slot, record)
-        else:
-            self._enqueue(slot, record)
-
-    def _reach_gate(self, tx: Tx, slot: LeafSlot, record: NodeRecord) -> None:
-        gate = tx.get_gate(*slot.key)
-        reopen = (
-            gate is None
-            or gate.status == "cancelled"
-            or record.is_fresh
-            and gate.status == "denied"
-        )
-        record.is_fresh = False
-        if gate is None or reopen:
-            self._open_gate(tx, slot)
-        elif gate.status == "requested":
-            self._wait_at_gate(tx, slot, gate)
-        else:
-            self._pass_gate(tx, slot, gate)
-
-    def _enqueue(self, slot: LeafSlot, record: NodeRecord) -> None:
-        record.is_fresh = False
-        if slot.key not in self._retrying:
-            self._ready.append((slot, time.monotonic()))
-
-    def _decide_loop(self, tx: Tx, slot: LoopSlot) -> None:
-        """Begin a loop, its next iteration, or end it.
-
-        `until` comes from a render that has seen all of it.
-        """
-        assert self._plan is not None
-        loop = slot.loop
-        next_iteration = slot.iteration + 1 if slot.has_begun else 0
-        if loop.until or next_iteration >= loop.max_iterations:
-            if not loop.until and loop.on_max == "fail":
-                message = (
-                    f"loop {slot.key!r} did not reach its end in {loop.max_iterations} iterations"
-                )
-                self._fatal = describe_error(TaskFailed(message, "LOOP_EXHAUSTED"))
-                return
-            self._loops[slot.key] = (slot.iteration, True)
-            tx.put_loop(slot.key, slot.iteration, True)
-            self._plan.complete(slot)
-            return
-        self._loops[slot.key] = (next_iteration, False)
-        tx.put_loop(slot.key, next_iteration, False)
-        if slot.has_begun:
-            self._renders_without_progress = 0
-            self._changed("iteration", loop.id)
-            for id in self._plan.ids_below(slot):
-                for kind in ("output", "state", "error", "iteration"):
-                    self._changed(kind, id)
-            for old in self._plan.leaves(slot):
-                del self._slots[old.key]
-            self._add_nodes(tx, self._plan.begin_loop(slot, next_iteration))
-            if not self._dirty:
-                self._commit_frame(tx)
-        else:
-            self._plan.begin_loop(slot, next_iteration)
-
-    def _set_state(self, tx: Tx, slot: LeafSlot, state: str, event: str, **fields: Any) -> None:
-        """Move a node, with its event; the render is due again if it has read what changed."""
-        record = self._nodes[slot.key]
-        record.state = state
-        tx.update_node(*slot.key, state, record.last_attempt)
-        tx.append_event(event, nodeId=slot.key[0], iteration=slot.key[1], **fields)
-        self._changed("state", slot.leaf.id)
-
-    def _skip(self, tx: Tx, slot: LeafSlot) -> None:
-        assert self._plan is not None
-        self._retrying.pop(slot.key, None)
-        self._set_state(tx, slot, "skipped", "NodeSkipped")
-        self._plan.complete(slot)
-
-    def _finish(self, tx: Tx, slot: LeafSlot, output_json: str, attempt: int) -> None:
-        assert self._plan is not None
-        tx.put_output(*slot.key, output_json)
-        self._set_state(tx, slot, "finished", "NodeFinished", attempt=attempt)
-        self._changed("output", slot.leaf.id)
-        self._metrics.nodes_finished.inc()
-        self._observe_node(slot)
-        self._plan.complete(slot)
-
-    def _fail(self, tx: Tx, slot: LeafSlot, error: Mapping[str, Any], attempt: int) -> None:
-        """Fail a node for good; the run follows unless the node may fail."""
-        assert self._plan is not None
-        self._set_state(tx, slot, "failed", "NodeFailed", attempt=attempt, error=error)
-        self._changed("error", slot.leaf.id)
-        self._metrics.nodes_failed.inc()
-        self._observe_node(slot)
-        if slot.leaf.continue_on_fail:
-            self._plan.complete(slot)
-        else:
-            self._failed.append(slot.key[0])
-
-    def _observe_node(self, slot: LeafSlot) -> None:
-        started = self._nodes[slot.key].started_at
-        if started is not None:
-            self._metrics.node_duration.observe((time.monotonic() - started) * 1000)
-
-    def _settle(self, tx: Tx) -> None:
-        """End the run, park it, or say that it runs."""
-        if self._halting:
-            if not self._inflight:
-                self._end(tx)
-            return
-        if self._dirty or self._plan is None:
-            return
-        if self._inflight or self._ready or self._retrying:
-            self._show_status(tx, "running")
-        elif self._plan.root.is_done:
-            self._end(tx)
-        elif self._gates:
-            self._show_status(tx, "waiting-approval")
-            if not self._park and not self._timed_gates:
-                tx.release_run()
-                self.result = RunResult(self.run_id, "waiting-approval", None)
-        else:
-            raise AssertionError("nothing is left to wait for and the tree is not done")
-
-    def _show_status(self, tx: Tx, status: str) -> None:
-        if self._status != status:
-            self._status = status
-            tx.update_run_status(status)
-            tx.append_event("RunStatusChanged", status=status)
-
-    def _end(self, tx: Tx) -> None:
-        error: dict[str, Any] | None = None
-        metrics = self._metrics
-        if self._cancelling:
-            status, counter = "cancelled", metrics.runs_cancelled
-        elif self._halting:
-            status, counter = "failed", metrics.runs_failed
-            message = f"Task(s) failed: {', '.join(self._failed)}"
-            error = self._fatal or {"name": "TaskFailed", "message": message, "code": "TASK_FAILED"}
-            metrics.errors.inc()
-        else:
-            status, counter = "finished", metrics.runs_finished
-        close_run(tx, status, error)
-        counter.inc()
-        metrics.run_duration.observe((time.monotonic() - self._began) * 1000)
-        self.result = RunResult(self.run_id, status, error)
-
     # Attempts
 
-    def _start_next(self, tx: Tx) -> bool:
-        """Start one ready task; False when none is ready or no place is free."""
-        while self._ready and len(self._inflight) < self._max_concurrency:
-            slot, since = self._ready.popleft()
-            full = next((group for group in slot.groups if group.active >= group.limit), None)
-            if full is None:
-                self._metrics.scheduler_wait.observe((time.monotonic() - since) * 1000)
-                self._start(tx, slot)
-                return True
-            full.waiting.append(slot)
-        return False
-
-    def _start(self, tx: Tx, slot: LeafSlot) -> None:
-        record = self._nodes[slot.key]
-        attempt = 0 if record.last_attempt is None else record.last_attempt + 1
-        record.last_attempt = attempt
-        record.started_at = record.started_at or time.monotonic()
-        self._renders_without_progress = 0
-        tx.insert_attempt(*slot.key, attempt)
-        self._set_state(tx, slot, "in-progress", "NodeStarted", attempt=attempt)
-        self._metrics.nodes_started.inc()
+    def _attempt_start(self, tx: Tx, key: Key, attempt: int) -> None:
+        assert self._progress.plan is not None
+        slot, record = self._progress.plan.slots[key], self._progress.records[key]
+        waited = max(0, tx.now_ms - record.ready_at_ms)
+        self._metrics.observe("smithers_scheduler_wait_duration_ms", waited)
+        self._metrics.inc("smithers_nodes_started")
+        record.started_at_ms = record.started_at_ms or tx.now_ms
+        tx.insert_attempt(key, attempt)
+        self._node_move(tx, key, "NodeStarted", attempt=attempt)
         assert isinstance(slot.leaf, Task)
         if isinstance(slot.leaf.run, dict):
-            self._finish_attempt(tx, slot, attempt, to_json(slot.leaf.run), 0.0)
-            self._pass_on_places(slot)
+            self._progress.attempt_ended(key, "finished", tx.now_ms)
+            tx.end_attempt(key, attempt, "finished")
+            self._metrics.observe("smithers_attempt_duration_ms", 0.0)
+            self._node_finish(tx, key, to_json(slot.leaf.run), attempt)
             return
-        running = Running(self, slot, attempt, self._sources_of(slot))
-        self._inflight[slot.key] = running
+        running = self._attempts.begin(slot, attempt, self._progress.plan.sources_of(slot))
         self._starting.append(running)
-        for group in slot.groups:
-            group.active += 1
         if slot.leaf.timeout is not None:
-            self._at(
-                running.started_at + slot.leaf.timeout, functools.partial(self._time_out, running)
-            )
+            self._grace.set("timeout", running, running.started_at + slot.leaf.timeout)
 
-    def _launch(self, running: Running) -> None:
-        """Hand an attempt, whose start is committed, to a thread or to the executor."""
-        task = running.slot.leaf
-        assert isinstance(task, Task)
-        if self._executor is None or not callable(task.run):
-            self._threads.submit(self._run_attempt, running, task)
-            return
-        _attempts_here[running.token] = running
-        try:
-            arguments = self._arguments_of(running, task)
-            running.future = self._executor.submit(
-                call_in_executor, running.token, task.run, task.args, arguments,
-                running.run_id, running.node_id, running.iteration, running.attempt,
-            )  # fmt: skip
-        except Exception as error:  # foreign code: a broken or closed pool refuses in its own ways
-            self._mailbox.put(("done", running, _executor_failure(error)))
-            return
-        running.future.add_done_callback(functools.partial(self._take_future, running))
-
-    def _run_attempt(self, running: Running, task: Task) -> None:
-        """Run one attempt in a task thread and post what came of it."""
-
-        def call() -> Any:
-            if not callable(task.run):
-                return run_command(running, task.run)
-            return call_function(running, task.run, task.args, self._arguments_of(running, task))
-
-        self._mailbox.put(("done", running, outcome_of(call, running)))
-
-    def _sources_of(self, slot: LeafSlot) -> list[tuple[str, str, int | None]]:
-        """Return (parameter, node id, iteration or None for the newest) of each output it needs."""
-        assert self._plan is not None
-        sources = []
-        for parameter, id, newest in slot.targets:
-            if parameter is not None:
-                # Looked up at the start: the loops around it may have moved on since the render.
-                node_id, iteration = self._plan.by_id[id].key
-                sources.append((parameter, node_id, None if newest else iteration))
-        return sources
-
-    def _arguments_of(self, running: Running, task: Task) -> dict[str, Any]:
-        """Return the keyword arguments: those given, and the outputs of what the task needs."""
-        arguments = dict(task.kwargs)
-        for parameter, node_id, iteration in running.sources:
-            found = self._db.find_output(self.run_id, node_id, iteration)
-            arguments[parameter] = None if found is None else json.loads(found)
-        return arguments
-
-    def _take_future(self, running: Running, future: Future[Any]) -> None:
-        error = None if future.cancelled() else future.exception()
-        if future.cancelled() or error is not None:
-            self._mailbox.put(("done", running, _executor_failure(error)))
-            return
-        output, failure, lines = future.result()
-        for text, stream in lines:
-            self.accept_line(running, text, stream)
-        self._mailbox.put(("done", running, Outcome(output, failure)))
-
-    def _write_line(self, tx: Tx, running: Running, text: str, stream: str) -> None:
-        self._line_room.release()
-        if self._inflight.get(running.slot.key) is running and running.stopped_for is None:
-            node_id, iteration = running.slot.key
+    def _line_write(self, tx: Tx, running: Running, text: str, stream: str) -> None:
+        self._attempts.line_taken()
+        if self._attempts.is_live(running):
             tx.append_event(
-                "NodeOutput",
-                nodeId=node_id,
-                iteration=iteration,
-                attempt=running.attempt,
-                text=text,
-                stream=stream,
+                "NodeOutput", running.key, attempt=running.attempt, text=text, stream=stream
             )
 
-    def _end_attempt(self, tx: Tx, running: Running, outcome: Outcome) -> None:
+    def _attempt_done(self, tx: Tx, running: Running, outcome: Outcome) -> None:
         """Book the end of an attempt; the late result of one that was given up is dropped."""
-        if self._inflight.get(running.slot.key) is not running:
-            return
-        slot = self._release(running)
-        ms = (time.monotonic() - running.started_at) * 1000
+        if self._attempts.is_live(running):
+            self._attempt_book(tx, running, outcome, is_given_up=False)
+
+    def _attempt_book(self, tx: Tx, running: Running, outcome: Outcome, is_given_up: bool) -> None:
+        key, attempt = running.key, running.attempt
+        self._attempts.release(running)
+        self._metrics.observe(
+            "smithers_attempt_duration_ms", (time.monotonic() - running.started_at) * 1000
+        )
+        error = outcome.error
+        code = (error or {}).get("code", "")
         if running.stopped_for == "timeout":
-            self._fail_attempt(tx, slot, running.attempt, _timeout_error(slot), ms, may_retry=True)
+            error = _timeout_error(running.task)
+            result = "unfixable" if is_given_up else "failed"  # never two attempts at once
+        elif running.stopped_for == SUSPENDED and outcome.output_json is not None:
+            result = "finished"
         elif running.stopped_for is not None:
-            self._cancel_attempt(tx, slot, running)
-        elif outcome.error is not None:
-            self._fail_attempt(tx, slot, running.attempt, outcome.error, ms, may_retry=True)
+            result = "interrupted"
+        elif code == BROKEN_POOL_CODE and self._attempts.renew_pool():
+            running.stopped_for, result = POOL_BROKE, "crashed"
+        elif error is not None:
+            result = "unfixable" if code in UNFIXABLE else "failed"
         else:
+            result = "finished"
+        became = self._progress.attempt_ended(key, result, tx.now_ms)
+        if outcome.traceback is not None and became in ("failed", "retrying"):
+            tx.note_attempt(key, attempt, traceback=outcome.traceback)
+        if became == "finished":
             assert outcome.output_json is not None
-            self._finish_attempt(tx, slot, running.attempt, outcome.output_json, ms)
+            tx.end_attempt(key, attempt, "finished")
+            self._node_finish(tx, key, outcome.output_json, attempt)
+        elif became == "cancelled":
+            reason = running.stopped_for or "no longer in the tree"
+            tx.end_attempt(key, attempt, "cancelled")
+            if result == "crashed":
+                tx.note_attempt(key, attempt, crashed=True)
+            self._node_move(tx, key, "NodeCancelled", attempt=attempt, reason=reason)
+        else:
+            assert error is not None
+            tx.end_attempt(key, attempt, "failed", to_json(error))
+            self._metrics.inc("smithers_errors_total")
+            if became == "failed":
+                self._node_fail(tx, key, error, attempt)
+            else:
+                self._attempt_retry(tx, key, attempt, error)
 
-    def _release(self, running: Running) -> LeafSlot:
-        """Take an attempt out of flight and give its places to who waits.
-
-        Return its slot in today's tree.
-        """
-        key = running.slot.key
-        del self._inflight[key]
-        _attempts_here.pop(running.token, None)
-        slot = self._slots.get(key, running.slot)
-        for group in slot.groups:
-            group.active -= 1
-        self._pass_on_places(slot)
-        self._renders_without_progress = 0
-        return slot
-
-    def _pass_on_places(self, slot: LeafSlot) -> None:
-        """Let the next of each limited Parallel try: an attempt, or a static output, has ended."""
-        for group in slot.groups:
-            if group.waiting:
-                self._ready.append((group.waiting.popleft(), time.monotonic()))
-
-    def _finish_attempt(
-        self, tx: Tx, slot: LeafSlot, attempt: int, output_json: str, ms: float
-    ) -> None:
-        tx.end_attempt(*slot.key, attempt, "finished")
-        self._metrics.attempt_duration.observe(ms)
-        self._finish(tx, slot, output_json, attempt)
-
-    def _cancel_attempt(self, tx: Tx, slot: LeafSlot, running: Running) -> None:
-        record = self._nodes[slot.key]
-        record.state = "cancelled"
-        close_node(tx, *slot.key, running.attempt, running.stopped_for or "", running.attempt)
-        self._changed("state", slot.leaf.id)
-        if self._plan is not None and slot.key in self._slots and not self._halting:
-            self._plan.reached.append(self._slots[slot.key])  # dropped and rendered again meanwhile
-
-    def _fail_attempt(
-        self,
-        tx: Tx,
-        slot: LeafSlot,
-        attempt: int,
-        error: Mapping[str, Any],
-        ms: float,
-        may_retry: bool,
-    ) -> None:
-        tx.end_attempt(*slot.key, attempt, "failed", to_json(error))
-        self._metrics.attempt_duration.observe(ms)
-        self._metrics.errors.inc()
-        record, task = self._nodes[slot.key], slot.leaf
-        assert isinstance(task, Task)
-        record.failures += 1
-        if (
-            not may_retry
-            or record.failures > task.retries
-            or self._halting
-            or slot.key not in self._slots
-        ):
-            self._fail(tx, slot, error, attempt)
-            return
-        fields = {"nodeId": slot.key[0], "iteration": slot.key[1]}
-        tx.append_event("NodeFailed", **fields, attempt=attempt, error=error)
-        self._set_state(tx, slot, "pending", "NodeRetrying", attempt=attempt + 1)
-        self._metrics.node_retries.inc()
-        due = time.monotonic() + task.retry_delay_after(record.failures)
-        self._retrying[slot.key] = due
-        self._at(due, functools.partial(self._retry, slot.key, due))
-
-    def _retry(self, key: tuple[str, int], due: float, tx: Tx) -> None:
-        if self._retrying.get(key) == due:
-            del self._retrying[key]
-            self._ready.append((self._slots[key], time.monotonic()))
-
-    def _time_out(self, running: Running, tx: Tx) -> None:
-        if self._inflight.get(running.slot.key) is running and running.stopped_for is None:
-            self._stop(running, "timeout")
+    def _attempt_retry(self, tx: Tx, key: Key, attempt: int, error: Mapping[str, Any]) -> None:
+        due_at_ms = self._progress.records[key].due_at_ms
+        tx.note_attempt(key, attempt, dueAtMs=due_at_ms)
+        tx.append_event("NodeFailed", key, attempt=attempt, error=error)
+        self._node_move(tx, key, "NodeRetrying", attempt=attempt + 1, dueAtMs=due_at_ms)
+        self._metrics.inc("smithers_node_retries_total")
 
     # Stopping
 
+    def _attempt_stop(self, tx: Tx, key: Key, reason: str) -> None:
+        self._stop(self._attempts.in_flight[key], reason)
+
     def _stop(self, running: Running, reason: str) -> None:
-        """Tell an attempt to stop, and give it up when it does not."""
-        if running.stopped_for is None:
-            running.stopped_for = reason
-            running.stop()
-            if running.future is not None:
-                running.future.cancel()
-            self._at(
-                time.monotonic() + STOP_GRACE_SECONDS, functools.partial(self._give_up, running)
-            )
+        """Tell an attempt to stop; it is given up when it does not."""
+        if self._attempts.stop(running, reason):
+            self._grace.set("give up", running, time.monotonic() + STOP_GRACE_SECONDS)
 
-    def _give_up(self, running: Running, tx: Tx) -> None:
-        """Abandon an attempt that ignores its flag.
+    def _stop_all(self, reason: str) -> None:
+        if not self._progress.is_stopping:
+            self._progress.is_stopping = True
+            for running in self._attempts.in_flight.values():
+                self._stop(running, reason)
 
-        Its thread may go on; its result will be dropped.
-        """
-        if self._inflight.get(running.slot.key) is not running:
-            return
-        logger.warning("task %s ignores its cancelled flag; it is abandoned", running.node_id)
-        slot = self._release(running)
-        self.left_call_behind |= running.future is not None
-        if running.stopped_for == "timeout":
-            ms = (time.monotonic() - running.started_at) * 1000
-            self._fail_attempt(tx, slot, running.attempt, _timeout_error(slot), ms, may_retry=False)
-        else:
-            self._cancel_attempt(tx, slot, running)
-
-    def _begin_cancel(self) -> None:
+    def _begin_to_cancel(self, tx: Tx, is_requested: bool) -> None:
         if not self._cancelling:
             self._cancelling = True
-            self._retrying.clear()
-            self._ready.clear()
-            for running in self._inflight.values():
-                self._stop(running, "the run was cancelled")
+            if not is_requested:  # what was acknowledged by a signal is not forgotten either
+                tx.request_cancel()
+            self._stop_all("the run was cancelled")
 
-    def _set_grace(self, seconds: float) -> None:
-        """Shorten what is left of every task's grace."""
-        self._hurry.clear()
-        for running in self._inflight.values():
-            running.kill_after = seconds / 2
-            self._at(time.monotonic() + seconds, functools.partial(self._give_up, running))
+    def _shorten_grace(self) -> None:
+        """Give what still runs only as long as a process may take to leave."""
+        if not self._is_hurrying:
+            self._is_hurrying = True
+            seconds = HURRY_SECONDS if self._cancelling else SUSPEND_SECONDS
+            for running in self._attempts.in_flight.values():
+                running.kill_after = seconds / 2
+                self._grace.set("give up", running, time.monotonic() + seconds)
 
     # Gates
 
-    def _open_gate(self, tx: Tx, slot: LeafSlot) -> None:
-        leaf = slot.leaf
-        assert isinstance(leaf, (Approval, Task))
-        if isinstance(leaf, Approval):
-            request = {"title": leaf.title, "summary": leaf.summary, "metadata": leaf.metadata}
-        else:
-            request = {"title": leaf.label, "summary": None, "metadata": None}
-        tx.open_gate(*slot.key, to_json(request))
-        tx.append_event("ApprovalRequested", nodeId=slot.key[0], iteration=slot.key[1])
-        self._set_state(tx, slot, "waiting-approval", "NodeWaitingApproval")
-        self._metrics.approvals_requested.inc()
-        self._renders_without_progress = 0
-        gate = tx.get_gate(*slot.key)
+    def _gate_open(self, tx: Tx, key: Key, _: Any) -> None:
+        tx.open_gate(key, to_json(self._leaf(key).request()))
+        tx.append_event("ApprovalRequested", key)
+        self._node_move(tx, key, "NodeWaitingApproval")
+        self._metrics.inc("smithers_approvals_requested")
+        self._gate_await(tx, key, None)
+
+    def _gate_await(self, tx: Tx, key: Key, _: Any) -> None:
+        leaf, gate = self._leaf(key), tx.get_gate(self.run_id, key)
+        if isinstance(leaf, Approval) and leaf.timeout is not None and gate is not None:
+            requested = gate.requested_at_ms or tx.now_ms
+            self._wall.set("gate", key, requested + round(leaf.timeout * 1000))
+
+    def _gate_close(self, tx: Tx, key: Key, reason: str) -> None:
+        self._wall.cancel("gate", key)
+        tx.close_gate(key)
+        self._node_move(tx, key, "NodeCancelled", reason=reason)
+
+    def _gate_pass(self, tx: Tx, key: Key, _: Any) -> None:
+        gate = tx.get_gate(self.run_id, key)
         assert gate is not None
-        self._wait_at_gate(tx, slot, gate)
+        self._node_finish(tx, key, to_json(gate.to_output()), 0)
 
-    def _wait_at_gate(self, tx: Tx, slot: LeafSlot, gate: Gate) -> None:
-        leaf = slot.leaf
-        assert isinstance(leaf, (Approval, Task))
-        self._gates[slot.key] = leaf
-        if isinstance(leaf, Approval) and leaf.timeout is not None:
-            # The wall clock counts, so that the time while no engine ran counts too.
-            left = ((gate.requested_at_ms or tx.now_ms) - tx.now_ms) / 1000 + leaf.timeout
-            self._timed_gates.add(slot.key)
-            self._at(time.monotonic() + left, functools.partial(self._time_out_gate, slot.key))
+    def _gate_deny(self, tx: Tx, key: Key, _: Any) -> None:
+        gate = tx.get_gate(self.run_id, key)
+        assert gate is not None
+        self._node_fail(tx, key, _denial_error(gate), 0)
 
-    def _collect_decisions(self, tx: Tx) -> None:
-        for key in list(self._gates):
-            gate = tx.get_gate(*key)
-            if gate is not None and gate.status in ("approved", "denied"):
-                self._leave_gate(key)
-                self._pass_gate(tx, self._slots[key], gate)
+    def _decisions_collect(self, tx: Tx) -> None:
+        """Take up the decisions that others have added to the log since this engine's last commit."""
+        for event in tx.list_events(self.run_id, self._next_seq - 1, tx.next_seq - self._next_seq):
+            if event.type in ("ApprovalGranted", "ApprovalDenied"):
+                payload = event.payload
+                self._gate_look(tx, (payload["nodeId"], payload["iteration"]))
+        self._next_seq = tx.next_seq
 
-    def _leave_gate(self, key: tuple[str, int]) -> None:
-        del self._gates[key]
-        self._timed_gates.discard(key)
-        self._renders_without_progress = 0
-        self._nodes[key].state = "pending"
-        self._changed("state", self._slots[key].leaf.id)
+    def _gates_count(self, tx: Tx) -> None:
+        """Once a second, look for decisions of a program that adds no event."""
+        if tx.count_open_gates(self.run_id) != self._progress.open_gates:
+            waiting = self._progress.records.items()
+            for key in [key for key, record in waiting if record.phase == AT_GATE]:
+                self._gate_look(tx, key)
 
-    def _pass_gate(self, tx: Tx, slot: LeafSlot, gate: Gate) -> None:
-        """Go on after a decision."""
-        leaf = slot.leaf
-        output = to_json(gate.to_output())
-        if gate.status == "approved":
-            if isinstance(leaf, Approval):
-                self._finish(tx, slot, output, 0)
-            else:
-                self._enqueue(slot, self._nodes[slot.key])
-        elif leaf.on_deny == "fail":
-            self._fail(tx, slot, _denial_error(gate), 0)
-        elif isinstance(leaf, Approval) and leaf.on_deny == "continue":
-            self._finish(tx, slot, output, 0)
-        else:
-            tx.put_output(*slot.key, output)
-            self._changed("output", leaf.id)
-            self._skip(tx, slot)
+    def _gate_look(self, tx: Tx, key: Key) -> None:
+        gate = tx.get_gate(self.run_id, key)
+        if gate is not None and gate.status in ("approved", "denied"):
+            self._wall.cancel("gate", key)
+            self._progress.gate_decided(key, gate.status)
 
-    def _time_out_gate(self, key: tuple[str, int], tx: Tx) -> None:
-        leaf = self._gates.get(key)
-        gate = tx.get_gate(*key)
-        if not isinstance(leaf, Approval) or leaf.timeout is None or gate is None or self._halting:
+    def _gate_expire(self, tx: Tx, key: Key) -> None:
+        if self._progress.records[key].phase != AT_GATE:
             return
-        if tx.now_ms < (gate.requested_at_ms or 0) + int(leaf.timeout * 1000):
-            return  # the timer of an earlier request of this gate; this one has its own
-        if gate.status == "requested" and leaf.on_timeout == "fail":
-            self._leave_gate(key)
-            tx.close_gate(*key)
-            error = TaskFailed(f"nobody decided within {leaf.timeout:g} s", "APPROVAL_TIMEOUT")
-            self._fail(tx, self._slots[key], describe_error(error), 0)
-        elif gate.status == "requested":
-            verdict = "approved" if leaf.on_timeout == "approve" else "denied"
-            note = f"nobody decided within {leaf.timeout:g} s"
-            record_decision(self._metrics, tx, gate, Decision(verdict, note=note))
-            self._collect_decisions(tx)
+        gate, leaf = tx.get_gate(self.run_id, key), self._leaf(key)
+        if not isinstance(leaf, Approval) or leaf.timeout is None or gate is None:
+            return
+        if gate.status != "requested":
+            self._gate_look(tx, key)
+            return
+        note = f"nobody decided within {leaf.timeout:g} s"
+        if leaf.on_timeout == "fail":
+            self._progress.gate_expired(key)
+            tx.close_gate(key)
+            error = describe_error(TaskFailed(note, "APPROVAL_TIMEOUT"))
+            self._node_fail(tx, key, error, 0)
+            return
+        verdict = "approved" if leaf.on_timeout == "approve" else "denied"
+        record_decision(self._metrics, tx, gate, Decision(verdict, note=note))
+        self._gate_look(tx, key)
+
+
+# What the engine does for each kind of effect.
+EFFECTS = {
+    "insert": "_node_insert",
+    "repeat": "_node_repeat",
+    "skip": "_node_skip",
+    "delay": "_node_delay",
+    "crash": "_node_crash",
+    "start": "_attempt_start",
+    "stop": "_attempt_stop",
+    "open": "_gate_open",
+    "await": "_gate_await",
+    "close": "_gate_close",
+    "pass": "_gate_pass",
+    "deny": "_gate_deny",
+    "loop": "_loop_put",
+    "frame": "_frame_commit",
+}
+
+
+def _count_attempts(record: Record, attempts: list[Attempt]) -> None:
+    """Have a record say what its attempts in earlier lives say."""
+    for attempt in attempts:
+        meta = attempt.meta
+        if meta.get("forgiven"):
+            continue
+        record.failures += attempt.state == "failed"
+        record.crashes = record.crashes + 1 if meta.get("crashed") else 0
+        record.due_at_ms = meta.get("dueAtMs", 0)
 
 
 def _denial_error(gate: Gate) -> dict[str, str]:
@@ -4057,19 +5210,19 @@ def _denial_error(gate: Gate) -> dict[str, str]:
     return describe_error(TaskFailed(f"denied{by}{why}", "APPROVAL_DENIED"))
 
 
-def _timeout_error(slot: LeafSlot) -> dict[str, str]:
-    assert isinstance(slot.leaf, Task) and slot.leaf.timeout is not None
-    return describe_error(TaskFailed(f"timed out after {slot.leaf.timeout:g} s", "TASK_TIMEOUT"))
+def _timeout_error(task: Task) -> dict[str, str]:
+    assert task.timeout is not None
+    return describe_error(TaskFailed(f"timed out after {task.timeout:g} s", "TASK_TIMEOUT"))
 
 
-def _executor_failure(error: BaseException | None) -> Outcome:
-    reason = "the call was cancelled" if error is None else f"{type(error).__name__}: {error}"
-    return Outcome(
-        None,
-        describe_error(
-            TaskFailed(f"the executor could not run the task: {reason}", "EXECUTOR_FAILED")
-        ),
-    )
+def encode_input(value: Any) -> str:
+    """Return a run's input as JSON text. Raises AuthoringError for what it cannot be."""
+    if value is None:
+        return "{}"
+    if not isinstance(value, dict):
+        raise AuthoringError(f"the input must be a JSON object, got {value!r:.200}")
+    _checked_json("run_workflow", "input", value)
+    return to_json(value)
 
 
 def _source_of(workflow: Any) -> tuple[str | None, str | None]:
@@ -4092,18 +5245,22 @@ def run_workflow(
     run_id: str | None = None,
     input: Any = None,
     resume: bool = False,
+    retry: bool | Iterable[str] = False,
     force: bool = False,
     abort: threading.Event | None = None,
     max_concurrency: int = 4,
-    executor: Executor | None = None,
+    executor: Executor | Callable[[], Executor] | None = None,
     on_event: Callable[[Event], None] | None = None,
     park: bool = True,
 ) -> RunResult:
     """Run a workflow to its end in this thread and return how it ended.
 
     The run waits at its gates; with `park=False` it returns `waiting-approval` instead when nothing
-    else is left to do. Setting `abort` cancels it. Raises RunExists, RunNotFound or RunOwned before
-    anything is written, OwnerLost after a takeover, StorageError when the database fails.
+    else is left to do. Setting `abort` cancels it. `resume` goes on with a run that was interrupted
+    or waits, and begins one that does not exist; one that has ended it only returns, unless `retry`
+    gives its failed nodes (True) or the named ones a fresh try. `executor` is an Executor, or a
+    function that makes one: then a pool that breaks is made anew. Raises RunExists or RunOwned
+    before anything is written, OwnerLost after a takeover, StorageError when the database fails.
     """
     engine = Engine(
         workflow,
@@ -4116,7 +5273,7 @@ def run_workflow(
         on_event=on_event,
         park=park,
     )
-    if not engine.open(resume, force):
+    if not engine.open(resume or retry is not False, force, retry):
         assert engine.result is not None
         return engine.result
     return engine.run()
@@ -4446,8 +5603,11 @@ def get_events(app: ServeApp, request: Request) -> Response:
     last_id = request.head.headers.get("last-event-id")
     if last_id:  # empty is what some clients send before their first event
         after = integer_in("Last-Event-ID", last_id, -1)
-        ended, newest = app.adapter.get_tail(app.run_id)
-        if ended and newest <= after:
+        with app.adapter.snapshot() as reads:
+            run, newest = reads.get_run(app.run_id), reads.get_newest_seq(app.run_id)
+        if after > newest:
+            after = -1  # of another run's log: begin anew
+        elif run is not None and run.is_terminal and newest <= after:
             # Tells an EventSource to stop.
             return Response(204, headers=(("Cache-Control", "no-store"),))
     app.check_stream_room()
@@ -4594,13 +5754,14 @@ class ServeApp:
         self._answers: dict[tuple[Any, ...], tuple[int, Response]] = {}
         self._pending = 0
         self._light_queries: set[str] = set()  # for frames, as their last answers were
-        self.metrics.read_at_scrape(self.metrics.approval_pending, self._count_pending)
+        self.metrics.read_at_scrape("smithers_approval_pending", self._count_pending)
 
     @property
     def has_token(self) -> bool:
         return self._token is not None
 
     def close(self) -> None:
+        self.metrics.stop_reading("smithers_approval_pending", self._count_pending)
         self._watch.close()
 
     # The core: head and body in, answer out
@@ -4655,7 +5816,7 @@ class ServeApp:
             return error_response(error)
         except Exception:  # the outermost call of a request
             logger.error("%s failed", route.pattern, exc_info=True)
-            self.metrics.errors.inc()
+            self.metrics.inc("smithers_errors_total")
             return error_response(ServeError("the server failed to answer; its log says why"))
 
     def handle(
@@ -4745,7 +5906,8 @@ class ServeApp:
             raise Unavailable("the database is locked by another process") from error
 
     def read_status(self) -> Response:
-        run, summary = self.adapter.get_run_and_summary(self.run_id)
+        with self.adapter.snapshot() as reads:
+            run, summary = reads.get_run(self.run_id), reads.get_summary(self.run_id)
         if run is None:
             raise RunNotFound(f"there is no run {self.run_id}")
         self._pending = summary.get("waiting-approval", 0)
@@ -5001,7 +6163,10 @@ class EventLog:
     def refresh(self) -> bool:
         """Look at the run; True when there are new events or it has ended."""
         before = (self.has_ended, self.newest)
-        self.has_ended, self.newest = self._adapter.get_tail(self._run_id)
+        with self._adapter.snapshot() as reads:
+            run = reads.get_run(self._run_id)
+            self.newest = reads.get_newest_seq(self._run_id)
+        self.has_ended = run is not None and run.is_terminal
         self._last = (-1, False, b"", -1)
         return before != (self.has_ended, self.newest)
 
@@ -5056,7 +6221,7 @@ def follow_events(app: ServeApp, after_seq: int) -> Iterator[bytes]:
         committed.set()
 
     app.adapter.subscribe(notice)
-    app.metrics.streams_active.inc()
+    app.metrics.inc("smithers_event_streams_active")
     try:
         yield RETRY_LINE
         spoke_at = time.monotonic()
@@ -5076,7 +6241,7 @@ def follow_events(app: ServeApp, after_seq: int) -> Iterator[bytes]:
                 yield KEEP_ALIVE
                 spoke_at = time.monotonic()
     finally:
-        app.metrics.streams_active.inc(-1)
+        app.metrics.inc("smithers_event_streams_active", -1)
         app.adapter.unsubscribe(notice)
         watch.close()
 
@@ -5187,7 +6352,7 @@ class StreamThread:
                 raise Unavailable("the server is stopping")
             self.check_room()
             self._count += 1
-            self._app.metrics.streams_active.inc()
+            self._app.metrics.inc("smithers_event_streams_active")
             self._incoming.append(Stream(sock, cursor, is_chunked))
             if self._thread is None:
                 self._app.adapter.subscribe(self._notice)
@@ -5237,7 +6402,7 @@ class StreamThread:
                         self._tick(now)
                 except Exception:  # the outermost loop of this thread: streams wait, and go on
                     logger.error("event streams wait: the log cannot be read", exc_info=True)
-                    self._app.metrics.errors.inc()
+                    self._app.metrics.inc("smithers_errors_total")
                     self._stopping.wait(KEEP_ALIVE_SECONDS / 10)
                     for stream in self._streams.values():
                         self._let_lag(stream)
@@ -5268,7 +6433,7 @@ class StreamThread:
             self._drop(stream)
         except Exception:  # the outermost call for a stream
             logger.error("an event stream failed", exc_info=True)
-            self._app.metrics.errors.inc()
+            self._app.metrics.inc("smithers_errors_total")
             self._drop(stream)
 
     def _admit(self) -> None:
@@ -5399,7 +6564,7 @@ class StreamThread:
         close_socket(stream.socket)
         with self._lock:
             self._count -= 1
-        self._app.metrics.streams_active.inc(-1)
+        self._app.metrics.inc("smithers_event_streams_active", -1)
 
 
 def close_socket(sock: socket.socket) -> None:
@@ -5475,7 +6640,7 @@ class Connection:
             pass  # the client has gone, which is normal
         except Exception:  # the outermost call of a connection's thread
             logger.error("a connection failed", exc_info=True)
-            self.server.app.metrics.errors.inc()
+            self.server.app.metrics.inc("smithers_errors_total")
         # Once it is somewhere else it may have its next thread already: nothing of it is looked at.
         if move == "close":
             self.close()
@@ -5877,7 +7042,7 @@ class Reception:
             work(connection)
         except Exception:  # the outermost call for a connection
             logger.error("a connection failed", exc_info=True)
-            connection.server.app.metrics.errors.inc()
+            connection.server.app.metrics.inc("smithers_errors_total")
             with contextlib.suppress(KeyError, ValueError):  # not registered, or not any more
                 self._selector.unregister(connection.socket)
             connection.close()
@@ -6035,7 +7200,7 @@ class ServeServer(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Called by socketserver in the except clause around process_request."""
         logger.error("a connection could not be taken", exc_info=True)
-        self.app.metrics.errors.inc()
+        self.app.metrics.inc("smithers_errors_total")
 
     def start_serving(self, connection: Connection) -> bool:
         """Give a connection a thread; False, and refused, when the system has none left."""
@@ -6128,9 +7293,17 @@ def make_server(
 # Command line
 # ---------------------------------------------------------------------------
 
-EXIT_CODES = {"finished": 0, "failed": 1, "cancelled": 2, "waiting-approval": 3}
+EXIT_CODES = {
+    "finished": 0,
+    "failed": 1,
+    "cancelled": 2,
+    "waiting-approval": 3,
+    "running": 3,  # suspended
+    "continued": 0,
+}
 EXIT_FAILURE = 1
 EXIT_CANCELLED = 2
+EXIT_SUSPENDED = 3
 EXIT_USAGE = 4
 # Wrappers such as timeout(1) signal the process and its group: what comes so soon is one signal.
 SAME_SIGNAL_SECONDS = 0.1
@@ -6144,21 +7317,23 @@ class UsageError(SmithersError):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        self.print_usage(sys.stderr)
-        self.exit(EXIT_USAGE, f"{self.prog}: error: {message}\n")
+        self.exit(EXIT_USAGE, f"[smithers] Error: {message}; help: {self.prog} --help\n")
 
 
 def say(text: str) -> None:
     """Write one progress line to stderr; a run goes on when nobody reads it any more."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(f"[smithers] {text}\n")  # at once: print would write the end by itself
         sys.stderr.flush()
 
 
 def print_result(out: TextIO, facts: Mapping[str, Any]) -> None:
     """Write the result to the real stdout, as JSON that any locale can print."""
-    with contextlib.suppress(OSError):
-        print(json.dumps(facts, separators=(",", ":")), file=out, flush=True)
+    try:
+        out.write(json.dumps(facts, separators=(",", ":")) + "\n")
+        out.flush()
+    except OSError as error:
+        say(f"The result could not be written: {error.strerror}")
 
 
 def parse_flag(text: str) -> bool:
@@ -6180,82 +7355,135 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
+# Flags, each a row: names, and what argparse is told of them.
+SERVE_FLAGS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+    (("--host",), {"default": "127.0.0.1", "help": "bind address (default: 127.0.0.1)"}),
+    (
+        ("--port",),
+        {"type": parse_port, "default": 7331, "help": "TCP port, 0 picks one (default: 7331)"},
+    ),
+    (("--auth-token",), {"help": "bearer token (default: the environment's SMITHERS_API_KEY)"}),
+    (("--auth-token-file",), {"metavar": "FILE", "help": "file that holds the bearer token"}),
+    (
+        ("--metrics",),
+        {
+            "type": parse_flag,
+            "nargs": "?",
+            "const": True,
+            "default": True,
+            "help": "serve /metrics (default: true)",
+        },
+    ),
+    (
+        ("--no-metrics",),
+        {"dest": "metrics", "action": "store_false", "help": "do not serve /metrics"},
+    ),
+    (
+        ("--allowed-host",),
+        {
+            "action": "append",
+            "default": [],
+            "metavar": "NAME",
+            "help": "also answer to this host",
+        },
+    ),
+    (("--certfile",), {"help": "TLS certificate chain (PEM)"}),
+    (("--keyfile",), {"help": "TLS private key (PEM; default: in the certificate file)"}),
+)
+UP_FLAGS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+    (
+        ("workflow",),
+        {
+            "metavar": "FILE[:name]",
+            "help": "the workflow file, and the object in it (workflow)",
+        },
+    ),
+    (
+        ("--serve",),
+        {
+            "action": "store_true",
+            "help": "serve the run over HTTP; the process stays after its end",
+        },
+    ),
+    *SERVE_FLAGS,
+    (
+        ("-d", "--detach"),
+        {
+            "action": "store_true",
+            "help": "run in the background; prints runId, pid, logFile, url",
+        },
+    ),
+    (("-r", "--run-id"), {"help": "the run's id (default: a new one)"}),
+    (
+        ("-i", "--input"),
+        {
+            "help": "the run's input: a JSON object, @file or - for standard input (default: {})",
+        },
+    ),
+    (
+        ("--resume",),
+        {
+            "action": "store_true",
+            "help": "go on with the run given by --run-id, or begin it; one that has ended is shown",
+        },
+    ),
+    (
+        ("--retry",),
+        {
+            "action": "store_true",
+            "help": "with --resume: give the failed nodes of a run that has ended a fresh try",
+        },
+    ),
+    (
+        ("--force",),
+        {
+            "action": "store_true",
+            "help": "with --resume: take the run over from a living process, or from a workflow"
+            " of another name",
+        },
+    ),
+    (
+        ("-c", "--max-concurrency"),
+        {"type": parse_count, "default": 4, "help": "tasks at once (default: 4)"},
+    ),
+    (("--db",), {"default": "smithers.db", "help": "the sqlite file (default: smithers.db)"}),
+    (
+        ("--executor",),
+        {
+            "metavar": "MODULE:FACTORY",
+            "help": "run functions in the Executor that FACTORY() returns",
+        },
+    ),
+)
+
+
+class Command(NamedTuple):
+    name: str
+    help: str
+    flags: tuple[tuple[tuple[str, ...], dict[str, Any]], ...]
+    run: Callable[[argparse.Namespace], int]
+
+
 def make_parser() -> Parser:
     parser = Parser(prog="smithers_serve", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", metavar="up | demo")
+    names = " | ".join(command.name for command in COMMANDS)
+    commands = parser.add_subparsers(dest="command", metavar=names)
     commands.required = True
-    up = commands.add_parser("up", help="run a workflow file", description="Run a workflow file.")
-    up.add_argument(
-        "workflow", metavar="FILE[:name]", help="the workflow file, and the object in it (workflow)"
-    )
-    up.add_argument(
-        "--serve",
-        action="store_true",
-        help="serve the run over HTTP; the process stays after its end",
-    )
-    _add_serve_arguments(up)
-    up.add_argument(
-        "-d",
-        "--detach",
-        action="store_true",
-        help="run in the background; prints runId, pid, logFile, url",
-    )
-    up.add_argument("-r", "--run-id", help="the run's id (default: a new one)")
-    up.add_argument(
-        "-i", "--input", help="the run's input: JSON, @file or - for standard input (default: {})"
-    )
-    up.add_argument("--resume", action="store_true", help="go on with the run given by --run-id")
-    up.add_argument(
-        "--force",
-        action="store_true",
-        help="with --resume: take the run over from a living process",
-    )
-    up.add_argument(
-        "-c", "--max-concurrency", type=parse_count, default=4, help="tasks at once (default: 4)"
-    )
-    up.add_argument("--db", default="smithers.db", help="the sqlite file (default: smithers.db)")
-    up.add_argument(
-        "--executor",
-        metavar="MODULE:FACTORY",
-        help="run functions in the Executor that FACTORY() returns",
-    )
-    demo = commands.add_parser("demo", help="run and serve a small workflow with a gate")
-    _add_serve_arguments(demo)
+    for command in COMMANDS:
+        one = commands.add_parser(command.name, help=command.help, description=command.help)
+        for names_of_flag, options in command.flags:
+            one.add_argument(*names_of_flag, **options)
+        one.set_defaults(run=command.run)
     return parser
 
 
-def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--host", default="127.0.0.1", help="bind address (default: 127.0.0.1)")
-    parser.add_argument(
-        "--port", type=parse_port, default=7331, help="TCP port, 0 picks one (default: 7331)"
-    )
-    parser.add_argument(
-        "--auth-token", help="bearer token (default: the environment's SMITHERS_API_KEY)"
-    )
-    parser.add_argument(
-        "--auth-token-file", metavar="FILE", help="file that holds the bearer token"
-    )
-    parser.add_argument(
-        "--metrics",
-        type=parse_flag,
-        nargs="?",
-        const=True,
-        default=True,
-        help="serve /metrics (default: true)",
-    )
-    parser.add_argument(
-        "--no-metrics", dest="metrics", action="store_false", help="do not serve /metrics"
-    )
-    parser.add_argument(
-        "--allowed-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="also answer to this host",
-    )
-    parser.add_argument("--certfile", help="TLS certificate chain (PEM)")
-    parser.add_argument("--keyfile", help="TLS private key (PEM; default: in the certificate file)")
+def split_workflow(spec: str) -> tuple[str, str]:
+    """Return file and name of `FILE[:name]`."""
+    if os.path.isfile(spec) or ":" not in spec:
+        return spec, "workflow"
+    path, _, name = spec.rpartition(":")
+    return path, name
 
 
 def load_workflow(spec: str) -> Any:
@@ -6265,12 +7493,10 @@ def load_workflow(spec: str) -> Any:
     """
     import importlib.util
 
-    path, name = spec, "workflow"
-    if not os.path.isfile(path) and ":" in spec:
-        path, _, name = spec.rpartition(":")
+    path, name = split_workflow(spec)
     if not os.path.isfile(path):
-        raise UsageError(f"there is no workflow file {path}")
-    path = os.path.abspath(path)
+        raise UsageError(f"there is no workflow file {os.path.abspath(path)}")
+    path = os.path.realpath(path)  # its siblings are in the real folder
     sys.path.insert(0, os.path.dirname(path))
     stem = os.path.splitext(os.path.basename(path))[0]
     taken = stem in sys.modules or stem in getattr(sys, "stdlib_module_names", ())
@@ -6282,7 +7508,7 @@ def load_workflow(spec: str) -> Any:
     sys.modules[module_name] = module  # where pickle and dataclasses look for it
     try:
         found.loader.exec_module(module)
-    except Exception as error:  # user code: whatever its import raises is told in one line
+    except (Exception, SystemExit) as error:  # user code: what its import raises, in one line
         raise UsageError(
             f"cannot load {path}{_line_in(error, path)}: {type(error).__name__}: {error}"
         ) from error
@@ -6307,24 +7533,26 @@ def _line_in(error: BaseException, path: str) -> str:
     return "" if line is None else f", line {line}"
 
 
-def load_executor(spec: str) -> Any:
-    """Return the Executor that `MODULE:FACTORY` makes."""
+def load_executor(spec: str) -> Callable[[], Any]:
+    """Return a function that makes the Executor `MODULE:FACTORY` names; the first is made here."""
     import importlib
 
     module_name, _, factory_name = spec.partition(":")
     try:
-        executor = getattr(importlib.import_module(module_name), factory_name)()
+        factory = getattr(importlib.import_module(module_name), factory_name)
+        first = factory()
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UsageError(f"--executor {spec}: expected MODULE:FACTORY: {error}") from error
-    if not callable(getattr(executor, "submit", None)):
-        raise UsageError(f"--executor {spec}: {type(executor).__name__} is not an executor")
-    return executor
+    if not callable(getattr(first, "submit", None)):
+        raise UsageError(f"--executor {spec}: {type(first).__name__} is not an executor")
+    made = [first]
+    return lambda: made.pop() if made else factory()
 
 
 def read_input(text: str | None) -> Any:
     """Return the run's input from `--input`: JSON, @file or - for standard input."""
     if text is None:
-        return {}
+        return None
     try:
         if text == "-":
             text = sys.stdin.read()
@@ -6336,6 +7564,8 @@ def read_input(text: str | None) -> Any:
         raise UsageError(f"--input: cannot read {error.filename}: {error.strerror}") from error
     except ValueError as error:
         raise UsageError(f"--input is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"--input must be a JSON object, got {text[:80]!r}")
     if len(to_json(value).encode()) > MAX_OUTPUT_BYTES:
         raise UsageError(f"--input has over {MAX_OUTPUT_BYTES} bytes of JSON")
     return value
@@ -6380,7 +7610,7 @@ def make_ssl_context(certfile: str | None, keyfile: str | None) -> ssl.SSLContex
     return context
 
 
-class Progress:
+class Narrator:
     """Writes a line per node event, and for a gate the command that approves it."""
 
     WORDS = {
@@ -6424,11 +7654,9 @@ class Progress:
         return by + (f": {log_safe(payload['note'])}" if "note" in payload else "")
 
 
-def open_database(args: argparse.Namespace) -> SmithersDb:
-    if args.resume and not os.path.exists(args.db):
-        raise UsageError(f"there is no database {args.db} to resume from")
+def open_database(path: str) -> SmithersDb:
     try:
-        return SmithersDb(args.db)
+        return SmithersDb(path)
     except (StorageError, Unavailable) as error:
         raise UsageError(str(error)) from error
 
@@ -6437,18 +7665,24 @@ def check_up_arguments(args: argparse.Namespace) -> None:
     if args.resume and args.run_id is None:
         known = ""
         if os.path.exists(args.db):
-            with contextlib.closing(open_database(args)) as db:
-                known = ", ".join(
-                    run.run_id
-                    for run in db.list_runs((*ACTIVE_STATUSES, "failed", "cancelled"))[:10]
-                )
+            with open_database(args.db) as db:
+                statuses = (*ACTIVE_STATUSES, "failed", "cancelled")
+                known = ", ".join(run.run_id for run in db.list_runs(statuses)[:10])
         raise UsageError("--resume needs --run-id" + (f"; there are: {known}" if known else ""))
-    if args.force and not args.resume:
-        raise UsageError("--force goes with --resume")
-    if args.resume and args.input is not None:
-        raise UsageError("--input does not go with --resume: the run keeps the input it began with")
+    for flag in ("force", "retry"):
+        if getattr(args, flag) and not args.resume:
+            raise UsageError(f"--{flag} goes with --resume")
     if args.run_id is not None:
         check_id(args.run_id, "run")
+
+
+def check_input_kept(db: SmithersDb, run_id: str, value: Any) -> None:
+    """Refuse an input that the run, begun with another one, would not look at."""
+    kept = db.get_input(run_id)
+    if value is not None and kept is not None and json.loads(kept) != value:
+        raise UsageError(
+            f"run {run_id} keeps the input it began with, which is another one: leave --input out"
+        )
 
 
 def run_up(args: argparse.Namespace) -> int:
@@ -6467,11 +7701,13 @@ def run_here(args: argparse.Namespace, workflow: Any, token: str | None) -> int:
     """
     value = read_input(args.input)
     executor = load_executor(args.executor) if args.executor else None
+    process = Process(args)
     server = bind_server(args) if args.serve else None
     try:
-        db = open_database(args)
+        db = open_database(args.db)
         run_id = args.run_id or new_run_id()
-        progress = Progress(server.url if server else None, token is not None)
+        if args.resume:
+            check_input_kept(db, run_id, value)
         engine = Engine(
             workflow,
             db,
@@ -6479,10 +7715,12 @@ def run_here(args: argparse.Namespace, workflow: Any, token: str | None) -> int:
             input=value,
             max_concurrency=args.max_concurrency,
             executor=executor,
-            on_event=progress,
+            on_event=Narrator(server.url if server else None, token is not None),
             park=server is not None,
+            echo_prints=False,
         )
-        engine.open(args.resume, args.force)
+        engine.open(args.resume, args.force, args.retry)
+        say(f"Run {run_id} in {db.path}")
         if server is not None:
             app = create_serve_app(
                 adapter=db,
@@ -6493,10 +7731,11 @@ def run_here(args: argparse.Namespace, workflow: Any, token: str | None) -> int:
             )
             server.attach(app, args.allowed_host)
     except BaseException:
+        process.restore_signals()
         if server is not None:
             server.server_close()
         raise
-    return Process(engine, db, server, args.out).run()
+    return process.run(engine, db, server)
 
 
 def bind_server(args: argparse.Namespace) -> ServeServer:
@@ -6508,55 +7747,88 @@ def bind_server(args: argparse.Namespace) -> ServeServer:
         raise UsageError(f"cannot listen on {args.host}:{args.port}: {reason}") from error
 
 
+def resume_line(args: argparse.Namespace, run_id: str) -> str:
+    """Return the whole command line that goes on with a run, from any folder."""
+    path, name = split_workflow(args.workflow)
+    words = [sys.executable, os.path.abspath(__file__), "up"]
+    words += [os.path.abspath(path) + ("" if name == "workflow" else f":{name}")]
+    words += ["--serve", "--resume", "--run-id", run_id, "--db", os.path.abspath(args.db)]
+    shown = [(flag, options) for flag, options in UP_FLAGS if flag[0].startswith("-")]
+    for names, options in shown:
+        flag = names[-1]
+        value = getattr(args, options.get("dest", flag[2:].replace("-", "_")))
+        is_plain = "action" not in options and flag not in ("--run-id", "--input", "--db")
+        if is_plain and flag != "--auth-token" and value != options.get("default"):
+            words += [flag, _text_of(value)]
+    for host in args.allowed_host:
+        words += ["--allowed-host", host]
+    return shlex.join(words)
+
+
+_own_signals: set[int] = set()  # that this process handles; a forked child does not
+
+
 class Process:
     """The process of one `up`.
 
-    The engine in a thread, the server beside it, signals in the main thread.
+    The engine in a thread, the server beside it, signals in the main thread. They are handled from
+    the beginning on: one that comes before the engine runs is not lost.
     """
 
-    def __init__(
-        self, engine: Engine, db: SmithersDb, server: ServeServer | None, out: TextIO
-    ) -> None:
-        self._engine = engine
-        self._db = db
-        self._server = server
-        self._out = out
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
         # A SimpleQueue, not an Event: its put is safe in a signal handler that interrupts its own
         # get.
         self._inbox: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._first_signal = math.inf
+        self._first_signal: tuple[float, int] | None = None
         self._error: SmithersError | None = None
+        self._threads_before = set(threading.enumerate())
+        self._handlers: dict[int, Any] = {}
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                self._handlers[number] = signal.signal(number, self._take_signal)
+                _own_signals.add(number)
 
-    def run(self) -> int:
+    def restore_signals(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+            _own_signals.discard(number)
+
+    def run(self, engine: Engine, db: SmithersDb, server: ServeServer | None) -> int:
         """Drive the run and return the exit code."""
-        signal.signal(signal.SIGINT, self._take_signal)
-        signal.signal(signal.SIGTERM, self._take_signal)
-        if self._server is not None:
+        self._engine, self._db, self._server = engine, db, server
+        if server is not None:
             # A task that computes holds the server up for no longer than this at a time.
             sys.setswitchinterval(0.0005)
-            self._server.start()
-            self._say_where()
-        announce_ready(
-            {"runId": self._engine.run_id, "url": self._server.url if self._server else None}
-        )
+            server.start()
+            self._say_where(server)
+        announce_ready({"runId": engine.run_id, "url": server.url if server else None})
         start_thread("engine", self._drive)
         code = self._wait_for_end()
-        if self._server is not None:
-            self._server.stop()
-            self._server.app.close()
+        if server is not None:
+            server.stop()
+            server.app.close()
         kill_live_commands()
         if self._error is None:
-            self._db.close()
-        if self._engine.left_call_behind:
-            # The interpreter would wait for the executor's workers: for a call nobody wants.
-            sys.stderr.flush()
-            os._exit(code)
+            db.close()
+        if engine.left_call_behind or self._has_foreign_threads():
+            # The interpreter would wait for them: for calls that nobody wants any more.
+            leave(code)
+        self.restore_signals()
         return code
 
-    def _say_where(self) -> None:
-        assert self._server is not None
-        say(f"HTTP server listening on {self._server.url}")
-        if not is_loopback(self._server.host) and not self._server.app.has_token:
+    def _has_foreign_threads(self) -> bool:
+        """Return whether a thread that a task has started would keep the process."""
+        return any(
+            not thread.daemon
+            for thread in threading.enumerate()
+            if thread not in self._threads_before
+        )
+
+    def _say_where(self, server: ServeServer) -> None:
+        say(f"HTTP server listening on {server.url}")
+        if not is_loopback(server.host) and not server.app.has_token:
             say(
                 "WARNING: anybody who reaches this port can approve gates and cancel the run:"
                 " set --auth-token"
@@ -6564,12 +7836,13 @@ class Process:
 
     def _take_signal(self, number: int, frame: Any) -> None:
         now = time.monotonic()
-        if now - self._first_signal > SAME_SIGNAL_SECONDS:
+        if self._first_signal is None:
+            self._first_signal = (now, number)
+            self._inbox.put("cancel" if number == signal.SIGINT else "suspend")
+        elif now - self._first_signal[0] > SAME_SIGNAL_SECONDS:
             kill_live_commands()
-            os._exit(EXIT_CANCELLED)
-        if self._first_signal == math.inf:
-            self._first_signal = now
-            self._inbox.put("signal")
+            is_cancel = self._first_signal[1] == signal.SIGINT
+            os._exit(EXIT_CANCELLED if is_cancel else EXIT_SUSPENDED)
 
     def _drive(self) -> None:
         try:
@@ -6577,7 +7850,7 @@ class Process:
                 self._engine.run()
         except SmithersError as error:
             self._error = error
-        except Exception as error:  # the outermost call of the engine's thread
+        except BaseException as error:  # the outermost call of the engine's thread
             logger.error("the engine failed", exc_info=True)
             self._error = SmithersError(f"the engine failed: {type(error).__name__}: {error}")
         finally:
@@ -6595,49 +7868,50 @@ class Process:
 
     def _wait_for_end(self) -> int:
         signalled = False
-        while self._next_message() == "signal":
+        while (message := self._next_message()) != "end":
             signalled = True
-            say("Stopping: the run is being cancelled")
-            self._engine.hurry()
+            if message == "cancel":
+                say("Stopping: the run is being cancelled")
+                self._engine.cancel()
+            else:
+                say("Stopping: the run is being suspended")
+                self._engine.suspend()
         if self._error is not None:
             say(f"Engine stopped: {log_safe(self._error)}")
             return EXIT_FAILURE
         result = self._engine.result
         assert result is not None
         self._print_result(result)
-        if self._server is not None and not signalled:
+        if result.status == "running" or result.status == "waiting-approval" and signalled:
+            say(f"Suspended. Go on with: {resume_line(self._args, result.run_id)}")
+        elif self._server is not None and not signalled:
             say(f"Workflow {result.status}. Server still running — press Ctrl+C to stop.")
             self._next_message()
         elif result.status == "waiting-approval":
-            say(
-                "The run waits for approval; serve it with: up FILE --serve --resume --run-id "
-                + result.run_id
-            )
+            say(f"The run waits for approval. Serve it: {resume_line(self._args, result.run_id)}")
         return EXIT_CODES[result.status]
 
     def _print_result(self, result: RunResult) -> None:
-        _, summary = self._db.get_run_and_summary(result.run_id)
         shown: dict[str, Any] = {
             "runId": result.run_id,
             "status": result.status,
-            "summary": summary,
+            "summary": self._db.get_summary(result.run_id),
         }
         if result.error is not None:
             shown["error"] = result.error
             say(f"Workflow failed: {log_safe(result.error['message'])}")
-        print_result(self._out, shown)
+        print_result(self._args.out, shown)
 
 
 READY_FD = "SMITHERS_READY_FD"
 
 
 def announce_ready(facts: dict[str, Any]) -> None:
-    """Tell the process that detached this one that it serves."""
+    """Tell the process that detached this one that it serves; it may have left."""
     descriptor = os.environ.pop(READY_FD, None)
     if descriptor is not None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with os.fdopen(int(descriptor), "w") as pipe:
-            pipe.write(to_json(facts))
+        with contextlib.suppress(OSError), os.fdopen(int(descriptor), "w") as pipe:
+            pipe.write(to_json(facts) + "\n")
 
 
 def open_log(path: str) -> Any:
@@ -6648,14 +7922,29 @@ def open_log(path: str) -> Any:
         raise UsageError(f"cannot write the log {path}: {error.strerror}") from error
 
 
+def check_can_begin(args: argparse.Namespace, run_id: str, value: Any) -> None:
+    """Refuse, before anything is started or logged, what the detached process would refuse."""
+    if not os.path.exists(args.db):
+        return
+    with open_database(args.db) as db:
+        run = db.get_run(run_id)
+        if run is not None and not args.resume:
+            raise RunExists(f"run {run_id} exists already; use --resume to go on with it")
+        if run is not None:
+            check_input_kept(db, run_id, value)
+            if not args.force and not run.is_terminal and watch_owner(db, run_id) == "alive":
+                raise RunOwned(f"run {run_id} is driven by a living process; --force takes it over")
+
+
 def detach(args: argparse.Namespace, token: str | None) -> int:
     """Start the same run in a session of its own and wait until it serves or has died."""
     import subprocess
 
     if os.name == "nt":
         raise UsageError("--detach is not possible on Windows")
-    run_id = args.run_id or new_run_id()
-    value = None if args.resume else to_json(read_input(args.input))
+    args.run_id = run_id = args.run_id or new_run_id()
+    value = read_input(args.input)
+    check_can_begin(args, run_id, value)
     log_path = os.path.join(os.path.dirname(os.path.abspath(args.db)), f"smithers-{run_id}.log")
     reader, writer = os.pipe()
     environment = {**os.environ, READY_FD: str(writer)}
@@ -6665,11 +7954,21 @@ def detach(args: argparse.Namespace, token: str | None) -> int:
     folder = os.path.dirname(os.path.abspath(__file__))
     code = (
         f"import sys; sys.path.insert(0, {folder!r}); import smithers_serve; "
-        "sys.exit(smithers_serve.main())"
+        "sys.exit(smithers_serve.main_detached())"
     )
+    hidden = {
+        "out": None,
+        "run": None,
+        "auth_token": None,
+        "auth_token_file": None,
+        "detach": False,
+    }
+    options = {**vars(args), **hidden, "input": None if value is None else to_json(value)}
     with open_log(log_path) as log:
+        begins_at = log.tell()
         child = subprocess.Popen(
-            [sys.executable, "-c", code, *child_arguments(args, run_id, value is not None)],
+            # What it is told, it reads; the words are for whoever looks at the process list.
+            [sys.executable, "-c", code, "up", args.workflow, "--run-id", run_id],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
@@ -6679,13 +7978,20 @@ def detach(args: argparse.Namespace, token: str | None) -> int:
         )
     os.close(writer)
     assert child.stdin is not None
-    with contextlib.suppress(BrokenPipeError), child.stdin as stdin:
-        stdin.write((value or "").encode("utf-8"))
-    with os.fdopen(reader) as pipe:
-        ready = pipe.read()
+    try:
+        with contextlib.suppress(BrokenPipeError), child.stdin as stdin:
+            stdin.write(to_json(options).encode("utf-8"))
+        with os.fdopen(reader) as pipe:
+            ready = pipe.readline()  # not to its end: what the child forks may hold it open
+    except KeyboardInterrupt:
+        child.terminate()
+        child.wait()
+        say(f"Interrupted before the run served; its log is {log_path}")
+        return EXIT_CANCELLED
     if not ready:
         child.wait()
         with open(log_path, encoding="utf-8", errors="replace") as file:
+            file.seek(begins_at)
             say("The run did not start:\n" + "".join(collections.deque(file, maxlen=20)).rstrip())
         return EXIT_FAILURE
     facts = json.loads(ready)
@@ -6694,42 +8000,12 @@ def detach(args: argparse.Namespace, token: str | None) -> int:
     return 0
 
 
-def child_arguments(args: argparse.Namespace, run_id: str, has_input: bool) -> list[str]:
-    """Return the arguments of the detached process: the same run, without the token."""
-    arguments = [
-        "up",
-        args.workflow,
-        "--run-id",
-        run_id,
-        "--db",
-        args.db,
-        "-c",
-        str(args.max_concurrency),
-    ]
-    arguments += [
-        "--host",
-        args.host,
-        "--port",
-        str(args.port),
-        "--metrics",
-        _text_of(args.metrics),
-    ]
-    for flag, is_set in (
-        ("--serve", args.serve),
-        ("--resume", args.resume),
-        ("--force", args.force),
-    ):
-        arguments += [flag] if is_set else []
-    pairs = (
-        ("--certfile", args.certfile),
-        ("--keyfile", args.keyfile),
-        ("--executor", args.executor),
-    )
-    for flag, value in pairs:
-        arguments += [flag, value] if value is not None else []
-    for name in args.allowed_host:
-        arguments += ["--allowed-host", name]
-    return arguments + (["--input", "-"] if has_input else [])
+def main_detached() -> int:
+    """Run what the process that started this one has written to standard input."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    args = argparse.Namespace(**json.loads(sys.stdin.read()))
+    args.run = run_up
+    return run_command_line(args)
 
 
 def demo_workflow(ctx: Ctx) -> Workflow:
@@ -6758,14 +8034,61 @@ def run_demo(args: argparse.Namespace) -> int:
     token = read_token(args)
     with tempfile.TemporaryDirectory(prefix="smithers-demo-") as folder:
         args.db = os.path.join(folder, "smithers.db")
+        args.workflow = os.path.abspath(__file__) + ":demo_workflow"
         args.run_id, args.input, args.executor = "demo", None, None
-        args.resume = args.force = False
+        args.resume = args.force = args.retry = False
         args.serve, args.max_concurrency = True, 4
         return run_here(args, demo_workflow, token)
 
 
+COMMANDS = (
+    Command("up", "Run a workflow file.", UP_FLAGS, run_up),
+    Command("demo", "Run and serve a small workflow with a gate.", SERVE_FLAGS, run_demo),
+)
+
+
+class DescriptorWriter(io.TextIOBase):
+    """Writes to a descriptor at once: nothing is left in a buffer that could fail later."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def write(self, text: str) -> int:
+        data = text.encode("utf-8")
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+        return len(text)
+
+
+def open_missing_streams() -> None:
+    """Have standard streams that were closed go nowhere: no file of ours may take their numbers."""
+    for descriptor, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+            setattr(
+                sys, name, os.fdopen(descriptor, "r" if descriptor == 0 else "w", closefd=False)
+            )
+
+
+def drain(stream: Any, descriptor: int) -> None:
+    """Empty a stream's buffer, into nothing when it cannot be written: exiting would fail on it."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+            stream.flush()
+
+
 @contextlib.contextmanager
-def result_stream() -> Iterator[TextIO]:
+def result_stream() -> Iterator[Any]:
     """Yield the real stdout, for the result alone.
 
     What tasks print meanwhile, and what the processes they start print, goes to stderr.
@@ -6773,41 +8096,42 @@ def result_stream() -> Iterator[TextIO]:
     out = sys.stdout
     try:
         is_real = out.fileno() == 1
-    except (OSError, ValueError):  # a caller of main has put something else there
+    except (OSError, ValueError, AttributeError):  # a caller of main has put something else there
         is_real = False
     if not is_real:
         with contextlib.redirect_stdout(sys.stderr):
             yield out
         return
-    out.flush()
+    drain(out, 1)
     # By the line, in a buffer of its own: no progress line comes between a text and its end.
     if isinstance(out, io.TextIOWrapper):
         out.reconfigure(line_buffering=True)
     saved = os.dup(1)
     try:
         os.dup2(2, 1)
-        with os.fdopen(os.dup(saved), "w") as real:
-            yield real
+        yield DescriptorWriter(saved)
     finally:
-        with contextlib.suppress(OSError):
-            out.flush()
+        drain(out, 1)
         os.dup2(saved, 1)
         os.close(saved)
 
 
-def main(argv: Seq[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
-    try:
-        args = make_parser().parse_args(argv)
-    except SystemExit as leave:
-        return int(leave.code or 0)
+def run_command_line(args: argparse.Namespace) -> int:
+    """Run a parsed command and return its exit code; every mistake is one line on stderr."""
     logging.basicConfig(
         stream=sys.stderr, format="[smithers] %(levelname)s %(message)s", level=logging.WARNING
     )
     with result_stream() as args.out:
         try:
-            return run_demo(args) if args.command == "demo" else run_up(args)
-        except (UsageError, AuthoringError, RunExists, RunNotFound, RunOwned) as error:
+            return int(args.run(args))
+        except (
+            UsageError,
+            AuthoringError,
+            InvalidRequest,
+            RunExists,
+            RunNotFound,
+            RunOwned,
+        ) as error:
             say(f"Error: {log_safe(error)}")
             return EXIT_USAGE
         except (StorageError, Unavailable) as error:
@@ -6815,6 +8139,18 @@ def main(argv: Seq[str] | None = None) -> int:
             return EXIT_FAILURE
         except KeyboardInterrupt:
             return EXIT_CANCELLED
+
+
+def main(argv: Seq[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    open_missing_streams()
+    try:
+        args = make_parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    code = run_command_line(args)
+    drain(sys.stderr, 2)
+    return code
 
 
 # The running module is the one that a workflow file, or a worker process, imports: never a second
