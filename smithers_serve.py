@@ -45,7 +45,8 @@ import threading
 import time
 import types
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
@@ -160,6 +161,10 @@ class StorageError(SmithersError):
     """The database cannot be opened, read or written. What was committed before stands."""
 
     code = "STORAGE_ERROR"
+
+
+class DatabaseGone(StorageError):
+    """The file is not the one that was opened: it was removed, or another one took its place."""
 
 
 class OwnerLost(SmithersError):
@@ -921,6 +926,12 @@ class Run(NamedTuple):
     @property
     def is_terminal(self) -> bool:
         return self.status in TERMINAL_STATUSES
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What is kept of how it is run: `maxConcurrency`, `cancel` (by, reason), and the like."""
+        found = json.loads(self.config_json) if self.config_json else {}
+        return found if isinstance(found, dict) else {}
 
     def to_json(self, summary: Mapping[str, int]) -> dict[str, Any]:
         return {
@@ -1807,14 +1818,18 @@ class Tx(Reads):
             {"status": status, "now_ms": self.now_ms, "error": error_json, "run_id": self.run_id},
         )
 
-    def request_cancel(self) -> None:
+    def request_cancel(self, by: str | None = None, reason: str | None = None) -> None:
+        """Have the run cancelled; the first request says who and why."""
         self.is_control = True
-        self.run(
-            """update _smithers_runs
-               set cancel_requested_at_ms = coalesce(cancel_requested_at_ms, ?)
-               where run_id = ?""",
-            (self.now_ms, self.run_id),
-        )
+        run = self.get_run(self.run_id)
+        if run is not None and run.cancel_requested_at_ms is None:
+            said = {"by": by, "reason": reason}
+            cancel = {name: text for name, text in said.items() if text is not None}
+            self.run(
+                """update _smithers_runs set cancel_requested_at_ms = ?, config_json = ?
+                   where run_id = ?""",
+                (self.now_ms, to_json({**run.config, "cancel": cancel}), self.run_id),
+            )
 
     # Nodes and attempts
 
@@ -2222,13 +2237,13 @@ class SmithersDb(Reads):
                     raise Unavailable("the database is locked by another process") from error
 
     def check_file(self) -> None:
-        """Raise StorageError when the file is not the one that was opened."""
+        """Raise DatabaseGone when the file is not the one that was opened."""
         try:
             found = os.stat(self.path)
         except OSError:
             found = None
         if found is None or not os.path.samestat(found, self._file):
-            raise StorageError(
+            raise DatabaseGone(
                 f"the database {self.path} was removed or replaced while it was in use"
             )
 
@@ -3984,7 +3999,9 @@ def record_decision(metrics: Metrics, tx: Tx, gate: Gate, decision: Decision) ->
     metrics.observe("smithers_approval_wait_duration_ms", waited)
 
 
-def cancel_run(db: SmithersDb, run_id: str) -> None:
+def cancel_run(
+    db: SmithersDb, run_id: str, by: str | None = None, reason: str | None = None
+) -> None:
     """Ask the run's engine to cancel it; without a living engine cancel it here.
 
     Returns when the request is on disk: a run whose engine dies before it has obeyed is cancelled
@@ -3996,7 +4013,7 @@ def cancel_run(db: SmithersDb, run_id: str) -> None:
             raise RunNotFound(f"there is no run {run_id}")
         if run.is_terminal:
             raise RunNotActive(f"run {run_id} is {run.status} already")
-        tx.request_cancel()
+        tx.request_cancel(by, reason)
         life = owner_life(run)
         if life == "dead":
             _cancel_here(db, tx)
@@ -4031,8 +4048,11 @@ def run_close(tx: Tx, status: str, error: Mapping[str, Any] | None) -> None:
     tx.append_event("RunStatusChanged", status=status)
     if status == "failed":
         tx.append_event("RunFailed", error=error)
+    elif status == "finished":
+        tx.append_event("RunFinished")
     else:
-        tx.append_event("RunFinished" if status == "finished" else "RunCancelled")
+        run = tx.get_run(tx.run_id)
+        tx.append_event("RunCancelled", **(run.config.get("cancel", {}) if run is not None else {}))
 
 
 def node_close(tx: Tx, node: Node, reason: str) -> None:
@@ -4480,6 +4500,7 @@ class Engine(CtxSource):
             self._next_seq = tx.next_seq
         _engines_here.add(self._owner)
         end_leftovers(seen, attempts)
+        slots = {} if plan is None else plan.slots
         has_crashed = seen.runtime_owner_id is not None and not force
         with self._transaction() as tx:
             path, digest = _source_of(self._workflow)
@@ -4496,10 +4517,7 @@ class Engine(CtxSource):
                         tx.note_attempt(node.key, node.last_attempt, crashed=True)
                     node_close(tx, node, "the run was interrupted")
             for loop in loops:
-                is_around = any(
-                    loop in plan.slots[key].loops for key in chosen if key in plan.slots
-                )
-                if is_around:
+                if any(loop in slots[key].loops for key in chosen if key in slots):
                     tx.put_loop(loop.key, loop.iteration, False)
                 else:
                     tx.delete_loop(loop.key)
@@ -5343,8 +5361,9 @@ class Response:
 
 
 class StreamStart(NamedTuple):
-    """Where an event stream begins: after this seq."""
+    """Where an event stream begins: after this seq of a run's log."""
 
+    view: RunView
     after_seq: int
 
 
@@ -5387,7 +5406,6 @@ def parse_head(data: bytes) -> Head:
 # The clients of a server send the same few heads again and again; a checked one need not be checked
 # twice.
 MAX_CACHED_HEAD = 2 << 10
-MAX_QUICK_HEAD = 4 << 10  # an incomplete head longer than this gets a thread to itself
 _parse_head_cached = functools.lru_cache(maxsize=256)(parse_head)
 
 
@@ -5555,525 +5573,14 @@ def render_response(response: Response, is_head: bool, keep_alive: bool, is_http
     return b"".join(parts)
 
 
-# ---------------------------------------------------------------------------
-# Routes: one short function per route, one table, one app
-# ---------------------------------------------------------------------------
-
-
-class Request(NamedTuple):
-    """What a route function gets: the head, the body, and the parameters from the path."""
-
-    head: Head
-    body: bytes
-    parameters: tuple[str, ...]
-
-
-class Route(NamedTuple):
-    method: str
-    pattern: str
-    handler: Callable[[ServeApp, Request], Response]
-    public: bool = False
-    is_quick: bool = False  # answered from memory or by one short read: blocks nobody
-
-
-def get_health(app: ServeApp, request: Request) -> Response:
-    return HEALTHY
-
-
-HEALTHY = json_response({"ok": True})
-
-
-def get_status(app: ServeApp, request: Request) -> Response:
-    return app.cached(("status",), app.read_status)
-
-
-def get_frames(app: ServeApp, request: Request) -> Response:
-    query = parse_query(request.head.query)
-    limit = min(integer_in("limit", query.get("limit", "50"), 1), MAX_FRAMES)
-    after = (
-        integer_in("afterFrameNo", query["afterFrameNo"], -1) if "afterFrameNo" in query else None
-    )
-    response = app.cached(("frames", limit, after), lambda: app.read_frames(limit, after))
-    app.weigh_frames(request.head.query, response)
-    return response
-
-
-def get_events(app: ServeApp, request: Request) -> Response:
-    after = integer_in("afterSeq", parse_query(request.head.query).get("afterSeq", "-1"), -1)
-    last_id = request.head.headers.get("last-event-id")
-    if last_id:  # empty is what some clients send before their first event
-        after = integer_in("Last-Event-ID", last_id, -1)
-        with app.adapter.snapshot() as reads:
-            run, newest = reads.get_run(app.run_id), reads.get_newest_seq(app.run_id)
-        if after > newest:
-            after = -1  # of another run's log: begin anew
-        elif run is not None and run.is_terminal and newest <= after:
-            # Tells an EventSource to stop.
-            return Response(204, headers=(("Cache-Control", "no-store"),))
-    app.check_stream_room()
-    headers = (
-        ("Content-Type", "text/event-stream"),
-        ("Cache-Control", "no-cache"),
-        ("X-Accel-Buffering", "no"),
-    )
-    return Response(200, headers=headers, stream=StreamStart(after))
-
-
-def post_approve(app: ServeApp, request: Request) -> Response:
-    return app.decide("approved", request)
-
-
-def post_deny(app: ServeApp, request: Request) -> Response:
-    return app.decide("denied", request)
-
-
-def post_cancel(app: ServeApp, request: Request) -> Response:
-    cancel_run(app.adapter, app.run_id)
-    app.abort.set()
-    return json_response({"runId": app.run_id})
-
-
-def get_metrics(app: ServeApp, request: Request) -> Response:
-    if not app.metrics_enabled:
-        raise NotFound("metrics are switched off")
-    headers = (
-        ("Content-Type", "text/plain; version=0.0.4; charset=utf-8"),
-        ("Cache-Control", "no-store"),
-    )
-    return Response(200, app.metrics.render().encode("utf-8"), headers)
-
-
-ROUTES = (
-    Route("GET", "/health", get_health, public=True, is_quick=True),
-    Route("GET", "/", get_status, is_quick=True),
-    Route("GET", "/events", get_events),
-    Route("GET", "/frames", get_frames),
-    Route("POST", "/approve/:nodeId", post_approve),
-    Route("POST", "/deny/:nodeId", post_deny),
-    Route("POST", "/cancel", post_cancel),
-    Route("GET", "/metrics", get_metrics, is_quick=True),
-)
-
-# By first segment and number of segments: every pattern here is told apart by these two.
-_ROUTES_BY_SHAPE: dict[tuple[str, int], list[Route]] = {}
-for _route in ROUTES:
-    _parts = _route.pattern[1:].split("/")
-    _ROUTES_BY_SHAPE.setdefault((_parts[0], len(_parts)), []).append(_route)
-
-UNMATCHED = "unmatched"  # the metric label of every request without a route: never a raw path
-
-
-def find_routes(segments: tuple[str, ...] | None) -> list[Route]:
-    """Return the routes of a path, whatever their method."""
-    if segments is None or not segments:
-        return []
-    routes = _ROUTES_BY_SHAPE.get((segments[0], len(segments)), [])
-    return routes if all(segments[1:]) else []
-
-
-def _decision_of(verdict: str, body: bytes) -> Decision:
-    """Return the decision that a request body holds.
-
-    Raises InvalidRequest for what it should not be.
-    """
-    if not body:
-        return Decision(verdict)
-    try:
-        value = parse_json(body)
-    except ValueError as error:
-        raise InvalidRequest(f"the body is not JSON: {log_safe(error)[:200]}") from error
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"the body must be a JSON object, not {type(value).__name__}")
-    iteration = value.get("iteration")
-    if iteration is not None and (
-        isinstance(iteration, bool)
-        or not isinstance(iteration, int)
-        or not 0 <= iteration <= INT64_MAX
-    ):
-        raise InvalidRequest("iteration must be a whole number of at least 0")
-    texts = {}
-    for name, limit in (("note", MAX_NOTE_CHARS), ("decidedBy", MAX_NAME_CHARS)):
-        text = texts[name] = value.get(name)
-        if text is not None and (not isinstance(text, str) or len(text) > limit):
-            raise InvalidRequest(f"{name} must be text of at most {limit} characters")
-    return Decision(verdict, iteration, texts["note"], texts["decidedBy"])
-
-
-class Answer:
-    """What `app.request` returns: `status`, `headers`, `body`, `json()`.
-
-    For an event stream `chunks` yields as events come, and `body` waits for the end.
-    """
-
-    def __init__(self, status: int, headers: dict[str, str], chunks: Iterator[bytes]) -> None:
-        self.status = status
-        self.headers = headers
-        self.chunks = chunks
-        self._body: bytes | None = None
-
-    @property
-    def body(self) -> bytes:
-        if self._body is None:
-            self._body = b"".join(self.chunks)
-        return self._body
-
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-
-class ServeApp:
-    """The HTTP surface of one run.
-
-    A WSGI callable, `request` without a socket, and the core behind make_server.
-    """
-
-    MAX_CACHED_ANSWERS = 16
-    MAX_CACHED_BYTES = 16 << 20  # of all cached answers
-    MAX_LIGHT_QUERIES = 16
-
-    def __init__(
-        self,
-        adapter: SmithersDb,
-        run_id: str,
-        abort: threading.Event,
-        auth_token: str | None,
-        metrics: bool,
-    ) -> None:
-        self.adapter = adapter
-        self.run_id = run_id
-        self.abort = abort
-        self.metrics = adapter.metrics
-        self.metrics_enabled = metrics
-        # Host names that may be asked for; None means any. make_server narrows it on a loopback
-        # bind without token.
-        self.allowed_hosts: frozenset[str] | None = None
-        self.trusted_hosts: frozenset[str] = frozenset()
-        self.check_stream_room: Callable[[], None] = lambda: None
-        self._token = None if auth_token is None else _checked_token(auth_token).encode("ascii")
-        self._watch = adapter.watch()
-        self._answers: dict[tuple[Any, ...], tuple[int, Response]] = {}
-        self._pending = 0
-        self._light_queries: set[str] = set()  # for frames, as their last answers were
-        self.metrics.read_at_scrape("smithers_approval_pending", self._count_pending)
-
-    @property
-    def has_token(self) -> bool:
-        return self._token is not None
-
-    def close(self) -> None:
-        self.metrics.stop_reading("smithers_approval_pending", self._count_pending)
-        self._watch.close()
-
-    # The core: head and body in, answer out
-
-    def admit(self, head: Head) -> Route:
-        """Return the route of a request that may go on.
-
-        Raises before a body is read: 401, 403 or 404.
-        """
-        method = "GET" if head.method == "HEAD" else head.method
-        routes = find_routes(head.segments)
-        route = next((route for route in routes if route.method == method), None)
-        if route is not None and route.public:
-            return route
-        self._refuse_foreign_host(head.headers)
-        if not self._is_authorized(head.headers):
-            raise Unauthorized(
-                "a valid token is required: Authorization: Bearer <token>, or x-smithers-key"
-            )
-        if method not in ("GET", "OPTIONS"):
-            self._refuse_foreign_page(head.headers)
-        if route is None and routes:
-            allow = sorted(
-                {route.method for route in routes}
-                | {"HEAD" for route in routes if route.method == "GET"}
-            )
-            raise MethodMismatch(f"{method[:20]} is not possible here", ", ".join(allow))
-        if route is None:
-            raise NotFound("there is no such route")
-        return route
-
-    def is_quick(self, head: Head) -> bool:
-        """Return whether a request can be answered in the thread that all waiting clients share."""
-        if head.has_body or head.method not in ("GET", "HEAD"):
-            return False
-        for route in find_routes(head.segments):
-            if route.method == "GET":
-                is_light = route.handler is get_frames and head.query in self._light_queries
-                # Without a write-ahead log a reader may have to wait for a writer.
-                can_read = self.adapter.readers_never_wait
-                return route.public or can_read and (route.is_quick or is_light)
-        return False
-
-    def respond(self, route: Route, head: Head, body: bytes) -> Response:
-        """Return the route's answer.
-
-        Every failure is answered in the envelope, the unexpected ones are logged.
-        """
-        try:
-            return route.handler(self, Request(head, body, (head.segments or ())[1:]))
-        except ServeError as error:
-            return error_response(error)
-        except Exception:  # the outermost call of a request
-            logger.error("%s failed", route.pattern, exc_info=True)
-            self.metrics.inc("smithers_errors_total")
-            return error_response(ServeError("the server failed to answer; its log says why"))
-
-    def handle(
-        self,
-        head: Head,
-        read_body: Callable[[], bytes],
-        turns: contextlib.AbstractContextManager[Any] | None = None,
-    ) -> Response:
-        """Answer one request; the body is read only when the request may go on.
-
-        `turns` is held while the route works.
-        """
-        started = time.perf_counter()
-        label = UNMATCHED
-        try:
-            route = self.admit(head)
-            label = route.pattern
-            body = read_body()
-            with turns or contextlib.nullcontext():
-                response = self.respond(route, head, body)
-        except ServeError as error:
-            response = error_response(error)
-        self.observe(head.method, label, response.status, started)
-        return response
-
-    def observe(self, method: str, label: str, status: int, started: float) -> None:
-        known = (
-            method
-            if method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
-            else "OTHER"
-        )
-        self.metrics.observe_request(known, label, status, (time.perf_counter() - started) * 1000)
-
-    def _is_authorized(self, headers: Mapping[str, str]) -> bool:
-        if self._token is None:
-            return True
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = [token.strip(" ")] if scheme.lower() == "bearer" else []
-        given.append(headers.get("x-smithers-key", ""))
-        return any(
-            [hmac.compare_digest(text.encode("latin-1", "replace"), self._token) for text in given]
-        )
-
-    def _refuse_foreign_host(self, headers: Mapping[str, str]) -> None:
-        """Refuse a name that only a page's own DNS could have made point here."""
-        host = headers.get("host")  # every browser sends one; an HTTP/1.0 probe need not
-        if self.allowed_hosts is None or host is None:
-            return
-        if _host_name(host) not in self.allowed_hosts:
-            raise Forbidden("this host name is not served here; --allowed-host adds one")
-
-    def _refuse_foreign_page(self, headers: Mapping[str, str]) -> None:
-        """Refuse what a page of another site makes a browser send, also with the right token."""
-        origin = headers.get("origin")
-        if headers.get("sec-fetch-site", "").lower() == "cross-site":
-            raise Forbidden("a page of another site may not do this")
-        if origin is not None:
-            authority = origin.lower().partition("://")[2]
-            if not authority or (
-                authority != headers.get("host", "").lower()
-                and _host_name(authority) not in self.trusted_hosts
-            ):
-                raise Forbidden("a page of another origin may not do this")
-
-    # What routes read and do
-
-    def cached(self, key: tuple[Any, ...], read: Callable[[], Response]) -> Response:
-        """Return the answer for `key`, read again only after a commit by anybody."""
-        version = self._version()
-        found = self._answers.get(key)
-        if found is not None and found[0] == version:
-            return found[1]
-        response = read()
-        # A new dict each time: other threads may be reading the old one.
-        kept = {k: answer for k, answer in self._answers.items() if answer[0] == version}
-        size = len(response.body) + sum(len(answer[1].body) for answer in kept.values())
-        if size > self.MAX_CACHED_BYTES or len(kept) >= self.MAX_CACHED_ANSWERS:
-            kept = {}
-        kept[key] = (version, response)
-        self._answers = kept
-        return response
-
-    def _version(self) -> int:
-        try:
-            return self._watch.version()
-        except sqlite3.OperationalError as error:
-            raise Unavailable("the database is locked by another process") from error
-
-    def read_status(self) -> Response:
-        with self.adapter.snapshot() as reads:
-            run, summary = reads.get_run(self.run_id), reads.get_summary(self.run_id)
-        if run is None:
-            raise RunNotFound(f"there is no run {self.run_id}")
-        self._pending = summary.get("waiting-approval", 0)
-        return json_response(run.to_json(summary))
-
-    def read_frames(self, limit: int, after: int | None) -> Response:
-        frames = self.adapter.list_frames(self.run_id, limit, after)
-        if not frames and self.adapter.get_run(self.run_id) is None:
-            raise RunNotFound(f"there is no run {self.run_id}")
-        return json_response([frame.to_json() for frame in frames])
-
-    def weigh_frames(self, query: str, response: Response) -> None:
-        """Remember whether a query's answer is light: then the next one is too, or nearly so."""
-        if len(response.body) > LIGHT_BYTES:
-            self._light_queries.discard(query)
-        elif query not in self._light_queries:
-            if len(self._light_queries) >= self.MAX_LIGHT_QUERIES:
-                self._light_queries.clear()
-            self._light_queries.add(query)
-
-    def decide(self, verdict: str, request: Request) -> Response:
-        decide(
-            self.adapter, self.run_id, request.parameters[0], _decision_of(verdict, request.body)
-        )
-        return json_response({"runId": self.run_id})
-
-    def _count_pending(self) -> float:
-        """Return how many gates of this run wait, from the same cached reading as GET /."""
-        with contextlib.suppress(RunNotFound):
-            self.cached(("status",), self.read_status)
-        return self._pending
-
-    # Without a socket, and under another web framework
-
-    def request(
-        self,
-        method: str,
-        path: str,
-        *,
-        json: Any = None,
-        headers: Mapping[str, str] | None = None,
-        body: bytes = b"",
-    ) -> Answer:
-        """Answer a request without a socket."""
-        data = to_json(json).encode("utf-8") if json is not None else body
-        fields = {name.lower(): value for name, value in (headers or {}).items()}
-        try:
-            segments, query = _parse_target(path, {"host": "app", **fields}, is_http10=False)
-            head = Head(method.upper(), segments, query, fields, content_length=len(data))
-            response = self.handle(head, lambda: data)
-        except ServeError as error:
-            response = error_response(error)
-        return Answer(
-            response.status,
-            dict(self._plain_headers(response)),
-            self._chunks(method.upper(), response),
-        )
-
-    def __call__(
-        self, environ: dict[str, Any], start_response: Callable[..., Any]
-    ) -> Iterable[bytes]:
-        """Answer as a WSGI application; a stream occupies the calling thread until it ends.
-
-        Source: PEP 3333.
-        """
-        method = environ["REQUEST_METHOD"]
-        try:
-            response = self.handle(_head_of(environ), lambda: _wsgi_body(environ))
-        except ServeError as error:
-            response = error_response(error)
-        reason = HTTPStatus(response.status).phrase
-        start_response(f"{response.status} {reason}", self._plain_headers(response))
-        return self._chunks(method, response)
-
-    @staticmethod
-    def _plain_headers(response: Response) -> list[tuple[str, str]]:
-        headers = list(response.headers)
-        if response.stream is None and response.status != 204:
-            headers.append(("Content-Length", str(len(response.body))))
-        return headers
-
-    def _chunks(self, method: str, response: Response) -> Iterator[bytes]:
-        if method == "HEAD":
-            return iter(())
-        if response.stream is None:
-            return iter((response.body,))
-        return follow_events(self, response.stream.after_seq)
-
-
-def _head_of(environ: Mapping[str, Any]) -> Head:
-    """Return the head of a WSGI request.
-
-    PATH_INFO is decoded already, so a segment is taken as it is.
-    """
-    headers = {
-        name[5:].replace("_", "-").lower(): value
-        for name, value in environ.items()
-        if name.startswith("HTTP_")
-    }
-    try:
-        path = environ.get("PATH_INFO", "").encode("latin-1").decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidRequest("the path is not UTF-8") from error
-    length = environ.get("CONTENT_LENGTH") or "0"
-    segments = tuple((path or "/")[1:].split("/"))
-    return Head(
-        environ["REQUEST_METHOD"],
-        segments,
-        environ.get("QUERY_STRING", ""),
-        headers,
-        content_length=integer_in("Content-Length", length, 0),
-    )
-
-
-def _wsgi_body(environ: Mapping[str, Any]) -> bytes:
-    length = integer_in("Content-Length", environ.get("CONTENT_LENGTH") or "0", 0)
-    if length > MAX_BODY_BYTES:
-        raise PayloadTooLarge(f"the body may have {MAX_BODY_BYTES} bytes, not {length}")
-    is_terminated = environ.get("wsgi.input_terminated")
-    if "HTTP_TRANSFER_ENCODING" in environ and not is_terminated and length == 0:
-        raise InvalidRequest("no chunked body gets through to here: send a content-length")
-    if is_terminated:
-        data: bytes = environ["wsgi.input"].read(MAX_BODY_BYTES + 1)
-        if len(data) > MAX_BODY_BYTES:
-            raise PayloadTooLarge(f"the body may have {MAX_BODY_BYTES} bytes")
-        return data
-    return bytes(environ["wsgi.input"].read(length)) if length else b""
-
-
-def _checked_token(token: str) -> str:
-    """Return a token that a header can carry. Raises ValueError otherwise."""
-    if not token or not all("!" <= character <= "~" for character in token):
-        raise ValueError(
-            "the auth token must be non-empty, of visible ASCII characters without spaces"
-        )
-    return token
-
-
-def _host_name(authority: str) -> str:
-    """Return the name in `name:port` or `[address]:port`, in lower case."""
-    if authority.startswith("["):
-        return authority.partition("]")[0].lower() + "]"
-    return authority.partition(":")[0].lower()
-
-
-def create_serve_app(
-    *,
-    adapter: SmithersDb,
-    run_id: str,
-    abort: threading.Event | None = None,
-    workflow: Workflow | Callable[[Ctx], Workflow] | None = None,
-    auth_token: str | None = None,
-    metrics: bool = True,
-) -> ServeApp:
-    """Return the app that shows and steers one run; its engine may run here or elsewhere.
-
-    `auth_token` falls back to the environment's SMITHERS_API_KEY; without either, nobody is asked
-    for one. `abort` is set by POST /cancel. `workflow` is accepted as in the original; the run's
-    rows say all there is to show. Raises ValueError for a token that no header could carry.
-    """
-    token = auth_token if auth_token is not None else os.environ.get("SMITHERS_API_KEY") or None
-    return ServeApp(adapter, run_id, abort or threading.Event(), token, metrics)
+def render_stream_head(response: Response, is_http10: bool) -> bytes:
+    chunked = b"" if is_http10 else b"Transfer-Encoding: chunked\r\n"
+    head = _head_lines(response.status, response.headers)
+    return head + _date() + chunked + b"Connection: close\r\n\r\n"
 
 
 # ---------------------------------------------------------------------------
-# Event stream: SSE bytes, one thread for all native streams
+# Event stream: a run's log as SSE bytes
 # ---------------------------------------------------------------------------
 
 RETRY_LINE = b"retry: 1000\n\n"
@@ -6208,20 +5715,20 @@ class EventLog:
         return block
 
 
-def follow_events(app: ServeApp, after_seq: int) -> Iterator[bytes]:
+def follow_events(adapter: SmithersDb, run_id: str, after_seq: int) -> Iterator[bytes]:
     """Yield the stream's bytes until the run ends.
 
     For WSGI, where a stream holds its own thread.
     """
-    log = EventLog(app.adapter, app.run_id)
-    watch = app.adapter.watch()
+    log = EventLog(adapter, run_id)
+    watch = adapter.watch()
     committed = threading.Event()
 
     def notice(tx: Tx) -> None:
         committed.set()
 
-    app.adapter.subscribe(notice)
-    app.metrics.inc("smithers_event_streams_active")
+    adapter.subscribe(notice)
+    adapter.metrics.inc("smithers_event_streams_active")
     try:
         yield RETRY_LINE
         spoke_at = time.monotonic()
@@ -6241,9 +5748,982 @@ def follow_events(app: ServeApp, after_seq: int) -> Iterator[bytes]:
                 yield KEEP_ALIVE
                 spoke_at = time.monotonic()
     finally:
-        app.metrics.inc("smithers_event_streams_active", -1)
-        app.adapter.unsubscribe(notice)
+        adapter.metrics.inc("smithers_event_streams_active", -1)
+        adapter.unsubscribe(notice)
         watch.close()
+
+
+# ---------------------------------------------------------------------------
+# Routes: one short function per route, one table, one app
+# ---------------------------------------------------------------------------
+
+
+class RunView:
+    """One run as it is shown: its answers until the next commit, and its log for who follows it.
+
+    `cached` may be called from any thread; the log is the network thread's.
+    """
+
+    MAX_CACHED_ANSWERS = 16
+    MAX_CACHED_BYTES = 16 << 20  # of all cached answers
+    MAX_LIGHT_QUERIES = 16
+
+    def __init__(self, adapter: SmithersDb, watch: Watch, run_id: str) -> None:
+        self.adapter = adapter
+        self.run_id = run_id
+        self.log = EventLog(adapter, run_id)
+        self.streams: set[Any] = set()  # the connections that follow it
+        self._watch = watch
+        self._answers: dict[tuple[Any, ...], tuple[int, Response]] = {}
+        self._pending = 0
+        self._light_queries: set[str] = set()  # for frames, as their last answers were
+
+    def cached(self, key: tuple[Any, ...], read: Callable[[], Response]) -> Response:
+        """Return the answer for `key`, read again only after a commit by anybody."""
+        version = self._version()
+        found = self._answers.get(key)
+        if found is not None and found[0] == version:
+            return found[1]
+        response = read()
+        # A new dict each time: other threads may be reading the old one.
+        kept = {k: answer for k, answer in self._answers.items() if answer[0] == version}
+        size = len(response.body) + sum(len(answer[1].body) for answer in kept.values())
+        if size > self.MAX_CACHED_BYTES or len(kept) >= self.MAX_CACHED_ANSWERS:
+            kept = {}
+        kept[key] = (version, response)
+        self._answers = kept
+        return response
+
+    def _version(self) -> int:
+        try:
+            return self._watch.version()
+        except sqlite3.OperationalError as error:
+            raise Unavailable("the database is locked by another process") from error
+
+    def status(self) -> Response:
+        return self.cached(("status",), self._read_status)
+
+    def _read_status(self) -> Response:
+        with self.adapter.snapshot() as reads:
+            run, summary = reads.get_run(self.run_id), reads.get_summary(self.run_id)
+        if run is None:
+            raise RunNotFound(f"there is no run {self.run_id}")
+        self._pending = summary.get("waiting-approval", 0)
+        return json_response(run.to_json(summary))
+
+    def frames(self, query: str) -> Response:
+        parameters = parse_query(query)
+        limit = min(integer_in("limit", parameters.get("limit", "50"), 1), MAX_FRAMES)
+        after = parameters.get("afterFrameNo")
+        after_no = None if after is None else integer_in("afterFrameNo", after, -1)
+        response = self.cached(
+            ("frames", limit, after_no), lambda: self._read_frames(limit, after_no)
+        )
+        self._weigh_frames(query, response)
+        return response
+
+    def _read_frames(self, limit: int, after: int | None) -> Response:
+        with self.adapter.snapshot() as reads:
+            frames = reads.list_frames(self.run_id, limit, after)
+            if not frames and reads.get_run(self.run_id) is None:
+                raise RunNotFound(f"there is no run {self.run_id}")
+        return json_response([frame.to_json() for frame in frames])
+
+    def _weigh_frames(self, query: str, response: Response) -> None:
+        """Remember whether a query's answer is light: then the next one is too, or nearly so."""
+        if len(response.body) > LIGHT_BYTES:
+            self._light_queries.discard(query)
+        elif query not in self._light_queries:
+            if len(self._light_queries) >= self.MAX_LIGHT_QUERIES:
+                self._light_queries.clear()
+            self._light_queries.add(query)
+
+    def is_light(self, query: str) -> bool:
+        return query in self._light_queries
+
+    def count_pending(self) -> float:
+        """Return how many gates of this run wait, from the same cached reading as GET /."""
+        with contextlib.suppress(RunNotFound):
+            self.status()
+        return self._pending
+
+
+class Request(NamedTuple):
+    """What a route function gets: the run it is about, the head, the body, what the path names."""
+
+    view: RunView
+    head: Head
+    body: bytes
+    parameters: Mapping[str, str]
+
+
+class Route(NamedTuple):
+    method: str
+    pattern: str
+    handler: Callable[[ServeApp, Request], Response]
+    public: bool = False
+    is_quick: bool = False  # answered from memory or by one short read: blocks nobody
+
+
+def get_health(app: ServeApp, request: Request) -> Response:
+    return HEALTHY
+
+
+HEALTHY = json_response({"ok": True})
+
+
+def get_status(app: ServeApp, request: Request) -> Response:
+    return request.view.status()
+
+
+def get_frames(app: ServeApp, request: Request) -> Response:
+    return request.view.frames(request.head.query)
+
+
+def get_events(app: ServeApp, request: Request) -> Response:
+    after = integer_in("afterSeq", parse_query(request.head.query).get("afterSeq", "-1"), -1)
+    last_id = request.head.headers.get("last-event-id")
+    if last_id:  # empty is what some clients send before their first event
+        after = integer_in("Last-Event-ID", last_id, -1)
+        with app.adapter.snapshot() as reads:
+            run = reads.get_run(request.view.run_id)
+            newest = reads.get_newest_seq(request.view.run_id)
+        if after > newest:
+            after = -1  # of another run's log: it begins anew
+        elif run is not None and run.is_terminal and newest <= after:
+            # Tells an EventSource to stop.
+            return Response(204, headers=(("Cache-Control", "no-store"),))
+    app.check_stream_room()
+    headers = (
+        ("Content-Type", "text/event-stream"),
+        ("Cache-Control", "no-cache"),
+        ("X-Accel-Buffering", "no"),
+    )
+    return Response(200, headers=headers, stream=StreamStart(request.view, after))
+
+
+def post_approve(app: ServeApp, request: Request) -> Response:
+    return app.decide("approved", request)
+
+
+def post_deny(app: ServeApp, request: Request) -> Response:
+    return app.decide("denied", request)
+
+
+def post_cancel(app: ServeApp, request: Request) -> Response:
+    said = parse_said(request.body, ("decidedBy", "reason"))
+    cancel_run(app.adapter, request.view.run_id, said.get("decidedBy"), said.get("reason"))
+    app.abort.set()
+    return json_response({"runId": request.view.run_id})
+
+
+def get_metrics(app: ServeApp, request: Request) -> Response:
+    if not app.metrics_enabled:
+        raise NotFound("metrics are switched off")
+    headers = (
+        ("Content-Type", "text/plain; version=0.0.4; charset=utf-8"),
+        ("Cache-Control", "no-store"),
+    )
+    return Response(200, app.metrics.render().encode("utf-8"), headers)
+
+
+APP_ROUTES = (
+    Route("GET", "/health", get_health, public=True, is_quick=True),
+    Route("GET", "/metrics", get_metrics, is_quick=True),
+)
+RUN_ROUTES = (
+    Route("GET", "/", get_status, is_quick=True),
+    Route("GET", "/events", get_events),
+    Route("GET", "/frames", get_frames),
+    Route("POST", "/approve/:nodeId", post_approve),
+    Route("POST", "/deny/:nodeId", post_deny),
+    Route("POST", "/cancel", post_cancel),
+)
+UNMATCHED = "unmatched"  # the metric label of every request without a route: never a raw path
+
+
+class Match(NamedTuple):
+    route: Route
+    parameters: Mapping[str, str]
+
+
+class Router:
+    """Finds the routes of a path: those without parameters by look-up, the others by comparison."""
+
+    def __init__(self, routes: Iterable[Route]) -> None:
+        self._plain: dict[tuple[str, ...], list[Match]] = {}
+        self._by_length: dict[int, list[tuple[tuple[str, ...], Route]]] = {}
+        for route in routes:
+            parts = tuple(route.pattern[1:].split("/"))
+            if any(part.startswith(":") for part in parts):
+                self._by_length.setdefault(len(parts), []).append((parts, route))
+            else:
+                self._plain.setdefault(parts, []).append(Match(route, {}))
+
+    def find(self, segments: tuple[str, ...] | None) -> list[Match]:
+        """Return the routes of a path, whatever their method."""
+        if segments is None:
+            return []
+        found = self._plain.get(segments)
+        if found is not None:
+            return found
+        return [
+            Match(route, {p[1:]: s for p, s in zip(parts, segments) if p.startswith(":")})
+            for parts, route in self._by_length.get(len(segments), ())
+            if all(s if p.startswith(":") else p == s for p, s in zip(parts, segments))
+        ]
+
+
+def parse_said(body: bytes, texts: Seq[str], numbers: Seq[str] = ()) -> dict[str, Any]:
+    """Return what a request body says, by these keys.
+
+    Raises InvalidRequest for whatever it should not hold: a misspelt key would be said in vain.
+    """
+    if not body:
+        return {}
+    try:
+        value = parse_json(body)
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not JSON: {log_safe(error)[:200]}") from error
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"the body must be a JSON object, not {type(value).__name__}")
+    unknown = [name for name in value if name not in (*texts, *numbers)]
+    if unknown:
+        known = ", ".join((*numbers, *texts))
+        raise InvalidRequest(f"there is no field {log_safe(unknown[0])[:50]!r} here, only {known}")
+    for name in numbers:
+        number = value.get(name)
+        is_whole = isinstance(number, int) and not isinstance(number, bool)
+        if number is not None and not (is_whole and 0 <= number <= INT64_MAX):
+            raise InvalidRequest(f"{name} must be a whole number of at least 0")
+    for name in texts:
+        limit = MAX_NAME_CHARS if name == "decidedBy" else MAX_NOTE_CHARS
+        text = value.get(name)
+        if text is not None and (not isinstance(text, str) or len(text) > limit):
+            raise InvalidRequest(f"{name} must be text of at most {limit} characters")
+    return value
+
+
+def _decision_of(verdict: str, body: bytes) -> Decision:
+    said = parse_said(body, ("note", "decidedBy"), ("iteration", "requestedAtMs"))
+    return Decision(
+        verdict,
+        said.get("iteration"),
+        said.get("note"),
+        said.get("decidedBy"),
+        said.get("requestedAtMs"),
+    )
+
+
+class Answer:
+    """What `app.request` returns: `status`, `headers`, `body`, `json()`.
+
+    For an event stream `chunks` yields as events come, and `body` waits for the end.
+    """
+
+    def __init__(self, status: int, headers: dict[str, str], chunks: Iterator[bytes]) -> None:
+        self.status = status
+        self.headers = headers
+        self.chunks = chunks
+        self._body: bytes | None = None
+
+    @property
+    def body(self) -> bytes:
+        if self._body is None:
+            self._body = b"".join(self.chunks)
+        return self._body
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class ServeApp:
+    """The HTTP surface of one run.
+
+    A WSGI callable, `request` without a socket, and the core behind make_server.
+    """
+
+    def __init__(
+        self,
+        adapter: SmithersDb,
+        run_id: str,
+        abort: threading.Event,
+        auth_token: str | None,
+        metrics: bool,
+    ) -> None:
+        self.adapter = adapter
+        self.run_id = run_id
+        self.abort = abort
+        self.metrics = adapter.metrics
+        self.metrics_enabled = metrics
+        # Host names that may be asked for; None means any. make_server narrows it on a loopback
+        # bind without token.
+        self.allowed_hosts: frozenset[str] | None = None
+        self.trusted_hosts: frozenset[str] = frozenset()
+        self.check_stream_room: Callable[[], None] = lambda: None
+        self._token = None if auth_token is None else _checked_token(auth_token).encode("ascii")
+        self._router = Router(APP_ROUTES + RUN_ROUTES)
+        self._watch = adapter.watch()
+        self._view = RunView(adapter, self._watch, run_id)
+        self.metrics.read_at_scrape("smithers_approval_pending", self._view.count_pending)
+
+    @property
+    def has_token(self) -> bool:
+        return self._token is not None
+
+    def close(self) -> None:
+        self.metrics.stop_reading("smithers_approval_pending", self._view.count_pending)
+        self._watch.close()
+
+    # The core: head and body in, answer out
+
+    def admit(self, head: Head) -> Match:
+        """Return the route of a request that may go on.
+
+        Raises before a body is read: 401, 403 or 404.
+        """
+        method = "GET" if head.method == "HEAD" else head.method
+        matches = self._router.find(head.segments)
+        match = next((match for match in matches if match.route.method == method), None)
+        if match is not None and match.route.public:
+            return match
+        self._refuse_foreign_host(head.headers)
+        if not self._is_authorized(head.headers):
+            raise Unauthorized(
+                "a valid token is required: Authorization: Bearer <token>, or x-smithers-key"
+            )
+        if method not in ("GET", "OPTIONS"):
+            self._refuse_foreign_page(head.headers)
+        if match is None and matches:
+            methods = {match.route.method for match in matches}
+            allow = sorted(methods | ({"HEAD"} if "GET" in methods else set()))
+            raise MethodMismatch(f"{method[:20]} is not possible here", ", ".join(allow))
+        if match is None:
+            raise NotFound("there is no such route")
+        return match
+
+    def is_quick(self, head: Head) -> bool:
+        """Return whether a request can be answered in the thread that all clients share."""
+        if head.has_body or head.method not in ("GET", "HEAD"):
+            return False
+        for match in self._router.find(head.segments):
+            route = match.route
+            if route.method == "GET":
+                is_light = route.handler is get_frames and self._view.is_light(head.query)
+                # Without a write-ahead log a reader may have to wait for a writer.
+                can_read = self.adapter.readers_never_wait
+                return route.public or can_read and (route.is_quick or is_light)
+        return False
+
+    def respond(self, match: Match, head: Head, body: bytes) -> Response:
+        """Return the route's answer.
+
+        Every failure is answered in the envelope, the unexpected ones are logged.
+        """
+        try:
+            request = Request(self._view, head, body, match.parameters)
+            return match.route.handler(self, request)
+        except ServeError as error:
+            return error_response(error)
+        except DatabaseGone as error:
+            return error_response(Unavailable(str(error)))
+        except Exception:  # the outermost call of a request
+            logger.error("%s failed", match.route.pattern, exc_info=True)
+            self.metrics.inc("smithers_errors_total")
+            return error_response(ServeError("the server failed to answer; its log says why"))
+
+    def handle(self, head: Head, read_body: Callable[[], bytes]) -> Response:
+        """Answer one request; the body is read only when the request may go on."""
+        started = time.perf_counter()
+        label = UNMATCHED
+        try:
+            match = self.admit(head)
+            label = match.route.pattern
+            response = self.respond(match, head, read_body())
+        except ServeError as error:
+            response = error_response(error)
+        self.observe(head.method, label, response.status, started)
+        return response
+
+    def observe(self, method: str, label: str, status: int, started: float) -> None:
+        known = (
+            method
+            if method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
+            else "OTHER"
+        )
+        self.metrics.observe_request(known, label, status, (time.perf_counter() - started) * 1000)
+
+    def _is_authorized(self, headers: Mapping[str, str]) -> bool:
+        if self._token is None:
+            return True
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = [token.strip(" ")] if scheme.lower() == "bearer" else []
+        given.append(headers.get("x-smithers-key", ""))
+        return any(
+            [hmac.compare_digest(text.encode("latin-1", "replace"), self._token) for text in given]
+        )
+
+    def _refuse_foreign_host(self, headers: Mapping[str, str]) -> None:
+        """Refuse a name that only a page's own DNS could have made point here."""
+        host = headers.get("host")  # every browser sends one; an HTTP/1.0 probe need not
+        if self.allowed_hosts is None or host is None:
+            return
+        if _host_name(host) not in self.allowed_hosts:
+            raise Forbidden("this host name is not served here; --allowed-host adds one")
+
+    def _refuse_foreign_page(self, headers: Mapping[str, str]) -> None:
+        """Refuse what a page of another site makes a browser send, also with the right token."""
+        origin = headers.get("origin")
+        if headers.get("sec-fetch-site", "").lower() == "cross-site":
+            raise Forbidden("a page of another site may not do this")
+        if origin is not None:
+            authority = origin.lower().partition("://")[2]
+            if not authority or (
+                authority != headers.get("host", "").lower()
+                and _host_name(authority) not in self.trusted_hosts
+            ):
+                raise Forbidden("a page of another origin may not do this")
+
+    def decide(self, verdict: str, request: Request) -> Response:
+        decision = _decision_of(verdict, request.body)
+        decide(self.adapter, request.view.run_id, request.parameters["nodeId"], decision)
+        return json_response({"runId": request.view.run_id})
+
+    # Without a socket, and under another web framework
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        json: Any = None,
+        headers: Mapping[str, str] | None = None,
+        body: bytes = b"",
+    ) -> Answer:
+        """Answer a request without a socket."""
+        data = to_json(json).encode("utf-8") if json is not None else body
+        fields = {name.lower(): value for name, value in (headers or {}).items()}
+        try:
+            segments, query = _parse_target(path, {"host": "app", **fields}, is_http10=False)
+            head = Head(method.upper(), segments, query, fields, content_length=len(data))
+            response = self.handle(head, lambda: data)
+        except ServeError as error:
+            response = error_response(error)
+        return Answer(
+            response.status,
+            dict(self._plain_headers(response)),
+            self._chunks(method.upper(), response),
+        )
+
+    def __call__(
+        self, environ: dict[str, Any], start_response: Callable[..., Any]
+    ) -> Iterable[bytes]:
+        """Answer as a WSGI application; a stream occupies the calling thread until it ends.
+
+        Source: PEP 3333.
+        """
+        method = environ["REQUEST_METHOD"]
+        try:
+            response = self.handle(_head_of(environ), lambda: _wsgi_body(environ))
+        except ServeError as error:
+            response = error_response(error)
+        reason = HTTPStatus(response.status).phrase
+        start_response(f"{response.status} {reason}", self._plain_headers(response))
+        return self._chunks(method, response)
+
+    @staticmethod
+    def _plain_headers(response: Response) -> list[tuple[str, str]]:
+        headers = list(response.headers)
+        if response.stream is None and response.status != 204:
+            headers.append(("Content-Length", str(len(response.body))))
+        return headers
+
+    def _chunks(self, method: str, response: Response) -> Iterator[bytes]:
+        if method == "HEAD":
+            return iter(())
+        if response.stream is None:
+            return iter((response.body,))
+        return follow_events(self.adapter, response.stream.view.run_id, response.stream.after_seq)
+
+
+def _head_of(environ: Mapping[str, Any]) -> Head:
+    """Return the head of a WSGI request.
+
+    PATH_INFO is decoded already, so a segment is taken as it is.
+    """
+    headers = {
+        name[5:].replace("_", "-").lower(): value
+        for name, value in environ.items()
+        if name.startswith("HTTP_")
+    }
+    try:
+        path = environ.get("PATH_INFO", "").encode("latin-1").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("the path is not UTF-8") from error
+    length = environ.get("CONTENT_LENGTH") or "0"
+    segments = tuple((path or "/")[1:].split("/"))
+    return Head(
+        environ["REQUEST_METHOD"],
+        segments,
+        environ.get("QUERY_STRING", ""),
+        headers,
+        content_length=integer_in("Content-Length", length, 0),
+    )
+
+
+def _wsgi_body(environ: Mapping[str, Any]) -> bytes:
+    length = integer_in("Content-Length", environ.get("CONTENT_LENGTH") or "0", 0)
+    if length > MAX_BODY_BYTES:
+        raise PayloadTooLarge(f"the body may have {MAX_BODY_BYTES} bytes, not {length}")
+    is_terminated = environ.get("wsgi.input_terminated")
+    if "HTTP_TRANSFER_ENCODING" in environ and not is_terminated and length == 0:
+        raise InvalidRequest("no chunked body gets through to here: send a content-length")
+    if is_terminated:
+        data: bytes = environ["wsgi.input"].read(MAX_BODY_BYTES + 1)
+        if len(data) > MAX_BODY_BYTES:
+            raise PayloadTooLarge(f"the body may have {MAX_BODY_BYTES} bytes")
+        return data
+    return bytes(environ["wsgi.input"].read(length)) if length else b""
+
+
+def _checked_token(token: str) -> str:
+    """Return a token that a header can carry. Raises ValueError otherwise."""
+    if not token or not all("!" <= character <= "~" for character in token):
+        raise ValueError(
+            "the auth token must be non-empty, of visible ASCII characters without spaces"
+        )
+    return token
+
+
+def _host_name(authority: str) -> str:
+    """Return the name in `name:port` or `[address]:port`, in lower case."""
+    if authority.startswith("["):
+        return authority.partition("]")[0].lower() + "]"
+    return authority.partition(":")[0].lower()
+
+
+def create_serve_app(
+    *,
+    adapter: SmithersDb,
+    run_id: str,
+    abort: threading.Event | None = None,
+    workflow: Workflow | Callable[[Ctx], Workflow] | None = None,
+    auth_token: str | None = None,
+    metrics: bool = True,
+) -> ServeApp:
+    """Return the app that shows and steers one run; its engine may run here or elsewhere.
+
+    `auth_token` falls back to the environment's SMITHERS_API_KEY; without either, nobody is asked
+    for one, and an empty one is a mistake. `abort` is set by POST /cancel. `workflow` is accepted as in the original; the run's
+    rows say all there is to show. Raises ValueError for a token that no header could carry.
+    """
+    token = auth_token if auth_token is not None else os.environ.get("SMITHERS_API_KEY")
+    return ServeApp(adapter, run_id, abort or threading.Event(), token, metrics)
+
+
+# ---------------------------------------------------------------------------
+# Conversation: the protocol of one connection, read once and in order
+# ---------------------------------------------------------------------------
+
+HEAD_SECONDS = 10.0  # for a whole head, from its first byte
+BODY_SECONDS = 30.0  # for a whole body
+IDLE_SECONDS = 75.0  # between requests
+LINGER_SECONDS = 2.0
+MAX_LINGER_BYTES = MAX_BODY_BYTES
+MAX_LARGE_REQUESTS = 2  # with a body of over 64 KiB, at once
+_BARE_LF = re.compile(rb"(?<!\r)\n")
+_CHUNK_HEAD = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
+_TRAILER = re.compile(rb"(?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*)?\r\n")
+
+
+class Want(NamedTuple):
+    """What a conversation waits for, when it is not bytes that it wants written."""
+
+    what: str
+
+
+# It goes on with what the client has sent, b"" at its end, None when the deadline has passed.
+READ = Want("read")
+# It goes on with True when few enough requests with a large body are under way, with False at its
+# deadline; TURN_END says that its own is not any more.
+TURN, TURN_END = Want("turn"), Want("turn end")
+# Its last answer is out: the client should read the end of it.
+LAST = Want("last")
+
+
+class Work(NamedTuple):
+    """A call that may block; the conversation goes on with the Response that it returns."""
+
+    call: Callable[[], Response]
+    is_reading: bool
+
+
+class Follow(NamedTuple):
+    """The rest of the connection is the events of a run."""
+
+    start: StreamStart
+    is_chunked: bool
+
+
+class Large(NamedTuple):
+    """A large body to be written, which other clients may be reading as well."""
+
+    body: bytes
+
+
+Talk = Generator[Any, Any, Any]
+
+
+class Conversation:
+    """The protocol of one connection, without a socket: bytes in, bytes and wants out.
+
+    `deadline` is when the client's turn ends; `waits_since` is set while the next move is the
+    client's. Used by the network thread.
+    """
+
+    __slots__ = ("_app", "_buffer", "_server", "deadline", "has_turn", "waits_since")
+
+    def __init__(self, app: ServeApp, server: Any) -> None:
+        self._app = app
+        self._server = server  # tells whether it `is_stopping`
+        self._buffer = b""
+        self.deadline = math.inf
+        self.waits_since: float | None = None
+        self.has_turn = False  # a large body of it is under way
+
+    def await_client(self, seconds: float) -> None:
+        self.waits_since = time.monotonic()
+        self.deadline = self.waits_since + seconds
+
+    def _work(self) -> None:
+        self.waits_since = None
+        self.deadline = math.inf
+
+    def converse(self) -> Talk:
+        """Answer requests until the connection is to be closed, or becomes a stream."""
+        keep_alive = True
+        while keep_alive:
+            started = time.perf_counter()
+            try:
+                data = yield from self._read_head()
+                if data is None:
+                    return
+                started = time.perf_counter()
+                head = (
+                    _parse_head_cached(data) if len(data) <= MAX_CACHED_HEAD else parse_head(data)
+                )
+            except ServeError as error:
+                self._app.observe("", UNMATCHED, error.status, started)
+                yield render_response(error_response(error), False, False, False)
+                break
+            if self._app.is_quick(head):
+                self._work()
+                response = self._app.handle(head, bytes)
+                keep_alive = head.keep_alive and not self._server.is_stopping
+                is_head = head.method == "HEAD"
+                yield render_response(response, is_head, keep_alive, head.is_http10)
+            else:
+                keep_alive = yield from self._answer(head, started)
+        yield from self._linger()
+
+    def _answer(self, head: Head, started: float) -> Talk:
+        """Answer one request that may block; return whether another may follow."""
+        app, label = self._app, UNMATCHED
+        self._work()
+        has_read = not head.has_body
+        try:
+            match = app.admit(head)
+            label = match.route.pattern
+            body = b""
+            if not has_read:
+                body = yield from self._read_body(head)
+                has_read = True
+            call = functools.partial(app.respond, match, head, body)
+            response = yield Work(call, head.method in ("GET", "HEAD"))
+        except ServeError as error:
+            response = error_response(error)
+        if self.has_turn:
+            yield TURN_END
+        app.observe(head.method, label, response.status, started)
+        keep_alive = head.keep_alive and has_read and not self._server.is_stopping
+        is_head = head.method == "HEAD"
+        if response.stream is not None:
+            yield render_stream_head(response, head.is_http10)
+            if not is_head:
+                yield Follow(response.stream, not head.is_http10)
+            return False
+        is_large = len(response.body) > LIGHT_BYTES and not is_head
+        yield render_response(response, is_head or is_large, keep_alive, head.is_http10)
+        if is_large:
+            yield Large(response.body)
+        return keep_alive
+
+    def _linger(self) -> Talk:
+        """Read on for a moment before closing.
+
+        Closing on unread data would reset the connection and lose the answer.
+        """
+        yield LAST
+        self.await_client(LINGER_SECONDS)
+        left = MAX_LINGER_BYTES
+        while left > 0:
+            data = yield READ
+            if not data:
+                return
+            left -= len(data)
+
+    # Reading
+
+    def _read_head(self) -> Talk:
+        """Return the bytes of the next head, or None when the client has ended between requests."""
+        self.await_client(HEAD_SECONDS if self._buffer else IDLE_SECONDS)
+        seen = 0
+        while True:
+            head = self._take_head(seen) if self._buffer else None
+            if head is not None:
+                return head
+            seen = len(self._buffer)
+            data = yield READ
+            if not data:
+                if data is None and self._buffer:
+                    raise RequestTimeout("the head of the request did not arrive in time")
+                return None
+            if not self._buffer:
+                self.await_client(HEAD_SECONDS)
+            self._buffer += data
+
+    def _take_head(self, seen: int) -> bytes | None:
+        """Take a complete head off the buffer, None without one; `seen` bytes hold no end."""
+        buffer = self._buffer
+        if len(buffer) > MAX_REQUEST_LINE and buffer.find(b"\r\n", 0, MAX_REQUEST_LINE + 2) < 0:
+            raise UriTooLong(f"the request line has over {MAX_REQUEST_LINE} bytes")
+        end = buffer.find(b"\r\n\r\n", max(0, seen - 3))
+        if end > MAX_HEAD_BYTES or end < 0 and len(buffer) > MAX_HEAD_BYTES:
+            raise HeadersTooLarge(f"the head has over {MAX_HEAD_BYTES} bytes")
+        if end >= 0:
+            self._buffer = buffer[end + 4 :]
+            return buffer[:end]
+        if _BARE_LF.search(buffer, max(0, seen - 1)):
+            raise InvalidRequest("a line ends without a carriage return")
+        return None
+
+    def _read_body(self, head: Head) -> Talk:
+        """Return the whole body.
+
+        Raises a ServeError when it is malformed, too large or too slow.
+        """
+        if head.expects_continue and not self._buffer:
+            yield b"HTTP/1.1 100 Continue\r\n\r\n"
+        self.await_client(BODY_SECONDS)
+        body = yield from (
+            self._read_chunks() if head.chunked else self._read_bytes(head.content_length)
+        )
+        self._work()
+        return body
+
+    def _read_more(self) -> Talk:
+        data = yield READ
+        if data is None:
+            raise RequestTimeout("the body of the request did not arrive in time")
+        if not data:
+            raise InvalidRequest("the body ends early")
+        return data
+
+    def _take_turn(self) -> Talk:
+        """Wait until few enough requests with a large body are under way; until it is answered."""
+        if not self.has_turn and not (yield TURN):
+            raise Unavailable("too many requests with a large body at once")
+
+    def _read_bytes(self, count: int) -> Talk:
+        if count > LIGHT_BYTES:
+            yield from self._take_turn()
+        parts, missing = [self._buffer], count - len(self._buffer)
+        while missing > 0:
+            data = yield from self._read_more()
+            parts.append(data)
+            missing -= len(data)
+        whole = b"".join(parts)
+        self._buffer = whole[count:]
+        return whole[:count]
+
+    def _read_chunks(self) -> Talk:
+        """Return a chunked body. Source: RFC 9112 section 7.1."""
+        body = bytearray()
+        at = 0  # a cursor: a body of one-byte chunks must not be copied for each
+        while True:
+            found, at = yield from self._find(_CHUNK_HEAD, at, "a chunk size")
+            size = int(found[1], 16)
+            if size == 0:
+                break
+            if len(body) + size > MAX_BODY_BYTES:
+                raise PayloadTooLarge(f"the body may have {MAX_BODY_BYTES} bytes")
+            if len(body) + size > LIGHT_BYTES:
+                yield from self._take_turn()
+            while len(self._buffer) < at + size + 2:
+                data = yield from self._read_more()
+                self._buffer, at = self._buffer[at:] + data, 0
+            if self._buffer[at + size : at + size + 2] != b"\r\n":
+                raise InvalidRequest("a chunk does not end where it should")
+            body += self._buffer[at : at + size]
+            at += size + 2
+        for _ in range(MAX_HEADER_COUNT):
+            found, at = yield from self._find(_TRAILER, at, "a trailer line")
+            if found[0] == b"\r\n":
+                self._buffer = self._buffer[at:]
+                return bytes(body)
+        raise HeadersTooLarge(f"over {MAX_HEADER_COUNT} trailer fields")
+
+    def _find(self, pattern: re.Pattern[bytes], at: int, what: str) -> Talk:
+        """Return the match of a whole line at the cursor, and where the next one begins."""
+        while True:
+            found = pattern.match(self._buffer, at)
+            if found is not None:
+                return found, found.end()
+            is_whole = self._buffer.find(b"\n", at) >= 0
+            if is_whole or len(self._buffer) - at > MAX_REQUEST_LINE:
+                raise InvalidRequest(f"{what} is malformed")
+            data = yield from self._read_more()
+            self._buffer, at = self._buffer[at:] + data, 0
+
+
+# ---------------------------------------------------------------------------
+# Network: one thread that owns every socket and writes every byte
+# ---------------------------------------------------------------------------
+
+MAX_CONNECTIONS = 1000
+WANTED_DESCRIPTORS = 16_384  # for all of these, all streams, and a database reader each
+RESERVED_DESCRIPTORS = 64  # never for clients: the database, the log, the pipes of commands
+LISTEN_BACKLOG = 1024  # http.server's 5 drops connections in a burst
+MAX_READERS = 4  # threads that make answers; decisions and the like have one of their own
+MAX_LARGE_BYTES = 64 << 20  # of large answers that wait for slow clients
+READ_BYTES = 16 << 10  # of one client, before the others have their turn
+MAX_STEPS = 16  # of one client, likewise: it may have sent many requests at once
+WRITE_BYTES = 256 << 10
+SEND_BUFFER_BYTES = 256 << 10
+WRITE_SECONDS = 60.0  # per 256 KiB: a reader slower than that is dropped
+DRAIN_SECONDS = 2.0  # what requests in work get at a stop
+
+
+class Workers:
+    """Threads that make the answers which may block: some read, one decides.
+
+    `submit` is called by the network thread; what they have made goes back through `post`.
+    """
+
+    def __init__(self, post: Callable[[Connection, Response], None]) -> None:
+        self._post = post
+        self._reads: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._writes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._queues = [self._reads] * MAX_READERS + [self._writes]
+        for works in self._queues:
+            start_thread("worker", self._work, works)
+
+    def submit(self, connection: Connection, work: Work) -> None:
+        (self._reads if work.is_reading else self._writes).put((connection, work, time.monotonic()))
+
+    def _work(self, works: queue.SimpleQueue[Any]) -> None:
+        while True:
+            item = works.get()
+            if item is None:
+                return
+            connection, work, since = item
+            if time.monotonic() - since > HTTP_LOCK_PATIENCE_SECONDS:
+                late = Unavailable("the database is locked by another process")
+                self._post(connection, error_response(late))
+            else:
+                self._post(connection, work.call())  # answers every failure itself
+
+    def stop(self) -> None:
+        for works in self._queues:
+            works.put(None)
+
+
+class Connection:
+    """A client's socket, what it has not taken yet, and what its conversation wants.
+
+    As a stream it has a cursor into a run's log instead. Used by the network thread.
+    """
+
+    __slots__ = (
+        "cursor",
+        "events",
+        "is_chunked",
+        "is_ending",
+        "is_half_closed",
+        "is_lagging",
+        "is_tls",
+        "keep_alive_at",
+        "pending",
+        "shared",
+        "socket",
+        "state",
+        "taken",
+        "talk",
+        "view",
+        "want",
+    )
+
+    def __init__(
+        self, sock: socket.socket, state: Conversation, ssl_context: ssl.SSLContext | None
+    ) -> None:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Left alone the kernel keeps megabytes for a client that does not read.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        self.socket = sock
+        self.state = state
+        self.talk = state.converse()
+        self.want: Any = LAST  # nothing yet; None when it has been dropped
+        self.is_tls = ssl_context is not None
+        if ssl_context is not None:
+            self.socket = ssl_context.wrap_socket(
+                sock, server_side=True, do_handshake_on_connect=False
+            )
+            self.want = HANDSHAKE
+            state.await_client(HEAD_SECONDS)
+        self.events = 0
+        self.pending: bytes | memoryview = b""
+        self.taken = 0  # of what is pending, since its deadline was set
+        self.shared: bytes | None = None  # the large body that is pending
+        # As a stream
+        self.view: RunView | None = None
+        self.cursor = -1
+        self.is_chunked = self.is_ending = self.is_half_closed = False
+        self.is_lagging = False  # its socket would take more, and it waits for its turn to get it
+        self.keep_alive_at = 0.0
+
+    @property
+    def has_more(self) -> bool:
+        """True when TLS has decrypted more than was read: the socket will not say so."""
+        return self.is_tls and bool(self.socket.pending())  # type: ignore[attr-defined]
+
+    def receive(self) -> bytes | None:
+        """Return what the client has sent, b"" at its end, None when there is nothing yet."""
+        try:
+            return self.socket.recv(READ_BYTES)
+        except OSError as error:
+            _nothing_yet(error)
+            return None
+
+    def flush(self) -> bool:
+        """Write what is pending; True when the socket has taken all of it."""
+        while self.pending:
+            try:
+                sent = self.socket.send(self.pending[:WRITE_BYTES])
+            except OSError as error:
+                _nothing_yet(error)
+                return False
+            self.pending = self.pending[sent:]
+            self.taken += sent
+        return True
+
+
+def _nothing_yet(error: OSError) -> None:
+    """Return for a socket that wants to be asked again; raise the error when it is a real one."""
+    wants_again = ("SSLWantReadError", "SSLWantWriteError")
+    is_blocked = isinstance(error, (BlockingIOError, InterruptedError))
+    if not is_blocked and type(error).__name__ not in wants_again:
+        raise error
 
 
 class Waker:
@@ -6273,298 +6753,497 @@ class Waker:
         self._reader.close()
 
 
-class ClientGone(Exception):
-    """A stream's socket has failed: its client has left, which is normal."""
+HANDSHAKE = Want("handshake")
 
 
-def _unless_blocked(error: OSError) -> None:
-    """Return for a non-blocking socket that wants to be asked again; raise ClientGone else."""
-    wants_again = ("SSLWantReadError", "SSLWantWriteError")
-    if (
-        isinstance(error, (BlockingIOError, InterruptedError))
-        or type(error).__name__ in wants_again
-    ):
-        return
-    raise ClientGone from error
+class Network:
+    """Carries every conversation on as far as it goes, sends events to who follows, and keeps time.
 
-
-class Stream:
-    """One client: a socket, a cursor into the log, and what the socket has not taken yet."""
-
-    __slots__ = (
-        "socket",
-        "cursor",
-        "pending",
-        "is_chunked",
-        "is_ending",
-        "is_lagging",
-        "is_blocked",
-        "half_closed",
-        "wrote_at",
-        "next_keep_alive",
-    )
-
-    def __init__(self, sock: socket.socket, cursor: int, is_chunked: bool) -> None:
-        self.socket = sock
-        self.cursor = cursor
-        self.pending = chunk(RETRY_LINE) if is_chunked else RETRY_LINE
-        self.is_chunked = is_chunked
-        self.is_ending = False
-        self.is_lagging = False  # its socket would take more, and it waits for its turn to get it
-        self.is_blocked = False
-        self.half_closed = False
-        self.wrote_at = time.monotonic()
-        self.next_keep_alive = self.wrote_at + KEEP_ALIVE_SECONDS
-
-
-class StreamThread:
-    """Writes every native event stream of a server from one thread.
-
-    A client is a cursor, not a queue: one that is slow costs some kilobytes that its socket has not
-    taken, and reads on from the database when it takes more. New events go first to those who have
-    everything else; those who read older ones share what time is left.
+    New events go first to the streams that have everything else; those that read older ones share
+    what time is left. `admit`, `make_room`, `post`, `check_room` and `stop` may be called from any
+    thread; the rest runs in the network thread.
     """
 
-    LAGGING_SECONDS = 0.005  # how long older events are sent before new ones are looked for
+    STREAM_SECONDS = 0.001  # how long events are sent before sockets are looked at again
+    TICK_SECONDS = 0.5
 
-    def __init__(self, app: ServeApp, max_streams: int) -> None:
+    def __init__(
+        self,
+        app: ServeApp,
+        ssl_context: ssl.SSLContext | None,
+        max_connections: int,
+        max_streams: int,
+    ) -> None:
+        self.is_stopping = False
         self._app = app
-        self._max_streams = max_streams
-        self._log = EventLog(app.adapter, app.run_id)
-        self._streams: dict[int, Stream] = {}
-        self._lagging: collections.deque[Stream] = collections.deque()
-        self._incoming: collections.deque[Stream] = collections.deque()
+        self._ssl_context = ssl_context
+        self._max_connections, self._max_streams = max_connections, max_streams
+        self._connections: set[Connection] = set()  # without the streams
+        self._streams: set[Connection] = set()
+        self._views: set[RunView] = set()  # that somebody follows
+        self._fresh: collections.deque[Connection] = collections.deque()  # streams with news to get
+        self._lagging: collections.deque[Connection] = collections.deque()
+        self._later: collections.deque[Connection] = collections.deque()
+        self._turns = MAX_LARGE_REQUESTS
+        self._awaiting_turn: collections.deque[Connection] = collections.deque()
+        self._inbox: collections.deque[tuple[Callable[..., Any], Any]] = collections.deque()
+        # Runs with a commit that their log has not been looked at after.
+        self._stale: collections.deque[str] = collections.deque()
+        self._watch: Watch | None = None
+        self._look_at = 0.0
         self._selector = selectors.DefaultSelector()
         self._waker = Waker(self._selector)
-        self._stopping = threading.Event()
-        self._lock = threading.Lock()  # guards _count, _thread and _stopping against adding streams
-        self._count = 0
-        self._thread: threading.Thread | None = None
+        self._sweep_at = 0.0
+        self._end_at = math.inf
+        self._workers = Workers(lambda *answer: self.post(self._answered, answer))
+        app.adapter.subscribe(self._notice)
+        self._thread = start_thread("network", self._run)
 
-    def add(self, sock: socket.socket, cursor: int, is_chunked: bool) -> None:
-        """Take over a socket whose head has been sent.
+    # From other threads
 
-        Raises Unavailable when there are too many streams.
-        """
-        sock.setblocking(False)
-        with self._lock:
-            if self._stopping.is_set():
-                raise Unavailable("the server is stopping")
-            self.check_room()
-            self._count += 1
-            self._app.metrics.inc("smithers_event_streams_active")
-            self._incoming.append(Stream(sock, cursor, is_chunked))
-            if self._thread is None:
-                self._app.adapter.subscribe(self._notice)
-                self._thread = start_thread("streams", self._run)
+    def post(self, call: Callable[[Any], Any], value: Any = None) -> None:
+        """Have `call(value)` made in the network thread."""
+        self._inbox.append((call, value))
         self._waker.wake()
+
+    def admit(self, sock: socket.socket) -> None:
+        self.post(self._admit, sock)
+
+    def make_room(self) -> None:
+        self.post(lambda _: self._make_room())
 
     def check_room(self) -> None:
         """Raise Unavailable when there are too many streams."""
-        if self._count >= self._max_streams:
+        if len(self._streams) >= self._max_streams:
             raise Unavailable(f"{self._max_streams} event streams are open already")
 
-    def stop(self, timeout: float) -> None:
-        """End every stream properly and wait for the thread."""
-        with self._lock:
-            self._stopping.set()
-            thread, self._thread = self._thread, None
-        if thread is not None:
-            self._waker.wake()
-            thread.join(timeout)
-            self._app.adapter.unsubscribe(self._notice)
-        self._selector.close()
-        self._waker.close()
+    def stop(self) -> None:
+        """End the streams with a proper last chunk, let what is in work be answered, then close."""
+        self.post(self._begin_to_stop)
+        self._thread.join(DRAIN_SECONDS + 3.0)
+        self._workers.stop()
+        self._app.adapter.unsubscribe(self._notice)
 
     def _notice(self, tx: Tx) -> None:
-        if self._count and (tx.events or tx.is_control):
+        if self._streams and (tx.events or tx.is_control):
+            self._stale.append(tx.run_id)
             self._waker.wake()
 
-    # Everything below runs in the stream thread
+    def close_inherited(self) -> None:
+        """Let go of the parent's sockets, in a forked child."""
+        for connection in (*self._connections, *self._streams):
+            socket.socket.close(connection.socket)
+        self._waker.close()
+        self._selector.close()
+
+    # The loop
 
     def _run(self) -> None:
-        watch = self._app.adapter.watch()
-        is_stale = True  # there was a commit that the log has not been looked at after
         tick_at = 0.0
         try:
-            while not self._stopping.is_set():
-                try:
-                    self._select(0.0 if self._lagging else WATCH_SECONDS if self._streams else None)
-                    self._admit()
-                    is_stale = watch.changed() or is_stale
-                    if is_stale and self._log.refresh():
-                        self._pump_newest()
-                    is_stale = False
-                    self._pump_lagging()
-                    now = time.monotonic()
-                    if now >= tick_at:
-                        tick_at = now + 1.0
-                        self._tick(now)
-                except Exception:  # the outermost loop of this thread: streams wait, and go on
-                    logger.error("event streams wait: the log cannot be read", exc_info=True)
-                    self._app.metrics.inc("smithers_errors_total")
-                    self._stopping.wait(KEEP_ALIVE_SECONDS / 10)
-                    for stream in self._streams.values():
-                        self._let_lag(stream)
-            self._admit()
-            for stream in list(self._streams.values()):
-                self._guard(self._leave, stream)
+            while time.monotonic() < self._end_at and not (
+                self.is_stopping and not self._connections
+            ):
+                self._guarded(self._turn, None)
+                now = time.monotonic()
+                if now >= tick_at:
+                    tick_at = now + self.TICK_SECONDS
+                    self._guarded(self._tick, now)
         finally:
-            watch.close()
+            for connection in (*self._connections, *self._streams):
+                self._drop(connection)
+            if self._watch is not None:
+                self._watch.close()
+            self._selector.close()
+            self._waker.close()
 
-    def _select(self, timeout: float | None) -> None:
-        for key, events in self._selector.select(timeout):
+    def _guarded(self, work: Callable[..., object], value: Any, *more: Any) -> None:
+        """Work; whatever goes wrong costs one connection at most, and never the thread."""
+        try:
+            work(value, *more)
+        except Exception:  # the outermost call of the network thread, and for one connection
+            logger.error("a connection failed", exc_info=True)
+            self._app.metrics.inc("smithers_errors_total")
+            if isinstance(value, Connection):
+                self._drop(value)
+
+    def _turn(self, _: None) -> None:
+        for key, events in self._selector.select(self._patience()):
             if key.data is self._waker:
                 self._waker.clear()
-                continue
-            stream = key.data
-            if events & selectors.EVENT_READ:
-                self._guard(self._read, stream)
-            if events & selectors.EVENT_WRITE and stream.is_blocked:
-                self._guard(self._pump, stream)
+            elif key.data.want is not None:
+                self._guarded(self._serve, key.data, events)
+        for _ in range(len(self._later)):
+            connection = self._later.popleft()
+            if connection.want is not None:
+                self._guarded(self._serve, connection)
+        for _ in range(len(self._inbox)):
+            call, value = self._inbox.popleft()
+            self._guarded(call, value)
+        self._send_events()
 
-    def _guard(self, work: Callable[[Stream], object], stream: Stream) -> None:
-        """Work on one stream; whatever goes wrong there costs that stream only."""
+    def _patience(self) -> float:
+        if self._later or self._inbox:
+            return 0.0
+        if self._streams:
+            is_busy = (self._fresh or self._lagging) and time.monotonic() >= self._look_at
+            return 0.0 if is_busy else WATCH_SECONDS
+        return self.TICK_SECONDS if self._connections else 1.0
+
+    # Conversations
+
+    def _admit(self, sock: socket.socket) -> None:
+        if len(self._connections) >= self._max_connections and not self._make_room():
+            self._refuse(sock)
+            return
         try:
-            work(stream)
-        except (StorageError, Unavailable):
-            raise  # the database, so every stream: they wait
-        except ClientGone:
-            self._drop(stream)
-        except Exception:  # the outermost call for a stream
-            logger.error("an event stream failed", exc_info=True)
-            self._app.metrics.inc("smithers_errors_total")
-            self._drop(stream)
+            connection = Connection(sock, Conversation(self._app, self), self._ssl_context)
+        except OSError:  # the client has left already
+            close_socket(sock)
+            return
+        self._connections.add(connection)
+        if connection.want is HANDSHAKE:
+            self._listen(connection, selectors.EVENT_READ)
+        else:
+            self._go_on(connection, None)
 
-    def _admit(self) -> None:
-        while self._incoming:
-            self._guard(self._register, self._incoming.popleft())
+    def _refuse(self, sock: socket.socket) -> None:
+        error = Unavailable(f"{self._max_connections} connections are open already")
+        self._app.observe("", UNMATCHED, error.status, time.perf_counter())
+        with contextlib.suppress(OSError):
+            sock.setblocking(False)
+            if self._ssl_context is None:  # before its handshake a TLS client understands nothing
+                sock.send(render_response(error_response(error), False, False, False))
+                sock.recv(65536)  # closing on an unread request would reset the connection
+        close_socket(sock)
 
-    def _register(self, stream: Stream) -> None:
-        self._streams[stream.socket.fileno()] = stream
-        self._selector.register(stream.socket, selectors.EVENT_READ, stream)
+    def _serve(self, connection: Connection, events: int = 0) -> None:
+        """Go on with a connection whose socket is ready, or that has waited for its next turn."""
+        try:
+            if connection.view is not None:
+                self._serve_stream(connection, events)
+            elif connection.want is READ:
+                data = connection.receive()
+                if data is not None:
+                    self._go_on(connection, data)
+            elif connection.want is HANDSHAKE:
+                self._shake_hands(connection)
+            elif connection.pending:
+                if self._flush(connection):
+                    self._go_on(connection, None)
+            elif connection.want.__class__ in (bytes, Large):
+                self._go_on(connection, None)
+        except OSError:  # the client has gone, which is normal
+            self._drop(connection)
+
+    def _shake_hands(self, connection: Connection) -> None:
+        try:
+            connection.socket.do_handshake()  # type: ignore[attr-defined]
+        except OSError as error:
+            _nothing_yet(error)
+            is_writing = type(error).__name__ == "SSLWantWriteError"
+            self._listen(connection, selectors.EVENT_WRITE if is_writing else selectors.EVENT_READ)
+            return
+        self._go_on(connection, None)
+
+    def _answered(self, answer: tuple[Connection, Response]) -> None:
+        """Go on with the answer that a worker has made, unless the client has gone meanwhile."""
+        connection, response = answer
+        if connection.want is not None:
+            self._guarded(self._go_on, connection, response)
+
+    def _go_on(self, connection: Connection, value: Any) -> None:
+        """Give a conversation what it wanted, until it wants what is not there or has had its turn."""
+        try:
+            for _ in range(MAX_STEPS):
+                want = connection.want = connection.talk.send(value)
+                value = None  # what it goes on with, where nothing has to be waited for
+                if want.__class__ is bytes:
+                    connection.pending = want
+                    if not self._flush(connection):
+                        return
+                elif want is READ:
+                    self._listen(connection, selectors.EVENT_READ)
+                    if connection.has_more:
+                        break
+                    return
+                elif want is TURN:
+                    value = self._take_turn(connection)
+                    if not value:
+                        return
+                elif want is TURN_END:
+                    self._give_turn_back(connection)
+                elif want is LAST:
+                    socket.socket.shutdown(connection.socket, socket.SHUT_WR)
+                elif want.__class__ is Large:
+                    if not self._write_large(connection, want.body):
+                        return
+                elif want.__class__ is Work:
+                    self._listen(connection, 0)
+                    self._workers.submit(connection, want)
+                    return
+                else:
+                    self._follow(connection, want)
+                    return
+        except (StopIteration, OSError):  # it is over, or its client has gone, which is normal
+            self._drop(connection)
+            return
+        self._later.append(connection)
+
+    def _flush(self, connection: Connection) -> bool:
+        """Write what is pending; True when the socket has taken it, else its deadline is set."""
+        if connection.flush():
+            connection.shared = None
+            return True
+        state = connection.state
+        if not connection.events & selectors.EVENT_WRITE or connection.taken >= WRITE_BYTES:
+            connection.taken = 0
+            state.await_client(WRITE_SECONDS)
+        self._listen(connection, selectors.EVENT_WRITE)
+        return False
+
+    def _write_large(self, connection: Connection, body: bytes) -> bool:
+        """Write a body that may be shared with others; those who take it too slowly have to go."""
+        connection.pending, connection.shared = memoryview(body), body
+        if self._flush(connection):
+            return True
+        while True:
+            readers = [c for c in self._connections if c.shared is not None]
+            sizes = {id(c.shared): len(c.shared or b"") for c in readers}
+            if sum(sizes.values()) <= MAX_LARGE_BYTES:
+                return False
+            self._drop(min(readers, key=lambda c: c.state.waits_since or math.inf))
+
+    def _listen(self, connection: Connection, events: int) -> None:
+        if events != connection.events:
+            if not connection.events:
+                self._selector.register(connection.socket, events, connection)
+            elif events:
+                self._selector.modify(connection.socket, events, connection)
+            else:
+                self._selector.unregister(connection.socket)
+            connection.events = events
+
+    def _drop(self, connection: Connection) -> None:
+        if connection.want is None:
+            return
+        self._listen(connection, 0)
+        connection.want = connection.shared = None
+        connection.talk.close()
+        self._give_turn_back(connection)
+        self._connections.discard(connection)
+        if connection in self._streams:
+            self._streams.discard(connection)
+            self._app.metrics.inc("smithers_event_streams_active", -1)
+            assert connection.view is not None
+            connection.view.streams.discard(connection)
+            if not connection.view.streams:
+                self._views.discard(connection.view)
+        close_socket(connection.socket)
+
+    # Turns and room
+
+    def _take_turn(self, connection: Connection) -> bool:
+        if self._turns == 0:
+            self._awaiting_turn.append(connection)
+            self._listen(connection, 0)
+            return False
+        self._turns -= 1
+        connection.state.has_turn = True
+        return True
+
+    def _give_turn_back(self, connection: Connection) -> None:
+        if not connection.state.has_turn:
+            return
+        connection.state.has_turn = False
+        self._turns += 1
+        while self._awaiting_turn and self._turns:
+            other = self._awaiting_turn.popleft()
+            if other.want is TURN:
+                self._take_turn(other)
+                self._inbox.append((self._answered, (other, True)))
+
+    def _make_room(self) -> bool:
+        """End the connection that has waited longest for its client; False when there is none."""
+        waiting = [c for c in self._connections if c.state.waits_since is not None]
+        if not waiting:
+            return False
+        self._expire(min(waiting, key=lambda c: c.state.waits_since or 0.0))
+        return True
+
+    def _expire(self, connection: Connection) -> None:
+        """End the client's turn: it hears why, or is dropped."""
+        connection.state.deadline = math.inf
+        connection.state.waits_since = None
+        if connection.want is READ:
+            self._guarded(self._go_on, connection, None)
+        elif connection.want is TURN:
+            self._guarded(self._go_on, connection, False)
+        else:
+            self._drop(connection)
+
+    def _tick(self, now: float) -> None:
+        for connection in [c for c in self._connections if c.state.deadline < now]:
+            self._expire(connection)
+        for stream in list(self._streams):
+            if stream.state.deadline < now:
+                self._drop(stream)
+            elif not stream.pending and now >= stream.keep_alive_at:
+                stream.pending = chunk(KEEP_ALIVE) if stream.is_chunked else KEEP_ALIVE
+                self._guarded(self._serve, stream, selectors.EVENT_WRITE)
+
+    def _begin_to_stop(self, _: None) -> None:
+        self.is_stopping = True
+        self._end_at = time.monotonic() + DRAIN_SECONDS
+        self._look_at = 0.0
+        for stream in list(self._streams):
+            self._guarded(self._leave, stream)
+        for connection in [c for c in self._connections if c.want in (READ, HANDSHAKE)]:
+            self._expire(connection)
+
+    # Streams
+
+    def _follow(self, stream: Connection, follow: Follow) -> None:
+        self._connections.discard(stream)
+        if self.is_stopping or len(self._streams) >= self._max_streams:
+            self._drop(stream)
+            return
+        self._streams.add(stream)
+        self._app.metrics.inc("smithers_event_streams_active")
+        stream.talk.close()
+        stream.state.deadline = math.inf
+        stream.view, stream.cursor = follow.start
+        stream.is_chunked = follow.is_chunked
+        stream.pending = chunk(RETRY_LINE) if stream.is_chunked else RETRY_LINE
+        stream.keep_alive_at = time.monotonic() + KEEP_ALIVE_SECONDS
+        stream.view.streams.add(stream)
+        self._views.add(stream.view)
+        self._stale.append(stream.view.run_id)
+        self._listen(stream, selectors.EVENT_READ)
         self._let_lag(stream)
 
-    def _read(self, stream: Stream) -> None:
-        """Take what a client says: nothing is expected but its end."""
-        try:
-            data = stream.socket.recv(4096)
-        except OSError as error:
-            _unless_blocked(error)
+    def _send_events(self) -> None:
+        """Look at the logs that somebody follows, and serve who does, for a short time."""
+        if not self._streams or time.monotonic() < self._look_at:
             return
-        if data:
+        try:
+            self._look_at_logs()
+        except (SmithersError, sqlite3.Error, OSError):  # for every stream: they wait, and go on
+            logger.error("event streams wait: the log cannot be read", exc_info=True)
+            self._app.metrics.inc("smithers_errors_total")
+            self._stale.extend(view.run_id for view in self._views)
+            self._look_at = time.monotonic() + KEEP_ALIVE_SECONDS / 10
+            return
+        until = time.monotonic() + self.STREAM_SECONDS
+        while (self._fresh or self._lagging) and time.monotonic() < until:
+            if self._fresh:
+                stream = self._fresh.popleft()
+            else:
+                stream = self._lagging.popleft()
+                stream.is_lagging = False
+            if stream.want is not None:
+                self._guarded(self._pump, stream)
+
+    def _look_at_logs(self) -> None:
+        """Have each log that has new events, from here or another process, known to its readers."""
+        if self._watch is None:
+            self._watch = self._app.adapter.watch()
+        stale = set()
+        while self._stale:
+            stale.add(self._stale.popleft())
+        now = time.monotonic()
+        if now >= self._sweep_at:
+            self._sweep_at = now + WATCH_SECONDS / 2
+            if self._watch.changed():
+                stale = {view.run_id for view in self._views}
+        try:
+            for view in [view for view in self._views if view.run_id in stale]:
+                if view.log.refresh():
+                    self._fresh.extend(
+                        s for s in view.streams if not s.is_lagging and not s.pending
+                    )
+                stale.discard(view.run_id)
+        finally:
+            self._stale.extend(stale)
+
+    def _serve_stream(self, stream: Connection, events: int) -> None:
+        if events & selectors.EVENT_READ:
+            self._hear(stream)
+        if (
+            events & selectors.EVENT_WRITE
+            and stream.want is not None
+            and self._flush_stream(stream)
+        ):
+            self._let_lag(stream)
+
+    def _hear(self, stream: Connection) -> None:
+        """Take what a client says: nothing is expected but its end."""
+        if stream.receive() != b"":
             return
         # The end of its sending may be all (half-closed) or the end of everything: a write or two
         # will tell.
-        stream.half_closed = True
-        self._watch_socket(stream)
-        stream.next_keep_alive = 0.0
+        stream.is_half_closed = True
+        self._listen(stream, stream.events & ~selectors.EVENT_READ)
+        stream.keep_alive_at = 0.0
 
-    def _watch_socket(self, stream: Stream) -> None:
-        wanted = (0 if stream.half_closed else selectors.EVENT_READ) | (
-            selectors.EVENT_WRITE if stream.is_blocked else 0
-        )
-        known = stream.socket.fileno() in self._selector.get_map()
-        if wanted and known:
-            self._selector.modify(stream.socket, wanted, stream)
-        elif wanted:
-            self._selector.register(stream.socket, wanted, stream)
-        elif known:
-            self._selector.unregister(stream.socket)
-
-    def _let_lag(self, stream: Stream) -> None:
-        if not stream.is_lagging and not stream.is_blocked:
+    def _let_lag(self, stream: Connection) -> None:
+        if not stream.is_lagging and not stream.events & selectors.EVENT_WRITE:
             stream.is_lagging = True
             self._lagging.append(stream)
 
-    def _pump_newest(self) -> None:
-        """Send what is new to everybody who has the rest."""
-        for stream in list(self._streams.values()):
-            if not stream.is_lagging and not stream.is_blocked:
-                self._guard(self._pump, stream)
-
-    def _pump_lagging(self) -> None:
-        """Give those who lag behind their turns, for a short time."""
-        until = time.monotonic() + self.LAGGING_SECONDS
-        while self._lagging:
-            stream = self._lagging.popleft()
-            stream.is_lagging = False
-            if stream.socket.fileno() >= 0:
-                self._guard(self._pump, stream)
-            if time.monotonic() >= until:
-                break
-
-    def _pump(self, stream: Stream) -> None:
+    def _pump(self, stream: Connection) -> None:
         """Send one stream what is pending and its next events, or its end."""
-        if not self._flush(stream):
-            return
-        if stream.is_ending:
-            self._drop(stream)
-            return
-        if stream.cursor < self._log.newest:
-            stream.pending, stream.cursor = self._log.read(stream.cursor, stream.is_chunked)
-            if not self._flush(stream):
+        try:
+            if not self._flush_stream(stream):
                 return
-        if stream.cursor < self._log.newest:
+            assert stream.view is not None
+            log = stream.view.log
+            if stream.is_ending:
+                self._drop(stream)
+                return
+            if stream.cursor < log.newest:
+                stream.pending, stream.cursor = log.read(stream.cursor, stream.is_chunked)
+                if not self._flush_stream(stream):
+                    return
+            if stream.cursor < log.newest:
+                self._let_lag(stream)
+            elif log.has_ended:
+                self._end(stream)
+        except OSError:  # the client has gone, which is normal
+            self._drop(stream)
+        except (StorageError, Unavailable):  # the database, so every stream: they wait
             self._let_lag(stream)
-        elif self._log.has_ended:
-            self._end(stream)
+            self._look_at = time.monotonic() + KEEP_ALIVE_SECONDS / 10
+            self._stale.append(stream.view.run_id if stream.view else "")
 
-    def _end(self, stream: Stream) -> None:
+    def _end(self, stream: Connection) -> None:
         """Send the last chunk; close when the socket has taken it."""
         stream.is_ending = True
         stream.pending = LAST_CHUNK if stream.is_chunked else b""
-        if self._flush(stream):
+        if self._flush_stream(stream):
             self._drop(stream)
 
-    def _leave(self, stream: Stream) -> None:
+    def _leave(self, stream: Connection) -> None:
         """End a stream now, properly if its socket allows that."""
-        if self._flush(stream) and not stream.is_ending:
-            self._end(stream)
+        with contextlib.suppress(OSError):
+            if self._flush_stream(stream) and not stream.is_ending:
+                self._end(stream)
         self._drop(stream)
 
-    def _flush(self, stream: Stream) -> bool:
-        """Write what is pending; True when the socket has taken all of it."""
-        if stream.pending:
-            stream.pending = stream.pending[self._send(stream) :]
-            if stream.is_blocked != bool(stream.pending):
-                stream.is_blocked = bool(stream.pending)
-                self._watch_socket(stream)
-        return not stream.pending
-
-    def _send(self, stream: Stream) -> int:
-        """Return how many pending bytes the socket has taken."""
-        try:
-            sent = stream.socket.send(stream.pending)
-        except OSError as error:
-            _unless_blocked(error)
-            return 0
-        stream.wrote_at = time.monotonic()
-        stream.next_keep_alive = stream.wrote_at + (
-            0.5 if stream.next_keep_alive == 0.0 else KEEP_ALIVE_SECONDS
-        )
-        return sent
-
-    def _tick(self, now: float) -> None:
-        """Once a second: say that silent streams live, drop those that take nothing."""
-        for stream in list(self._streams.values()):
-            if stream.pending:
-                if now - stream.wrote_at >= UNWRITABLE_SECONDS:
-                    self._drop(stream)
-            elif now >= stream.next_keep_alive:
-                stream.pending = chunk(KEEP_ALIVE) if stream.is_chunked else KEEP_ALIVE
-                self._guard(self._flush, stream)
-
-    def _drop(self, stream: Stream) -> None:
-        number = stream.socket.fileno()
-        if self._streams.pop(number, None) is None:
-            return
-        if number in self._selector.get_map():
-            self._selector.unregister(stream.socket)
-        close_socket(stream.socket)
-        with self._lock:
-            self._count -= 1
-        self._app.metrics.inc("smithers_event_streams_active", -1)
+    def _flush_stream(self, stream: Connection) -> bool:
+        """Write what is pending; True when the socket has taken it, else its deadline is set."""
+        before = len(stream.pending)
+        is_empty = stream.flush()
+        if before > len(stream.pending):
+            now = time.monotonic()
+            stream.state.deadline = math.inf if is_empty else now + UNWRITABLE_SECONDS
+            soon = stream.keep_alive_at == 0.0
+            stream.keep_alive_at = now + (0.5 if soon else KEEP_ALIVE_SECONDS)
+        elif not is_empty and stream.state.deadline == math.inf:
+            stream.state.deadline = time.monotonic() + UNWRITABLE_SECONDS
+        reading = 0 if stream.is_half_closed else selectors.EVENT_READ
+        self._listen(stream, reading | (0 if is_empty else selectors.EVENT_WRITE))
+        return is_empty
 
 
 def close_socket(sock: socket.socket) -> None:
@@ -6579,473 +7258,8 @@ def close_socket(sock: socket.socket) -> None:
 
 
 # ---------------------------------------------------------------------------
-# Server: sockets, connections and their deadlines
+# Server: the listening socket
 # ---------------------------------------------------------------------------
-
-MAX_CONNECTIONS = 1000
-WANTED_DESCRIPTORS = 16_384  # for all of these, all streams, and a database reader each
-RESERVED_DESCRIPTORS = 64  # never for clients: the database, the log, the pipes of commands
-LISTEN_BACKLOG = 1024  # http.server's 5 drops connections in a burst
-HEAD_SECONDS = 10.0
-BODY_SECONDS = 30.0
-MAX_READERS = 4  # answers made at once by threads
-MAX_LARGE_REQUESTS = 2  # with a body of over 64 KiB, at once
-MAX_LARGE_BYTES = 64 << 20  # of large answers that wait for slow clients
-WRITE_BYTES = 256 << 10
-SEND_BUFFER_BYTES = 256 << 10
-WRITE_SECONDS = 60.0  # per 256 KiB: a reader slower than that is dropped
-IDLE_SECONDS = 75.0
-LINGER_SECONDS = 2.0
-DRAIN_SECONDS = 2.0  # what requests in work get at a stop
-_BARE_LF = re.compile(rb"(?<!\r)\n")
-
-# What becomes of a connection: it stays in its thread, is parked, was given away, or ends.
-Move = Literal["stay", "park", "gone", "close"]
-
-
-class Connection:
-    """One client connection.
-
-    While it waits for its client it is parked at the reception, which also answers what blocks
-    nobody. Everything else gets a thread with blocking reads, for as long as it takes; the server
-    watches the deadlines. `waits_since` is set while the next move is the client's: such a
-    connection can be ended to make room.
-    """
-
-    def __init__(self, server: ServeServer, sock: socket.socket) -> None:
-        self.server = server
-        self.socket = sock
-        self.deadline = math.inf
-        self.waits_since: float | None = None
-        self.has_expired = False
-        self._buffer = b""
-        self._unsent = b""
-        self._has_large_turn = False  # to send a large body
-        self.large_body = b""  # the large answer that is being written
-        self._is_last = False  # the last answer has been given: what comes in now is dropped
-        self._left = MAX_BODY_BYTES  # how much of that is waited for
-        self.is_writing = False
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # Left alone the kernel keeps megabytes for a client that does not read.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-
-    # Life
-
-    def run(self) -> None:
-        """Serve requests in a thread of its own until the client has to move, or has left."""
-        move: Move = "close"
-        try:
-            move = self._serve()
-        except OSError:
-            pass  # the client has gone, which is normal
-        except Exception:  # the outermost call of a connection's thread
-            logger.error("a connection failed", exc_info=True)
-            self.server.app.metrics.inc("smithers_errors_total")
-        # Once it is somewhere else it may have its next thread already: nothing of it is looked at.
-        if move == "close":
-            self.close()
-        elif move == "park":
-            self.server.reception.park(self)
-
-    def _serve(self) -> Move:
-        """Answer what the client asks; return what is to become of the connection then."""
-        if self.server.ssl_context is not None:
-            self._shake_hands(self.server.ssl_context)
-        self._write(self._unsent)
-        self._unsent = b""
-        if self._is_last:
-            self._linger()
-            return "close"
-        while True:
-            move = self._serve_one()
-            if move != "stay":
-                return move
-            if self.server.ssl_context is None and not self._buffer:
-                return "park"
-
-    def close(self) -> None:
-        self.server.forget(self)
-        close_socket(self.socket)
-
-    # At the reception
-
-    def receive(self) -> bool:
-        """Take what the client has sent and answer it if that blocks nobody.
-
-        False when the connection cannot stay at the reception: it has ended, or needs a thread.
-        """
-        try:
-            data = self.socket.recv(65536)
-            if self._is_last:
-                self._left -= len(data)
-                return bool(data) and self._left > 0 or self._leave()
-            if not data:
-                return self._leave(needs_thread=bool(self._buffer) and self.has_expired)
-            if not self._buffer:
-                self.await_client(HEAD_SECONDS)
-            self._buffer += data
-            while self._buffer:
-                stays = self._answer_quickly()
-                if stays is not True:
-                    return stays is None
-        except (BlockingIOError, InterruptedError):
-            return True
-        except OSError:
-            return self._leave()
-        return True
-
-    def _answer_quickly(self) -> bool | None:
-        """Answer the next request in the buffer; None when not complete yet, False to leave."""
-        app, before = self.server.app, self._buffer
-        try:
-            data = self._take_head(0)
-            if data is None:
-                # A long head that trickles in would be looked through again and again here.
-                return self._leave(needs_thread=True) if len(before) > MAX_QUICK_HEAD else None
-            head = _parse_head_cached(data) if len(data) <= MAX_CACHED_HEAD else parse_head(data)
-            is_quick = app.is_quick(head)
-        except ServeError:
-            is_quick = False
-        if not is_quick:
-            self._buffer = before
-            return self._leave(needs_thread=True)
-        response = app.handle(head, lambda: b"")
-        keep_alive = head.keep_alive and not self.server.is_stopping
-        output = render_response(response, head.method == "HEAD", keep_alive, head.is_http10)
-        try:
-            sent = self.socket.send(output)
-        except (BlockingIOError, InterruptedError):
-            sent = 0
-        self._is_last = not keep_alive
-        if sent < len(output):
-            self._unsent = output[sent:]
-            return self._leave(needs_thread=True)
-        if not keep_alive:
-            self._buffer = b""
-            self._begin_to_linger()
-            return None
-        self.await_client(HEAD_SECONDS if self._buffer else IDLE_SECONDS)
-        return True
-
-    def _leave(self, needs_thread: bool = False) -> bool:
-        """Leave the reception, for a thread or for good. Returns False."""
-        self.server.reception.dismiss(self)
-        if not needs_thread:
-            self.close()
-        elif not self.server.start_serving(self):
-            self.server.forget(self)
-        return False
-
-    def expire(self) -> None:
-        """End the client's turn, from another thread: its next read finds the end."""
-        self.has_expired = True
-        self.deadline = math.inf
-        # A blocked send is woken only by the end of both directions. Not SSLSocket.shutdown: that
-        # would take the TLS state away from under the reading thread.
-        how = socket.SHUT_RDWR if self.is_writing else socket.SHUT_RD
-        with contextlib.suppress(OSError):  # closed meanwhile
-            socket.socket.shutdown(self.socket, how)
-
-    def _shake_hands(self, context: ssl.SSLContext) -> None:
-        self.await_client(HEAD_SECONDS)
-        secure = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
-        self.socket = secure
-        secure.do_handshake()
-
-    def await_client(self, seconds: float) -> None:
-        self.waits_since = time.monotonic()
-        self.deadline = self.waits_since + seconds
-
-    def _serve_one(self) -> Move:
-        """Answer the next request."""
-        app = self.server.app
-        started = time.perf_counter()
-        try:
-            data = self._read_head()
-            if data is None:
-                return "close"
-            head = _parse_head_cached(data) if len(data) <= MAX_CACHED_HEAD else parse_head(data)
-        except ServeError as error:
-            app.observe("", UNMATCHED, error.status, started)
-            self._write(render_response(error_response(error), False, False, False))
-            self._linger()
-            return "close"
-        self.waits_since = None
-        self.deadline = math.inf
-        has_read = not head.has_body
-
-        def read_body() -> bytes:
-            nonlocal has_read
-            if has_read:
-                return b""
-            body = self._read_body(head)
-            has_read = True
-            return body
-
-        turns = self.server.turns if head.method in ("GET", "HEAD") else None
-        try:
-            response = app.handle(head, read_body, turns)
-        finally:
-            if self._has_large_turn:
-                self._has_large_turn = False
-                self.server.large_turns.release()
-        if response.stream is not None and head.method != "HEAD":
-            return self._hand_over(head, response, response.stream)
-        keep_alive = head.keep_alive and has_read and not self.server.is_stopping
-        is_head = head.method == "HEAD"
-        if response.stream is not None:
-            keep_alive = False
-            self._write(self._stream_head(head, response))
-        elif is_head or len(response.body) <= LIGHT_BYTES:
-            self._write(render_response(response, is_head, keep_alive, head.is_http10))
-        else:
-            self._write(render_response(response, True, keep_alive, head.is_http10))
-            self._write_large(response.body)
-        if not keep_alive:
-            self._linger()
-        return "stay" if keep_alive else "close"
-
-    def _stream_head(self, head: Head, response: Response) -> bytes:
-        chunked = b"" if head.is_http10 else b"Transfer-Encoding: chunked\r\n"
-        return (
-            _head_lines(response.status, response.headers)
-            + _date()
-            + chunked
-            + b"Connection: close\r\n\r\n"
-        )
-
-    def _hand_over(self, head: Head, response: Response, start: StreamStart) -> Move:
-        """Send the head of a stream and give its socket to the stream thread."""
-        self._write(self._stream_head(head, response))
-        self.server.forget(self)
-        try:
-            self.server.streams.add(self.socket, start.after_seq, not head.is_http10)
-        except Unavailable:
-            return (
-                "close"  # full or stopping since we looked: the head is out, only the end is left
-            )
-        return "gone"
-
-    # Reading
-
-    def _take_head(self, seen: int) -> bytes | None:
-        """Take a complete head off the buffer, None without one; `seen` bytes hold no end."""
-        buffer = self._buffer
-        if len(buffer) > MAX_REQUEST_LINE and buffer.find(b"\r\n", 0, MAX_REQUEST_LINE + 2) < 0:
-            raise UriTooLong(f"the request line has over {MAX_REQUEST_LINE} bytes")
-        end = buffer.find(b"\r\n\r\n", max(0, seen - 3))
-        if end > MAX_HEAD_BYTES or end < 0 and len(buffer) > MAX_HEAD_BYTES:
-            raise HeadersTooLarge(f"the head has over {MAX_HEAD_BYTES} bytes")
-        if end >= 0:
-            self._buffer = buffer[end + 4 :]
-            return buffer[:end]
-        if _BARE_LF.search(buffer):
-            raise InvalidRequest("a line ends without a carriage return")
-        return None
-
-    def _read_head(self) -> bytes | None:
-        """Return the bytes of the next head, or None when the client has ended between requests."""
-        self.await_client(HEAD_SECONDS if self._buffer else IDLE_SECONDS)
-        seen = 0
-        while True:
-            head = self._take_head(seen)
-            if head is not None:
-                return head
-            seen = len(self._buffer)
-            data = self.socket.recv(65536)
-            if not data:
-                if self._buffer and self.has_expired:
-                    raise RequestTimeout("the head of the request did not arrive in time")
-                return None
-            if not self._buffer:
-                self.await_client(HEAD_SECONDS)
-            self._buffer += data
-
-    def _read_body(self, head: Head) -> bytes:
-        """Return the whole body.
-
-        Raises a ServeError when it is malformed, too large or too slow.
-        """
-        self.await_client(BODY_SECONDS)
-        if head.expects_continue and not self._buffer:
-            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.await_client(BODY_SECONDS)
-        body = self._read_chunks() if head.chunked else self._read_bytes(head.content_length)
-        self.waits_since = None
-        self.deadline = math.inf
-        return body
-
-    def _read_more(self) -> None:
-        data = self.socket.recv(65536)
-        if not data:
-            if self.has_expired:
-                raise RequestTimeout("the body of the request did not arrive in time")
-            raise InvalidRequest("the body ends early")
-        self._buffer += data
-
-    def _read_bytes(self, count: int) -> bytes:
-        if count > LIGHT_BYTES:
-            self._wait_for_large_turn()
-        parts = [self._buffer]
-        missing = count - len(self._buffer)
-        while missing > 0:
-            self._buffer = b""
-            self._read_more()
-            parts.append(self._buffer)
-            missing -= len(self._buffer)
-        data = b"".join(parts)
-        self._buffer = data[count:]
-        return data[:count]
-
-    def _wait_for_large_turn(self) -> None:
-        """Wait until few enough requests with a large body are under way; until it is answered."""
-        if not self._has_large_turn:
-            if not self.server.large_turns.acquire(timeout=BODY_SECONDS):
-                raise Unavailable("too many requests with a large body at once")
-            self._has_large_turn = True
-
-    def _read_line(self) -> bytes:
-        while b"\r\n" not in self._buffer:
-            if len(self._buffer) > MAX_REQUEST_LINE or _BARE_LF.search(self._buffer):
-                raise InvalidRequest("a line of the chunked body is malformed")
-            self._read_more()
-        line, _, self._buffer = self._buffer.partition(b"\r\n")
-        return line
-
-    def _read_chunks(self) -> bytes:
-        """Return a chunked body. Source: RFC 9112 section 7.1."""
-        parts: list[bytes] = []
-        total = 0
-        while True:
-            match = _CHUNK_SIZE.fullmatch(self._read_line())
-            if match is None:
-                raise InvalidRequest("a chunk size is malformed")
-            size = int(match[1], 16)
-            if size == 0:
-                break
-            total += size
-            if total > MAX_BODY_BYTES:
-                raise PayloadTooLarge(f"the body may have {MAX_BODY_BYTES} bytes")
-            if total > LIGHT_BYTES:
-                self._wait_for_large_turn()
-            parts.append(self._read_bytes(size))
-            if self._read_bytes(2) != b"\r\n":
-                raise InvalidRequest("a chunk does not end where it should")
-        for _ in range(MAX_HEADER_COUNT):
-            line = self._read_line()
-            if not line:
-                return b"".join(parts)
-            if not _FIELD_LINE.fullmatch(line):
-                raise InvalidRequest("a trailer line is malformed")
-        raise HeadersTooLarge(f"over {MAX_HEADER_COUNT} trailer fields")
-
-    # Writing
-
-    def _write(self, data: bytes) -> None:
-        """Send everything; the client has a minute for every 256 KiB."""
-        self.is_writing = True
-        view = memoryview(data)  # no copies for those who wait
-        sent = 0
-        while sent < len(view):
-            self.await_client(WRITE_SECONDS)
-            sent += self.socket.send(view[sent : sent + WRITE_BYTES])
-        self.is_writing = False
-        self.waits_since = None
-        self.deadline = math.inf
-
-    def _write_large(self, body: bytes) -> None:
-        """Send a body that may be shared with others; those who take it too slowly have to go."""
-        self.large_body = body
-        self.server.limit_large_bodies()
-        self._write(body)
-        self.large_body = b""
-
-    def _linger(self) -> None:
-        """Read on for a moment before closing.
-
-        Closing on unread data would reset the connection and lose the answer.
-        """
-        with contextlib.suppress(OSError):
-            self._begin_to_linger()
-            while self._left > 0:
-                data = self.socket.recv(65536)
-                if not data:
-                    break
-                self._left -= len(data)
-
-    def _begin_to_linger(self) -> None:
-        socket.socket.shutdown(self.socket, socket.SHUT_WR)
-        self.await_client(LINGER_SECONDS)
-
-
-class Reception:
-    """Holds the connections that wait for their client, in one thread: waiting costs no thread.
-
-    What comes in is answered here when that blocks nobody; a thread per request takes the rest.
-    """
-
-    def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
-        self._waker = Waker(self._selector)
-        self._incoming: collections.deque[Connection] = collections.deque()
-        self._stopping = threading.Event()
-        self._thread = start_thread("reception", self._run)
-
-    def park(self, connection: Connection) -> None:
-        """Take a connection whose client has to move next. Any thread may call this."""
-        if self._stopping.is_set():
-            connection.close()
-            return
-        connection.await_client(IDLE_SECONDS)
-        self._incoming.append(connection)
-        self._waker.wake()
-
-    def dismiss(self, connection: Connection) -> None:
-        """Let go of a connection; only its own `receive` calls this."""
-        self._selector.unregister(connection.socket)
-        connection.socket.setblocking(True)
-        connection.waits_since = None
-        connection.deadline = math.inf
-
-    def stop(self, timeout: float) -> None:
-        """Close every waiting connection."""
-        self._stopping.set()
-        self._waker.wake()
-        self._thread.join(timeout)
-        self._selector.close()
-        self._waker.close()
-
-    def _run(self) -> None:
-        while not self._stopping.is_set():
-            for key, _ in self._selector.select():
-                if key.data is self._waker:
-                    self._waker.clear()
-                    self._admit()
-                else:
-                    self._guard(Connection.receive, key.data)
-        self._admit()
-        for key in list(self._selector.get_map().values()):
-            if key.data is not self._waker:
-                key.data.close()
-
-    def _admit(self) -> None:
-        while self._incoming:
-            self._guard(self._register, self._incoming.popleft())
-
-    def _register(self, connection: Connection) -> None:
-        connection.socket.setblocking(False)
-        self._selector.register(connection.socket, selectors.EVENT_READ, connection)
-
-    def _guard(self, work: Callable[[Connection], object], connection: Connection) -> None:
-        """Work on one connection; whatever goes wrong there costs that connection only."""
-        try:
-            work(connection)
-        except Exception:  # the outermost call for a connection
-            logger.error("a connection failed", exc_info=True)
-            connection.server.app.metrics.inc("smithers_errors_total")
-            with contextlib.suppress(KeyError, ValueError):  # not registered, or not any more
-                self._selector.unregister(connection.socket)
-            connection.close()
 
 
 def raise_descriptor_limit() -> int:
@@ -7069,40 +7283,28 @@ def raise_descriptor_limit() -> int:
 
 
 class ServeServer(ThreadingHTTPServer):
-    """Serves one app: a thread per request that may block, one for streams, one for who waits.
+    """Accepts connections for one app and gives them to its network thread.
 
     Raises OSError when the address cannot be bound. `attach` gives it its app before
     `serve_forever`.
     """
 
     request_queue_size = LISTEN_BACKLOG
-    daemon_threads = True
-    REAP_SECONDS = 0.5
 
     def __init__(self, host: str, port: int, ssl_context: ssl.SSLContext | None = None) -> None:
         if ":" in host:
             self.address_family = socket.AF_INET6
         self.ssl_context = ssl_context
-        # So that whoever comes later is told so, and the database and the tasks still find some. A
-        # connection may hold two more while it is served: those of a database reader.
+        # So that whoever comes later is told so, and the database and the tasks still find some.
         descriptors = raise_descriptor_limit() - RESERVED_DESCRIPTORS
         self.max_connections = min(MAX_CONNECTIONS, max(4, descriptors // 4))
-        self.max_streams = min(MAX_STREAMS, max(4, descriptors - 3 * self.max_connections))
-        self._reap_at = 0.0
+        self.max_streams = min(MAX_STREAMS, max(4, descriptors - 2 * self.max_connections))
         self._stopped = threading.Event()
         self._is_serving = False  # shutdown would wait for ever for a loop that was never begun
-        # Guards _connections, and tells when the last one has gone. Held to add, drop or copy;
-        # never while a socket is used.
-        self._connections_lock = threading.Condition()
-        self._connections: set[Connection] = set()
-        # Held by a thread while it makes an answer from the database. A thousand who do that at
-        # once would all be slow, hold a thousand answers, and keep the interpreter from the rest.
-        self.turns = threading.BoundedSemaphore(MAX_READERS)
-        # Held from the first byte of a large body until it is answered: no decision needs one.
-        self.large_turns = threading.BoundedSemaphore(MAX_LARGE_REQUESTS)
-        # Only our own Connection reads from sockets, so no handler class is given.
+        # Only the network thread reads from sockets, so no handler class is given.
         super().__init__((host, port), None)  # type: ignore[arg-type]
         self.host = host
+        _servers.add(self)
 
     def server_bind(self) -> None:
         """Bind without HTTPServer's look-up of the host's name: it may hang without a DNS."""
@@ -7121,19 +7323,14 @@ class ServeServer(ThreadingHTTPServer):
         On a loopback bind without token only loopback names and `allowed_hosts` may be asked for.
         """
         self.app = app
-        self.streams = StreamThread(app, self.max_streams)
-        app.check_stream_room = self.streams.check_room
-        self.reception = Reception()
+        self.network = Network(app, self.ssl_context, self.max_connections, self.max_streams)
+        app.check_stream_room = self.network.check_room
         app.trusted_hosts = frozenset(_host_name(name) for name in allowed_hosts)
         if is_loopback(self.host) and not app.has_token:
             own = self.host if ":" not in self.host else f"[{self.host}]"
             app.allowed_hosts = (
                 frozenset({"localhost", "127.0.0.1", "[::1]", own.lower()}) | app.trusted_hosts
             )
-
-    @property
-    def is_stopping(self) -> bool:
-        return self._stopped.is_set()
 
     @property
     def url(self) -> str:
@@ -7156,114 +7353,47 @@ class ServeServer(ThreadingHTTPServer):
         if self._is_serving:
             self.shutdown()
         self.server_close()
-        self.reception.stop(3.0)
-        self.streams.stop(3.0)
-        for connection in self._copy_connections():
-            if connection.waits_since is not None and not connection.is_writing:
-                connection.expire()
-        with self._connections_lock:
-            self._connections_lock.wait_for(lambda: not self._connections, DRAIN_SECONDS)
-
-    # Connections
+        self.network.stop()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
             return self.socket.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self._make_room()
+                self.network.make_room()
                 self._stopped.wait(0.02)  # the connection would be offered again at once
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a new connection its thread.
+        self.network.admit(request)
 
-        When there are too many, one that only waits has to go.
-        """
-        with self._connections_lock:
-            count = len(self._connections)
-        if count >= self.max_connections and not self._make_room():
-            self._refuse(request)
-            return
-        try:
-            connection = Connection(self, request)
-        except OSError:  # the client has left already
-            close_socket(request)
-            return
-        with self._connections_lock:
-            self._connections.add(connection)
-        if self.ssl_context is None:
-            self.reception.park(connection)
-        elif not self.start_serving(connection):
-            self.forget(connection)
+    def close_inherited(self) -> None:
+        """Let go of the parent's sockets, in a forked child."""
+        self.socket.close()
+        if hasattr(self, "network"):
+            self.network.close_inherited()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Called by socketserver in the except clause around process_request."""
-        logger.error("a connection could not be taken", exc_info=True)
-        self.app.metrics.inc("smithers_errors_total")
 
-    def start_serving(self, connection: Connection) -> bool:
-        """Give a connection a thread; False, and refused, when the system has none left."""
-        try:
-            start_thread("http", connection.run)
-        except RuntimeError:
-            self._refuse(connection.socket)
-            return False
-        return True
+_servers: weakref.WeakSet[ServeServer] = weakref.WeakSet()
+_own_signals: set[int] = set()  # that this process handles; a forked child does not
 
-    def forget(self, connection: Connection) -> None:
-        with self._connections_lock:
-            self._connections.discard(connection)
-            self._connections_lock.notify_all()
 
-    def _copy_connections(self) -> list[Connection]:
-        with self._connections_lock:
-            return list(self._connections)
+def _begin_child() -> None:
+    """Keep nothing of the engines, the server and the signals of the parent, in a forked child.
 
-    def _make_room(self) -> bool:
-        """End the connection that has waited longest for its client.
+    It would hold the port and the clients' connections, and think that it drives their runs.
+    """
+    _attempts_here.clear()
+    _engines_here.clear()
+    _live_groups.clear()
+    for server in _servers:
+        server.close_inherited()
+    for number in _own_signals:
+        signal.signal(number, signal.SIG_DFL)
 
-        False when all are being served.
-        """
-        waiting = [
-            (c.waits_since, id(c), c)
-            for c in self._copy_connections()
-            if c.waits_since and not c.has_expired
-        ]
-        if not waiting:
-            return False
-        min(waiting)[2].expire()
-        return True
 
-    def limit_large_bodies(self) -> None:
-        """End the slowest readers of large answers while these hold too much memory."""
-        while True:
-            readers = [c for c in self._copy_connections() if c.large_body and not c.has_expired]
-            sizes = {id(c.large_body): len(c.large_body) for c in readers}
-            waiting = [(c.waits_since, id(c), c) for c in readers if c.is_writing and c.waits_since]
-            if sum(sizes.values()) <= MAX_LARGE_BYTES or not waiting:
-                return
-            min(waiting)[2].expire()
-
-    def _refuse(self, sock: socket.socket) -> None:
-        error = Unavailable(f"{self.max_connections} connections are open already")
-        self.app.observe("", UNMATCHED, error.status, time.perf_counter())
-        with contextlib.suppress(OSError):
-            sock.setblocking(False)
-            if self.ssl_context is None:  # before its handshake a TLS client understands nothing
-                sock.send(render_response(error_response(error), False, False, False))
-                sock.recv(65536)  # closing on an unread request would reset the connection
-        close_socket(sock)
-
-    def service_actions(self) -> None:
-        """Called by serve_forever a few times a second: end what is past its deadline."""
-        now = time.monotonic()
-        if now < self._reap_at:
-            return
-        self._reap_at = now + self.REAP_SECONDS
-        for connection in self._copy_connections():
-            if connection.deadline < now:
-                connection.expire()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_child)
 
 
 def is_loopback(host: str) -> bool:
@@ -7583,7 +7713,7 @@ def read_token(args: argparse.Namespace) -> str | None:
                 f"--auth-token-file: cannot read {args.auth_token_file}: {error}"
             ) from error
     if token is None:
-        token = os.environ.get("SMITHERS_API_KEY") or None
+        token = os.environ.get("SMITHERS_API_KEY")
     if token is not None:
         try:
             _checked_token(token)
@@ -7763,9 +7893,6 @@ def resume_line(args: argparse.Namespace, run_id: str) -> str:
     for host in args.allowed_host:
         words += ["--allowed-host", host]
     return shlex.join(words)
-
-
-_own_signals: set[int] = set()  # that this process handles; a forked child does not
 
 
 class Process:

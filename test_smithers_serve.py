@@ -3239,7 +3239,9 @@ class ApproveTest(ServedCase):
             body = b'{"a":"\\u0041","x":' + b"[" * depth + b"]" * depth + b"}"
             with self.subTest(depth=depth):
                 answer = self.served.ask("POST", "/approve/nobody", body)
-                self.assertEqual(answer[0], 404 if depth < 500 else 400)
+                says = "field 'a'" if depth < 500 else "nested too deeply"
+                self.assertEqual(answer[0], 400)
+                self.assertIn(says, answer[2]["error"]["message"])
 
     def test_a_gate_of_an_ended_run_is_closed(self) -> None:
         self.served.ask("POST", "/cancel")
@@ -4004,7 +4006,7 @@ class StrictRequestTest(unittest.TestCase):
 
     def test_a_refused_expectation_gets_no_continue(self) -> None:
         request = post(b"", b"Content-Length: 2", b"Expect: 100-continue", path=b"/nowhere")
-        self.assertEqual(statuses_of(send_raw(self.served.port, [request])), [404])
+        self.assertEqual(statuses_of(send_raw(self.served.port, [request])), [400])
 
     def test_unread_bodies_never_become_requests(self) -> None:
         smuggled = get() * 3
@@ -4026,11 +4028,11 @@ class StrictRequestTest(unittest.TestCase):
 
     def test_a_body_of_the_greatest_size_is_read(self) -> None:
         body = b'{"x":"' + b"x" * ((1 << 20) - 8) + b'"}'
-        self.assertEqual(self.served.ask("POST", "/approve/nobody", body)[0], 404)
+        self.assertEqual(self.served.ask("POST", "/approve/nobody", body)[0], 400)
         self.assertEqual(self.served.ask("POST", "/approve/nobody", body + b" ")[0], 413)
         sizes = [b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:9], body[9:])]
         request = chunked(b"".join(sizes) + b"0\r\n\r\n")
-        self.assertEqual(statuses_of(send_raw(self.served.port, [request])), [404])
+        self.assertEqual(statuses_of(send_raw(self.served.port, [request])), [400])
 
     def test_what_the_mutation_run_begins_with_is_served(self) -> None:
         for request in VALID:
@@ -4071,7 +4073,7 @@ class DeadlineTest(unittest.TestCase):
     @contextlib.contextmanager
     def short(constant: str) -> Iterator[None]:
         with unittest.mock.patch.object(ss, constant, 0.01):
-            with unittest.mock.patch.object(ss.ServeServer, "REAP_SECONDS", 0.01):
+            with unittest.mock.patch.object(ss.Network, "TICK_SECONDS", 0.01):
                 yield
 
     def test_an_unfinished_head_is_timed_out(self) -> None:
@@ -4105,8 +4107,12 @@ class DeadlineTest(unittest.TestCase):
 
 class ConnectionLimitTest(unittest.TestCase):
     def connect(self, served: RunServer) -> socket.socket:
-        sock = socket.create_connection(("127.0.0.1", served.port), PATIENCE)
+        """Return a connection that takes little before it is read."""
+        sock = socket.socket()
         self.addCleanup(sock.close)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+        sock.settimeout(PATIENCE)
+        sock.connect(("127.0.0.1", served.port))
         return sock
 
     def answered(self, sock: socket.socket) -> None:
@@ -4243,15 +4249,15 @@ class ConnectionLimitTest(unittest.TestCase):
         """Have answers of more than one frame wait; yield those in the making, and what ends it."""
         making: list[int] = []
         leave = threading.Event()
-        read = served.app.read_frames
+        read = ss.Reads.list_frames
 
-        def read_slowly(limit: int, after: int | None) -> ss.Response:
+        def read_slowly(reads: ss.Reads, run_id: str, limit: int, *after: Any) -> list[ss.Frame]:
             if limit > 1:
                 making.append(limit)
                 leave.wait(2 * PATIENCE)
-            return read(limit, after)
+            return read(reads, run_id, limit, *after)
 
-        with mock.patch.object(served.app, "read_frames", read_slowly):
+        with mock.patch.object(ss.Reads, "list_frames", read_slowly):
             try:
                 yield making, leave
             finally:
@@ -4279,33 +4285,25 @@ class ConnectionLimitTest(unittest.TestCase):
                 self.assertEqual(statuses_of(sock.recv(65536)), [200])
 
     def test_few_large_bodies_are_taken_at_once(self) -> None:
-        patches = contextlib.ExitStack()
-        self.addCleanup(patches.close)
-        for owner, name, value in (
-            (ss, "MAX_LARGE_REQUESTS", 1),
-            (ss, "BODY_SECONDS", 0.1),  # how long the others wait
-            (ss.ServeServer, "REAP_SECONDS", PATIENCE),  # and the first one is not timed out
-        ):
-            patches.enter_context(mock.patch.object(owner, name, value))
         body = b'{"x":"' + b"x" * 100_000 + b'"}'
         sized = post(body, b"Content-Length: %d" % len(body), path=b"/approve/nobody")
         pieces = chunked(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
         for request in (sized, pieces):
-            with self.subTest(request=request[:100]), serving() as served:
+            with (
+                self.subTest(request=request[:100]),
+                mock.patch.object(ss, "MAX_LARGE_REQUESTS", 1),
+                serving() as served,
+            ):
                 served.run_to_gate()
-                first = self.connect(served)
+                first, second = self.connect(served), self.connect(served)
                 first.sendall(request[:-1])
-                with socket.create_connection(("127.0.0.1", served.port)) as other:
-
-                    def is_refused(port: int = served.port, request: bytes = request) -> bool:
-                        return statuses_of(send_raw(port, [request])) == [503]
-
-                    eventually(is_refused)  # once the first is begun
-                    other.sendall(post(b"{}", b"Content-Length: 2", path=b"/approve/nobody"))
-                    self.assertEqual(statuses_of(other.recv(65536)), [404])
+                self.assertEqual(served.ask("POST", "/approve/nobody", b"{}")[0], 404)
+                second.sendall(request)
+                self.assertEqual(served.ask("POST", "/approve/nobody", b"{}")[0], 404)
+                self.assertEqual(select.select([second], [], [], 0)[0], [])
                 first.sendall(request[-1:])
-                self.assertEqual(statuses_of(first.recv(65536)), [404])
-                self.assertEqual(served.ask("POST", "/approve/nobody", body)[0], 404)
+                for sock in (first, second):
+                    self.assertEqual(statuses_of(sock.recv(65536)), [400])
 
     def test_streams_do_not_count_as_connections(self) -> None:
         with unittest.mock.patch.object(ss, "MAX_CONNECTIONS", 2), serving() as served:
@@ -4401,8 +4399,9 @@ class TokenTest(ServedCase):
             with serving() as served:
                 self.assertEqual(served.ask("GET", "/")[0], 401)
                 self.assertEqual(served.ask("GET", "/", headers=bearer("from-env"))[0], 404)
-        with unittest.mock.patch.dict(os.environ, {"SMITHERS_API_KEY": ""}), serving() as served:
-            self.assertEqual(served.ask("GET", "/")[0], 404)
+        with unittest.mock.patch.dict(os.environ, {"SMITHERS_API_KEY": ""}):
+            with self.assertRaises(ValueError):
+                ss.create_serve_app(adapter=self.served.db, run_id="run-1")
 
     def test_a_token_no_header_can_carry_is_refused(self) -> None:
         for token in ("", "a b", "a\n", "tök", "\x00"):
@@ -4841,7 +4840,7 @@ class MetricsTest(unittest.TestCase):
             text = served.ask("GET", "/metrics")[2]
         self.assertNotIn("secret", text.lower())
         routes = set(re.findall(r'route="([^"]*)"', text))
-        patterns = {route.pattern for route in ss.ROUTES}
+        patterns = {route.pattern for route in ss.APP_ROUTES + ss.RUN_ROUTES}
         self.assertEqual(len(routes - patterns), 1)
         self.assertIn("/approve/:nodeId", routes)
         labels = 'method="HEAD",route="/health",status_code="200",status_class="2xx"'
@@ -4930,7 +4929,7 @@ class MountTest(ServedCase):
             self.assertEqual(reader.event()[0], 1)
             self.served.ask("POST", "/cancel", None, bearer("tok"))
             self.assertEqual(reader.rest()[-1], self.served.events()[-1].seq)
-        headers = {**bearer("tok"), "Last-Event-ID": "999"}
+        headers = {**bearer("tok"), "Last-Event-ID": str(self.served.events()[-1].seq)}
         self.assertEqual(ask_server(port, "GET", "/smithers/events", None, headers)[0], 204)
 
     def test_a_client_that_leaves_a_mount_is_forgotten(self) -> None:
