@@ -1255,7 +1255,7 @@ class Metrics:
         self._readings[name].remove(read)
 
     def observe_request(self, method: str, route: str, status: int, ms: float) -> None:
-        """Note an answered request. Without the lock: the threads that answer would queue for it."""
+        """Note an answered request. Without the lock: those who answer would queue for it."""
         self._answered.append((method, route, status, ms))
         if len(self._answered) > self.MAX_UNCOUNTED:
             with self._lock:
@@ -2061,7 +2061,7 @@ class SmithersDb(Reads):
         return connection
 
     def _open(self, create: bool) -> None:
-        """Learn what the file holds; a new one, and one that our older triggers harm, is prepared."""
+        """Learn what the file holds; prepare a new one, and one that old triggers of ours harm."""
         schema = self._wait_for_lock(self._read_schema)
         self._is_ours = "_smithers_outputs" in schema
         self._is_prepared = False
@@ -2188,7 +2188,8 @@ class SmithersDb(Reads):
             # Deltas of later versions are no trees: who reads frames gets the whole ones.
             where = " where encoding is not 'delta'" if "encoding" in present else ""
             if table == "_smithers_summary" and not present:
-                select = "select run_id, state, count(*) as nodes from main._smithers_nodes group by run_id, state"
+                select = """select run_id, state, count(*) as nodes
+                    from main._smithers_nodes group by run_id, state"""
             elif not present:
                 select = "select " + ", ".join(missing) + " where 0"
             elif missing or where:
@@ -2570,7 +2571,7 @@ class Plan:
         return next((loop for loop in target.loops if loop not in slot.loops), target)
 
     def _order(self) -> dict[Any, list[Any]]:
-        """Return what comes before what: by start and end of each slot, those directly before it."""
+        """Return by start and end of each slot what comes directly before it."""
         before: dict[Any, list[Any]] = {}
         pending: list[Slot] = [self.root]
         while pending:
@@ -3105,7 +3106,7 @@ class Progress:
         return None
 
     def _has_place(self, key: Key) -> bool:
-        """Return whether every Parallel around a node has a place; else it waits at one that has none."""
+        """Return whether each Parallel around a node has a place; else it waits at a full one."""
         slot = self._slot(key)
         assert slot is not None
         full = next((group for group in slot.groups if group.active >= group.limit), None)
@@ -3144,7 +3145,7 @@ class Progress:
         """Book the end of the attempt in flight; return what became of the node.
 
         `result` is `finished`, `failed`, `unfixable` (failed, and would again), `interrupted` or
-        `crashed`. The answer is `finished`, `retrying`, `failed` or `cancelled`, which may run again.
+        `crashed`. The answer is `finished`, `retrying`, `failed` or `cancelled`: it may run again.
         """
         record, slot = self.records[key], self._slot(key)
         self._idle_renders = 0
@@ -3464,7 +3465,7 @@ class _Pipe:
         os.set_blocking(file.fileno(), False)
 
     def read(self, task: CurrentTask) -> int | None:
-        """Take what is there and emit its lines; return its size, 0 at the end, None for nothing."""
+        """Emit the lines of what is there; return its size, 0 at the end, None for nothing."""
         try:
             data = os.read(self.file.fileno(), 65536)
         except BlockingIOError:
@@ -3765,7 +3766,7 @@ class TaskThreads:
 
 @functools.lru_cache(maxsize=1)
 def _host() -> str:
-    """Return this machine, its boot and its process-id namespace: where a process can be looked up."""
+    """Return this machine, its boot and its process-id namespace: where to look a process up."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):  # no /proc: then the name has to do
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
@@ -4229,7 +4230,7 @@ class Attempts:
         """Take a line from a task; holds the task back while too many wait to be written."""
         if os.getpid() != self._pid:
             return  # a forked child: nobody here would write it
-        # An executor that calls at once does so in the engine's thread, which cannot wait for itself.
+        # An executor that calls at once does so in the engine's thread: it cannot wait for itself.
         is_engine = threading.get_ident() == self._engine_thread
         with self._line_room:
             while self._waiting_lines >= self.MAX_WAITING_LINES and not is_engine:
@@ -4316,413 +4317,68 @@ class Deadlines:
 
 
 # ---------------------------------------------------------------------------
-# Engine: drives one run, one transaction a step
+# Steps: what is written when something happens in a run
 # ---------------------------------------------------------------------------
 
 
-class RunResult(NamedTuple):
-    """How a run stands when its engine leaves it.
-
-    `error` is `{"name","message","code"?}` of a failed run. `running` or `waiting-approval` is the
-    status of a run that was suspended, or that waits and was not to be waited for.
-    """
-
-    run_id: str
-    status: str
-    error: dict[str, Any] | None
+def _denial_error(gate: Gate) -> dict[str, str]:
+    by = f" by {gate.decided_by}" if gate.decided_by else ""
+    why = f": {gate.note}" if gate.note else ""
+    return describe_error(TaskFailed(f"denied{by}{why}", "APPROVAL_DENIED"))
 
 
-class Engine(CtxSource):
-    """Drives one run from its claim to its end, in the thread that calls `run`.
+def _timeout_error(task: Task) -> dict[str, str]:
+    assert task.timeout is not None
+    return describe_error(TaskFailed(f"timed out after {task.timeout:g} s", "TASK_TIMEOUT"))
 
-    Everything that happens elsewhere (a task that ends, a line, a decision, another process's
-    commit) comes in through one mailbox; what follows from it `Progress` says. Memory changes
-    inside a transaction; when that fails the engine stops, so what it knows is never ahead of the
-    file. Other threads call `cancel`, `suspend` and `post`, also in a signal handler.
+
+class Steps:
+    """Writes what follows from each thing that happens in a run: rows, events, deadlines, metrics.
+
+    `Progress` says what follows; a method for each kind of its effects writes it down, in the
+    transaction that it is given. Used by the engine's thread.
     """
 
     def __init__(
         self,
-        workflow: Workflow | Callable[[Ctx], Workflow],
-        adapter: SmithersDb,
         run_id: str,
-        *,
-        input: Any = None,
-        abort: threading.Event | None = None,
-        max_concurrency: int = 4,
-        executor: Executor | Callable[[], Executor] | None = None,
-        on_event: Callable[[Event], None] | None = None,
-        park: bool = True,
-        config: Mapping[str, Any] | None = None,
-        echo_prints: bool = True,
+        metrics: Metrics,
+        progress: Progress,
+        attempts: Attempts,
+        max_concurrency: int,
     ) -> None:
-        if not isinstance(adapter, SmithersDb):
-            raise AuthoringError(
-                f"adapter must be a SmithersDb, got {adapter!r}: SmithersDb(path) opens a file"
-            )
-        check_id(run_id, "run")
-        _check_number("run_workflow", "max_concurrency", max_concurrency, 1, whole=True)
-        if not isinstance(workflow, Workflow) and not callable(workflow):
-            raise AuthoringError(
-                f"a workflow is a function or a Workflow, got {workflow!r}", "INVALID_TREE"
-            )
-        self.run_id = run_id
-        self.result: RunResult | None = None
-        self.abort = abort or threading.Event()
-        self._workflow = workflow
-        self._db = adapter
-        self._metrics = adapter.metrics
-        self._input_json = encode_input(input)
-        self._config = {"maxConcurrency": max_concurrency, **(config or {})}
-        self._max_concurrency = max_concurrency
-        self._executor = executor
-        self._on_event = on_event
-        self._park = park
-        self._echo_prints = echo_prints
-        self._owner = new_owner_id()
-        self._mailbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-        self._stop_heartbeat = threading.Event()
-        self._is_leaving = threading.Event()  # the process ends: whatever runs gets little time
-        self._is_suspended = threading.Event()
-        self._delivered = -1
-        self._begin_empty()
-
-    def _begin_empty(self) -> None:
-        """Set what the engine knows of its run: nothing yet."""
-        self._progress = Progress(self._max_concurrency)
-        self._attempts = Attempts(self._db, self.run_id, self._owner, self._executor, self.post)
-        self._status = "running"
-        self._began = time.monotonic()
-        self._labels: dict[Key, str | None] = {}  # of an earlier life's rows
-        # Node id without loop scope -> with it, from the last frame of a resumed run.
-        self._scopes: dict[str, str] = {}
-        self._frame: tuple[str, str] | None = None
-        self._xml: tuple[str, str] = ("", "")
-        self._cancelling = False
-        self._ended_elsewhere: str | None = None  # the status that another program has written
-        self._is_hurrying = False
-        self._starting: list[Running] = []
-        self._next_seq = 0  # of this run's log, as this engine knows it
-        self._counted: dict[str, float] = {}  # what this run has added to each gauge
+        self.frame: tuple[str, str] | None = None  # the last one's tree and mounted ids
+        self.xml = ("", "")  # the newest tree and its hash
+        self.starting: list[Running] = []  # attempts to be launched after the commit
         # What must count while nothing runs is due by the wall clock; the rest is not.
-        self._wall = Deadlines()  # retry and gate, in ms since the epoch
-        self._grace = Deadlines()  # timeout and give-up, on the monotonic clock
+        self.wall = Deadlines()  # retry and gate, in ms since the epoch
+        self.grace = Deadlines()  # timeout and give-up, on the monotonic clock
+        self._run_id = run_id
+        self._metrics = metrics
+        self._progress = progress
+        self._attempts = attempts
+        self._max_concurrency = max_concurrency
+        self._counted: dict[str, float] = {}  # what this run has added to each gauge
 
-    # Life
+    def fire(self, tx: Tx) -> None:
+        """Do what is due."""
+        for kind, key in self.wall.take(tx.now_ms):
+            if kind == "retry":
+                self._progress.retry_is_due(key, tx.now_ms)
+            elif not self._progress.is_halting:
+                self._gate_expire(tx, key)
+        for kind, running in self.grace.take(time.monotonic()):
+            if not self._attempts.is_live(running):
+                continue
+            if kind == "timeout":
+                self._stop(running, "timeout")
+            else:
+                self._attempts.give_up(running)
+                self._attempt_book(tx, running, Outcome(None), is_given_up=True)
 
-    @property
-    def left_call_behind(self) -> bool:
-        return self._attempts.left_call_behind
-
-    def open(
-        self, resume: bool = False, force: bool = False, retry: bool | Iterable[str] = False
-    ) -> bool:
-        """Insert or claim the run; True when there is something to drive.
-
-        With `resume` a run that has ended is only looked at, unless `retry` gives its failed nodes
-        (True) or the named ones a fresh try; one that does not exist is begun. Raises RunExists,
-        RunOwned, AuthoringError when the run is another workflow's, InvalidRequest for a node that
-        cannot be retried.
-        """
-        run = self._db.get_run(self.run_id) if resume else None
-        if run is None:
-            self._insert()
-            return True
-        if run.is_terminal and retry is False:
-            error = None if run.error_json is None else dict(json.loads(run.error_json))
-            self.result = RunResult(self.run_id, run.status, error)
-            return False
-        if not force and watch_owner(self._db, self.run_id) == "alive":
-            raise RunOwned(
-                f"run {self.run_id} is driven by a living process; --force takes it over"
-            )
-        self._claim(run, force, retry)
-        return True
-
-    def run(self) -> RunResult:
-        """Drive the opened run until it ends, is suspended, or waits for gates and is not to park.
-
-        Raises OwnerLost after a takeover and StorageError when the database fails; nothing is
-        written then.
-        """
-        metrics = self._metrics
-        metrics.inc("smithers_runs_total")
-        metrics.inc("smithers_runs_active")
-        self._watch = self._db.watch()
-        self._db.subscribe(self._notice)
-        start_thread("heartbeat", self._beat)
-        try:
-            with captured_prints(self._echo_prints):
-                self._drive()
-        finally:
-            self._stop_heartbeat.set()
-            _engines_here.discard(self._owner)
-            self._db.unsubscribe(self._notice)
-            self._watch.close()
-            self._attempts.close()
-            self._show_gauges()
-            metrics.inc("smithers_runs_active", -1)
-        assert self.result is not None
-        return self.result
-
-    def cancel(self) -> None:
-        """Cancel the run and wait only briefly for tasks: the process is about to leave."""
-        self._is_leaving.set()
-        self.abort.set()
-
-    def suspend(self) -> None:
-        """Leave the run as it is, for a later resume: the process is about to leave."""
-        self._is_leaving.set()
-        self._is_suspended.set()
-
-    def post(self, kind: str, *details: Any) -> None:
-        self._mailbox.put((kind, *details))
-
-    def _insert(self) -> None:
-        path, digest = _source_of(self._workflow)
-        name = str(getattr(self._workflow, "name", getattr(self._workflow, "__name__", "workflow")))
-        with self._db.transaction(self.run_id) as tx:
-            tx.insert_run(name, path, digest, self._owner, self._input_json, to_json(self._config))
-            tx.append_event("RunStarted")
-            tx.append_event("RunStatusChanged", status="running")
-        _engines_here.add(self._owner)
-        self._told(tx)
-
-    def _claim(self, seen: Run, force: bool, retry: bool | Iterable[str]) -> None:
-        """Make this engine the owner, and mend what the last one left half done."""
-        self._recall()
-        plan = self._look_at_tree(seen, force)
-        chosen, loops = ([], []) if retry is False else self._chosen_to_retry(seen, plan, retry)
-        with self._db.transaction(self.run_id) as tx:
-            if not tx.claim_run(seen, self._owner, forget_end=seen.is_terminal):
-                raise RunOwned(f"run {self.run_id} was claimed by another process")
-            attempts = tx.list_attempts(self.run_id, open_nodes_only=True)
-            self._next_seq = tx.next_seq
-        _engines_here.add(self._owner)
-        end_leftovers(seen, attempts)
-        slots = {} if plan is None else plan.slots
-        has_crashed = seen.runtime_owner_id is not None and not force
-        with self._transaction() as tx:
-            path, digest = _source_of(self._workflow)
-            if seen.workflow_hash is not None and digest != seen.workflow_hash:
-                logger.warning(
-                    "the workflow file has changed since run %s began; going on with the new one",
-                    self.run_id,
-                )
-            tx.update_run_source(path, digest)
-            tx.append_event("RunStatusChanged", status="running")
-            for node in tx.list_open_nodes(self.run_id):
-                if node.state == "in-progress":
-                    if has_crashed and node.last_attempt is not None:
-                        tx.note_attempt(node.key, node.last_attempt, crashed=True)
-                    node_close(tx, node, "the run was interrupted")
-            for loop in loops:
-                if any(loop in slots[key].loops for key in chosen if key in slots):
-                    tx.put_loop(loop.key, loop.iteration, False)
-                else:
-                    tx.delete_loop(loop.key)
-            if chosen:
-                self._reset_nodes(tx, set(chosen))
-        self._metrics.inc("smithers_runs_resumed_total")
-        self._delivered = tx.events[0].seq - 1
-        self._told(tx)
-        self._begin_empty()
-        self._next_seq = tx.next_seq
-        self._recall()
-
-    def _look_at_tree(self, seen: Run, force: bool) -> Plan | None:
-        """Render once before anything is claimed: another workflow's run is not gone on with."""
-        plan = self._render()
-        has_frame = self._frame is not None
-        if plan is not None and has_frame and plan.name != seen.workflow_name and not force:
-            raise AuthoringError(
-                f"run {self.run_id} is one of workflow {seen.workflow_name!r}, not of {plan.name!r};"
-                " --force goes on with it all the same",
-                "WORKFLOW_MISMATCH",
-            )
-        return plan
-
-    def _chosen_to_retry(
-        self, seen: Run, plan: Plan | None, retry: bool | Iterable[str]
-    ) -> tuple[list[Key], list[LoopSlot]]:
-        """Return the failed nodes; or the named ones and, of the tree, what comes after them.
-
-        Also the loops that are not over then, or have not begun.
-        """
-        nodes = self._progress.records
-        if isinstance(retry, bool):
-            failed = [key for key, record in nodes.items() if record.state == "failed"]
-            if seen.status != "failed" and plan is not None:  # a failure that may be is left alone
-                slots = [plan.slots[key] for key in failed if key in plan.slots]
-                failed = [slot.key for slot in slots if not slot.leaf.continue_on_fail]
-            return failed, []
-        if plan is None:
-            raise InvalidRequest("nodes can be retried only in a tree that renders")
-        chosen: dict[Key, None] = {}
-        loops: dict[LoopSlot, None] = {}
-        for id in retry:
-            slot = plan.by_id.get(id.partition("@@")[0])
-            if slot is None or slot.key not in nodes:
-                raise InvalidRequest(f"there is no node {id!r} to retry in the tree of this run")
-            ids, loops_after = plan.followers(slot)
-            chosen[slot.key] = None
-            chosen.update(dict.fromkeys(k for k in nodes if k[0].partition("@@")[0] in ids))
-            loops.update(dict.fromkeys(loops_after))
-        return list(chosen), list(loops)
-
-    def _reset_nodes(self, tx: Tx, keys: set[Key]) -> None:
-        """Give nodes a fresh try: their earlier failures, decisions and outputs do not count."""
-        for attempt in tx.list_attempts(self.run_id):
-            if attempt.key in keys:
-                tx.note_attempt(attempt.key, attempt.attempt, forgiven=True)
-        for key in sorted(keys):
-            if tx.get_gate(self.run_id, key) is not None:
-                tx.close_gate(key)
-            tx.delete_output(key)
-            tx.update_node(key, "pending", self._progress.records[key].last_attempt)
-            tx.append_event("NodePending", key)
-
-    def _recall(self) -> None:
-        """Read back what an earlier engine had committed, from one snapshot."""
-        progress = self._progress
-        with self._db.snapshot() as reads:
-            gates = {gate.key: gate.status for gate in reads.list_gates(self.run_id)}
-            attempts: dict[Key, list[Attempt]] = {}
-            for attempt in reads.list_attempts(self.run_id, open_nodes_only=True):
-                attempts.setdefault(attempt.key, []).append(attempt)
-            for node in reads.list_nodes(self.run_id):
-                record = Record(node.state, node.last_attempt)
-                record.gate = gates.get(node.key)
-                _count_attempts(record, attempts.get(node.key, []))
-                self._labels[node.key] = node.label
-                progress.recall(node.key, record)
-            progress.loops = reads.list_loops(self.run_id)
-            self._input_json = reads.get_input(self.run_id) or "{}"
-            for frame in reads.list_frames(self.run_id, 1):
-                self._frame = (frame.xml_json, frame.mounted_task_ids_json)
-                mounted = (
-                    entry.rpartition("::")[0]
-                    for entry in json.loads(frame.mounted_task_ids_json or "[]")
-                )
-                self._scopes = {node_id.partition("@@")[0]: node_id for node_id in mounted}
-
-    def _beat(self) -> None:
-        """Prove once a second that this engine lives.
-
-        Report when it does not own the run any more.
-        """
-        while not self._stop_heartbeat.wait(HEARTBEAT_SECONDS):
-            try:
-                with self._db.transaction(self.run_id) as tx:
-                    owned = tx.update_heartbeat(self._owner)
-            except Unavailable:
-                continue  # somebody holds the write lock: the engine waits for it as well
-            except SmithersError as error:
-                self.post("broken", error)
-                return
-            if not owned:
-                self.post("control")
-                return
-            if self._progress.open_gates:
-                self.post("count")
-
-    # The loop
-
-    def _notice(self, tx: Tx) -> None:
-        if tx.is_control and tx.run_id == self.run_id:
-            self.post("control")
-
-    def _drive(self) -> None:
-        self._step([])
-        next_look = 0.0
-        while self.result is None:
-            messages = self._wait()
-            now = time.monotonic()
-            is_due = self._wall.next() <= now_ms() or self._grace.next() <= now
-            is_told = (
-                self.abort.is_set()
-                and not self._cancelling
-                or self._is_suspended.is_set()
-                and not self._progress.is_stopping
-                or self._is_leaving.is_set()
-                and not self._is_hurrying
-            )
-            has_news = bool(messages) or is_due or is_told
-            if not has_news and now >= next_look:
-                next_look = now + WATCH_SECONDS
-                has_news = self._watch.changed()
-            if has_news:
-                self._step(messages)
-
-    def _wait(self) -> list[tuple[Any, ...]]:
-        """Return all messages there are, after waiting for the first, a deadline or the next look.
-
-        Never long: the wall clock may jump, and a deadline with it.
-        """
-        timeout = min(
-            WATCH_SECONDS,
-            self._grace.next() - time.monotonic(),
-            (self._wall.next() - now_ms()) / 1000,
-        )
-        messages: list[tuple[Any, ...]] = []
-        with contextlib.suppress(queue.Empty):
-            messages.append(self._mailbox.get(timeout=max(0.0, timeout)))
-            while len(messages) < 1000:
-                messages.append(self._mailbox.get_nowait())
-        return messages
-
-    def _step(self, messages: list[tuple[Any, ...]]) -> None:
-        """Carry the run as far as it goes now: one transaction, and one more after each render."""
-        with self._transaction() as tx:
-            for kind, *details in messages:
-                if kind == "done":
-                    self._attempt_done(tx, *details)
-                elif kind == "line":
-                    self._line_write(tx, *details)
-                elif kind == "count":
-                    self._gates_count(tx)
-                elif kind == "broken":
-                    raise details[0]
-            self._fire(tx)
-            self._advance(tx)
-        self._after_commit(tx)
-        while self._progress.is_stale and not self._progress.is_halting and self.result is None:
-            plan = self._render()
-            with self._transaction() as tx:
-                if plan is not None and not self._progress.is_stopping:
-                    self._mount(tx, plan)
-                self._advance(tx)
-            self._after_commit(tx)
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[Tx]:
-        """A transaction of this run's owner: fenced, and aware of what others have asked for."""
-        give_up = self._is_leaving.is_set
-        with self._db.transaction(self.run_id, math.inf, give_up) as tx:
-            status, is_cancelled = tx.get_control(self._owner)
-            if status in TERMINAL_STATUSES:
-                self._ended_elsewhere = status
-            if status in TERMINAL_STATUSES or is_cancelled or self.abort.is_set():
-                self._begin_to_cancel(tx, is_cancelled)
-            elif self._is_suspended.is_set():
-                self._stop_all(SUSPENDED)
-            if self._is_leaving.is_set():
-                self._shorten_grace()
-            if tx.next_seq != self._next_seq:
-                self._decisions_collect(tx)
-            yield tx
-
-    def _after_commit(self, tx: Tx) -> None:
-        starting, self._starting = self._starting, []
-        for running in starting:
-            self._attempts.launch(running)
-        self._show_gauges()
-        self._told(tx)
-
-    def _show_gauges(self) -> None:
+    def show_gauges(self, is_over: bool) -> None:
         """Add to each gauge what has changed of this run's share."""
         running = len(self._attempts.in_flight)
-        is_over = self.result is not None or self._stop_heartbeat.is_set()
         shown = {
             "smithers_nodes_active": running,
             "smithers_scheduler_queue_depth": 0 if is_over else self._progress.queued,
@@ -4733,210 +4389,12 @@ class Engine(CtxSource):
                 self._metrics.inc(name, value - self._counted.get(name, 0))
                 self._counted[name] = value
 
-    def _told(self, tx: Tx) -> None:
-        """Note how far the log goes, and give the observer every event of it in order."""
-        self._next_seq = tx.next_seq
-        if self._on_event is None:
-            return
-        events = tx.events
-        if not events or events[0].seq != self._delivered + 1:
-            events = self._db.list_events(self.run_id, self._delivered)
-        for event in events:
-            self._delivered = event.seq
-            try:
-                self._on_event(event)
-            except Exception:  # foreign code: an observer that fails must not cost the run
-                logger.error("the observer of run %s failed", self.run_id, exc_info=True)
-
-    def _fire(self, tx: Tx) -> None:
-        """Do what is due."""
-        for kind, key in self._wall.take(tx.now_ms):
-            if kind == "retry":
-                self._progress.retry_is_due(key, tx.now_ms)
-            elif not self._progress.is_halting:
-                self._gate_expire(tx, key)
-        for kind, running in self._grace.take(time.monotonic()):
-            if not self._attempts.is_live(running):
-                continue
-            if kind == "timeout":
-                self._stop(running, "timeout")
-            else:
-                self._attempts.give_up(running)
-                self._attempt_book(tx, running, Outcome(None), is_given_up=True)
-
-    # Rendering
-
-    def find_output(self, id: str, iteration: int | None) -> str | None:
-        return self._db.find_output(self.run_id, self._node_id_of(id), iteration)
-
-    def find_state(self, id: str) -> str | None:
-        key = self._key_of(id)
-        return None if key is None else self._progress.records[key].state
-
-    def find_error(self, id: str) -> dict[str, Any] | None:
-        key = self._key_of(id)
-        if key is None or self._progress.records[key].state != "failed":
-            return None
-        with self._db.snapshot() as reads:
-            found = reads.find_error(self.run_id, key)
-            if found is not None:
-                return dict(json.loads(found))
-            gate = reads.get_gate(self.run_id, key)
-        return None if gate is None else _denial_error(gate)
-
-    def find_iteration(self, loop_id: str) -> int:
-        plan, loops = self._progress.plan, self._progress.loops
-        slot = plan.loop_by_id.get(loop_id) if plan is not None else None
-        if slot is not None:
-            return slot.iteration
-        keys = [key for key in loops if key.partition("@@")[0] == loop_id]
-        newest = max(
-            keys, key=lambda key: [int(n) for n in re.findall("=([0-9]+)", key)], default=None
-        )
-        return 0 if newest is None else loops[newest][0]
-
-    def _key_of(self, id: str) -> Key | None:
-        """Return the key behind an id as written, also before the first render of a resumed run."""
-        plan = self._progress.plan
-        slot = plan.by_id.get(id) if plan is not None else None
-        if slot is not None:
-            return slot.key
-        node_id = self._node_id_of(id)
-        return max((key for key in self._progress.records if key[0] == node_id), default=None)
-
-    def _node_id_of(self, id: str) -> str:
-        """Return the node id behind an id as written.
-
-        In a nested loop it carries the outer iteration.
-        """
-        plan = self._progress.plan
-        slot = plan.by_id.get(id) if plan is not None else None
-        return slot.key[0] if slot is not None else self._scopes.get(id, id)
-
-    def _render(self) -> Plan | None:
-        """Call the workflow function, outside of any transaction.
-
-        A mistake in it becomes the run's failure.
-        """
-        progress = self._progress
-        ctx = Ctx(self.run_id, json.loads(self._input_json), source=self)
-        try:
-            tree = self._workflow if isinstance(self._workflow, Workflow) else self._workflow(ctx)
-            if not isinstance(tree, Workflow):
-                raise AuthoringError(
-                    f"a workflow function must return a Workflow, got {tree!r}", "INVALID_TREE"
-                )
-            plan = Plan(tree, progress.loops)
-            progress.refuse_endless_rendering(plan)
-            xml = to_json(xml_of(tree))
-        except (StorageError, Unavailable, KeyboardInterrupt):
-            raise
-        except AuthoringError as error:
-            progress.fatal = describe_error(error)
-            return None
-        except BaseException as error:
-            # User code: whatever it raises, also SystemExit, is the run's failure, never the engine's.
-            logger.error("the workflow function failed\n%s", traceback_of(error))
-            described = describe_error(error)
-            message = f"the workflow function raised {described['name']}: {described['message']}"
-            progress.fatal = describe_error(AuthoringError(message, "RENDER_FAILED"))
-            return None
-        self._reads = ctx.reads
-        self._xml = (xml, hashlib.sha256(xml.encode("utf-8")).hexdigest())
-        return plan
-
-    def _mount(self, tx: Tx, plan: Plan) -> None:
-        """Make a rendered tree the one that runs: its frame, its new nodes, the end of what it dropped."""
-        if self._progress.plan is None:
-            tx.update_run_name(plan.name)
-            self._put_labels_back(tx, plan)
-        for effect in self._progress.rendered(plan, self._reads):
-            self._carry_out(tx, effect)
-
-    def _put_labels_back(self, tx: Tx, plan: Plan) -> None:
-        """Mend the labels that another program's decisions have wiped."""
-        for key, label in self._labels.items():
-            slot = plan.slots.get(key)
-            if slot is not None and slot.leaf.label is not None and label is None:
-                record = self._progress.records[key]
-                tx.update_node(key, record.state, record.last_attempt, slot.leaf.label)
-        self._labels = {}
-
-    # Going on
-
-    def _advance(self, tx: Tx) -> None:
-        """Do everything that needs no render, then see whether the run is at an end or parked."""
-        for effect in self._progress.advance(tx.now_ms):
-            self._carry_out(tx, effect)
-        self._settle(tx)
-
-    def _carry_out(self, tx: Tx, effect: Effect) -> None:
+    def carry_out(self, tx: Tx, effect: Effect) -> None:
         getattr(self, EFFECTS[effect.kind])(tx, effect.key, effect.detail)
 
     def _leaf(self, key: Key) -> Leaf:
         assert self._progress.plan is not None
         return self._progress.plan.slots[key].leaf
-
-    def _settle(self, tx: Tx) -> None:
-        """End the run, leave it, park it, or say that it runs."""
-        standing = self._progress.standing()
-        if standing == "ended":
-            self._run_end(tx)
-        elif standing == "stale" or self._progress.is_halting:
-            return
-        elif standing == "busy":
-            self._show_status(tx, "running")
-        elif standing == "waiting":
-            self._show_status(tx, "waiting-approval")
-            if not self._park and not any(kind == "gate" for kind, _ in self._wall.at):
-                self._run_leave(tx)
-        else:
-            raise AssertionError("nothing is left to wait for and the tree is not done")
-
-    def _show_status(self, tx: Tx, status: str) -> None:
-        if self._status != status:
-            self._status = status
-            tx.update_run_status(status)
-            tx.append_event("RunStatusChanged", status=status)
-
-    def _run_leave(self, tx: Tx) -> None:
-        """Leave the run as it is, without an owner."""
-        tx.release_run()
-        self.result = RunResult(self.run_id, self._status, None)
-
-    def _run_end(self, tx: Tx) -> None:
-        progress = self._progress
-        error: dict[str, Any] | None = None
-        if self._ended_elsewhere is not None:
-            self._run_close_after(tx, self._ended_elsewhere)
-            return
-        if self._cancelling:
-            status = "cancelled"
-        elif progress.fatal is not None or progress.failed:
-            status = "failed"
-            message = f"Task(s) failed: {', '.join(progress.failed)}"
-            error = progress.fatal or describe_error(TaskFailed(message))
-            self._metrics.inc("smithers_errors_total")
-        elif progress.is_stopping:
-            self._run_leave(tx)
-            return
-        else:
-            status = "finished"
-        run_close(tx, status, error)
-        self._metrics.inc(f"smithers_runs_{status}_total")
-        ms = (time.monotonic() - self._began) * 1000
-        self._metrics.observe("smithers_run_duration_ms", ms)
-        self.result = RunResult(self.run_id, status, error)
-
-    def _run_close_after(self, tx: Tx, status: str) -> None:
-        """Close what is open of a run whose end another program has written, perhaps without event."""
-        for node in tx.list_open_nodes(self.run_id):
-            node_close(tx, node, f"the run was {status} by another program")
-        told = {event.type for event in tx.list_events(self.run_id, tx.next_seq - 3)}
-        if status == "cancelled" and "RunCancelled" not in told:
-            tx.append_event("RunCancelled")
-        tx.release_run()
-        self.result = RunResult(self.run_id, status, None)
 
     # Nodes and loops
 
@@ -4955,7 +4413,7 @@ class Engine(CtxSource):
 
     def _node_skip(self, tx: Tx, key: Key, with_decision: Any) -> None:
         if with_decision:
-            gate = tx.get_gate(self.run_id, key)
+            gate = tx.get_gate(self._run_id, key)
             assert gate is not None
             tx.put_output(key, to_json(gate.to_output()))
         self._node_move(tx, key, "NodeSkipped")
@@ -4977,7 +4435,7 @@ class Engine(CtxSource):
             self._metrics.observe("smithers_node_duration_ms", max(0, tx.now_ms - started))
 
     def _node_delay(self, tx: Tx, key: Key, due_at_ms: int) -> None:
-        self._wall.set("retry", key, due_at_ms)
+        self.wall.set("retry", key, due_at_ms)
 
     def _node_crash(self, tx: Tx, key: Key, _: Any) -> None:
         attempt = self._progress.records[key].last_attempt or 0
@@ -4994,14 +4452,14 @@ class Engine(CtxSource):
         assert self._progress.plan is not None
         keys = [slot.key for slot in self._progress.plan.leaves()]
         mounted = to_json([f"{node_id}::{iteration}" for node_id, iteration in keys])
-        if self._frame == (self._xml[0], mounted):
+        if self.frame == (self.xml[0], mounted):
             return
-        self._frame = (self._xml[0], mounted)
+        self.frame = (self.xml[0], mounted)
         index = to_json(
             [{"nodeId": k[0], "ordinal": i, "iteration": k[1]} for i, k in enumerate(keys)]
         )
-        frame_no = tx.insert_frame(*self._xml, mounted, index)
-        tx.append_event("FrameCommitted", frameNo=frame_no, xmlHash=self._xml[1])
+        frame_no = tx.insert_frame(*self.xml, mounted, index)
+        tx.append_event("FrameCommitted", frameNo=frame_no, xmlHash=self.xml[1])
 
     # Attempts
 
@@ -5022,18 +4480,18 @@ class Engine(CtxSource):
             self._node_finish(tx, key, to_json(slot.leaf.run), attempt)
             return
         running = self._attempts.begin(slot, attempt, self._progress.plan.sources_of(slot))
-        self._starting.append(running)
+        self.starting.append(running)
         if slot.leaf.timeout is not None:
-            self._grace.set("timeout", running, running.started_at + slot.leaf.timeout)
+            self.grace.set("timeout", running, running.started_at + slot.leaf.timeout)
 
-    def _line_write(self, tx: Tx, running: Running, text: str, stream: str) -> None:
+    def line_write(self, tx: Tx, running: Running, text: str, stream: str) -> None:
         self._attempts.line_taken()
         if self._attempts.is_live(running):
             tx.append_event(
                 "NodeOutput", running.key, attempt=running.attempt, text=text, stream=stream
             )
 
-    def _attempt_done(self, tx: Tx, running: Running, outcome: Outcome) -> None:
+    def attempt_done(self, tx: Tx, running: Running, outcome: Outcome) -> None:
         """Book the end of an attempt; the late result of one that was given up is dropped."""
         if self._attempts.is_live(running):
             self._attempt_book(tx, running, outcome, is_given_up=False)
@@ -5096,29 +4554,19 @@ class Engine(CtxSource):
     def _stop(self, running: Running, reason: str) -> None:
         """Tell an attempt to stop; it is given up when it does not."""
         if self._attempts.stop(running, reason):
-            self._grace.set("give up", running, time.monotonic() + STOP_GRACE_SECONDS)
+            self.grace.set("give up", running, time.monotonic() + STOP_GRACE_SECONDS)
 
-    def _stop_all(self, reason: str) -> None:
+    def stop_all(self, reason: str) -> None:
         if not self._progress.is_stopping:
             self._progress.is_stopping = True
             for running in self._attempts.in_flight.values():
                 self._stop(running, reason)
 
-    def _begin_to_cancel(self, tx: Tx, is_requested: bool) -> None:
-        if not self._cancelling:
-            self._cancelling = True
-            if not is_requested:  # what was acknowledged by a signal is not forgotten either
-                tx.request_cancel()
-            self._stop_all("the run was cancelled")
-
-    def _shorten_grace(self) -> None:
+    def shorten_grace(self, seconds: float) -> None:
         """Give what still runs only as long as a process may take to leave."""
-        if not self._is_hurrying:
-            self._is_hurrying = True
-            seconds = HURRY_SECONDS if self._cancelling else SUSPEND_SECONDS
-            for running in self._attempts.in_flight.values():
-                running.kill_after = seconds / 2
-                self._grace.set("give up", running, time.monotonic() + seconds)
+        for running in self._attempts.in_flight.values():
+            running.kill_after = seconds / 2
+            self.grace.set("give up", running, time.monotonic() + seconds)
 
     # Gates
 
@@ -5130,51 +4578,50 @@ class Engine(CtxSource):
         self._gate_await(tx, key, None)
 
     def _gate_await(self, tx: Tx, key: Key, _: Any) -> None:
-        leaf, gate = self._leaf(key), tx.get_gate(self.run_id, key)
+        leaf, gate = self._leaf(key), tx.get_gate(self._run_id, key)
         if isinstance(leaf, Approval) and leaf.timeout is not None and gate is not None:
             requested = gate.requested_at_ms or tx.now_ms
-            self._wall.set("gate", key, requested + round(leaf.timeout * 1000))
+            self.wall.set("gate", key, requested + round(leaf.timeout * 1000))
 
     def _gate_close(self, tx: Tx, key: Key, reason: str) -> None:
-        self._wall.cancel("gate", key)
+        self.wall.cancel("gate", key)
         tx.close_gate(key)
         self._node_move(tx, key, "NodeCancelled", reason=reason)
 
     def _gate_pass(self, tx: Tx, key: Key, _: Any) -> None:
-        gate = tx.get_gate(self.run_id, key)
+        gate = tx.get_gate(self._run_id, key)
         assert gate is not None
         self._node_finish(tx, key, to_json(gate.to_output()), 0)
 
     def _gate_deny(self, tx: Tx, key: Key, _: Any) -> None:
-        gate = tx.get_gate(self.run_id, key)
+        gate = tx.get_gate(self._run_id, key)
         assert gate is not None
         self._node_fail(tx, key, _denial_error(gate), 0)
 
-    def _decisions_collect(self, tx: Tx) -> None:
-        """Take up the decisions that others have added to the log since this engine's last commit."""
-        for event in tx.list_events(self.run_id, self._next_seq - 1, tx.next_seq - self._next_seq):
+    def decisions_collect(self, tx: Tx, from_seq: int) -> None:
+        """Take up the decisions that others have added to the log, from this event on."""
+        for event in tx.list_events(self._run_id, from_seq - 1):
             if event.type in ("ApprovalGranted", "ApprovalDenied"):
                 payload = event.payload
                 self._gate_look(tx, (payload["nodeId"], payload["iteration"]))
-        self._next_seq = tx.next_seq
 
-    def _gates_count(self, tx: Tx) -> None:
+    def gates_count(self, tx: Tx) -> None:
         """Once a second, look for decisions of a program that adds no event."""
-        if tx.count_open_gates(self.run_id) != self._progress.open_gates:
+        if tx.count_open_gates(self._run_id) != self._progress.open_gates:
             waiting = self._progress.records.items()
             for key in [key for key, record in waiting if record.phase == AT_GATE]:
                 self._gate_look(tx, key)
 
     def _gate_look(self, tx: Tx, key: Key) -> None:
-        gate = tx.get_gate(self.run_id, key)
+        gate = tx.get_gate(self._run_id, key)
         if gate is not None and gate.status in ("approved", "denied"):
-            self._wall.cancel("gate", key)
+            self.wall.cancel("gate", key)
             self._progress.gate_decided(key, gate.status)
 
     def _gate_expire(self, tx: Tx, key: Key) -> None:
         if self._progress.records[key].phase != AT_GATE:
             return
-        gate, leaf = tx.get_gate(self.run_id, key), self._leaf(key)
+        gate, leaf = tx.get_gate(self._run_id, key), self._leaf(key)
         if not isinstance(leaf, Approval) or leaf.timeout is None or gate is None:
             return
         if gate.status != "requested":
@@ -5192,7 +4639,7 @@ class Engine(CtxSource):
         self._gate_look(tx, key)
 
 
-# What the engine does for each kind of effect.
+# The method for each kind of effect.
 EFFECTS = {
     "insert": "_node_insert",
     "repeat": "_node_repeat",
@@ -5211,26 +4658,621 @@ EFFECTS = {
 }
 
 
-def _count_attempts(record: Record, attempts: list[Attempt]) -> None:
-    """Have a record say what its attempts in earlier lives say."""
-    for attempt in attempts:
-        meta = attempt.meta
-        if meta.get("forgiven"):
-            continue
-        record.failures += attempt.state == "failed"
-        record.crashes = record.crashes + 1 if meta.get("crashed") else 0
-        record.due_at_ms = meta.get("dueAtMs", 0)
+# ---------------------------------------------------------------------------
+# Engine: drives one run, one transaction a step
+# ---------------------------------------------------------------------------
 
 
-def _denial_error(gate: Gate) -> dict[str, str]:
-    by = f" by {gate.decided_by}" if gate.decided_by else ""
-    why = f": {gate.note}" if gate.note else ""
-    return describe_error(TaskFailed(f"denied{by}{why}", "APPROVAL_DENIED"))
+class RunResult(NamedTuple):
+    """How a run stands when its engine leaves it.
+
+    `error` is `{"name","message","code"?}` of a failed run. `running` or `waiting-approval` is the
+    status of a run that was suspended, or that waits and was not to be waited for.
+    """
+
+    run_id: str
+    status: str
+    error: dict[str, Any] | None
 
 
-def _timeout_error(task: Task) -> dict[str, str]:
-    assert task.timeout is not None
-    return describe_error(TaskFailed(f"timed out after {task.timeout:g} s", "TASK_TIMEOUT"))
+def recall_records(reads: Reads, run_id: str, progress: Progress) -> dict[Key, str | None]:
+    """Tell a run's progress what its rows say of nodes and loops; return the nodes' labels."""
+    gates = {gate.key: gate.status for gate in reads.list_gates(run_id)}
+    attempts: dict[Key, list[Attempt]] = {}
+    for attempt in reads.list_attempts(run_id, open_nodes_only=True):
+        attempts.setdefault(attempt.key, []).append(attempt)
+    labels = {}
+    for node in reads.list_nodes(run_id):
+        record = Record(node.state, node.last_attempt)
+        record.gate = gates.get(node.key)
+        for attempt in attempts.get(node.key, ()):
+            meta = attempt.meta
+            if not meta.get("forgiven"):
+                record.failures += attempt.state == "failed"
+                record.crashes = record.crashes + 1 if meta.get("crashed") else 0
+                record.due_at_ms = meta.get("dueAtMs", 0)
+        labels[node.key] = node.label
+        progress.recall(node.key, record)
+    progress.loops = reads.list_loops(run_id)
+    return labels
+
+
+def choose_to_retry(
+    seen: Run, records: Mapping[Key, Record], plan: Plan | None, retry: bool | Iterable[str]
+) -> tuple[set[Key], list[LoopSlot]]:
+    """Return the failed nodes; or the named ones and, of the tree, what comes after them.
+
+    Also the loops that are not over then, or have not begun. Raises InvalidRequest for a node that
+    is not there.
+    """
+    if isinstance(retry, bool):
+        failed = {key for key, record in records.items() if retry and record.state == "failed"}
+        if seen.status != "failed" and plan is not None:  # a failure that may be is left alone
+            slots = [plan.slots[key] for key in failed if key in plan.slots]
+            failed = {slot.key for slot in slots if not slot.leaf.continue_on_fail}
+        return failed, []
+    if plan is None:
+        raise InvalidRequest("nodes can be retried only in a tree that renders")
+    chosen: set[Key] = set()
+    loops: dict[LoopSlot, None] = {}
+    for id in retry:
+        slot = plan.by_id.get(id.partition("@@")[0])
+        if slot is None or slot.key not in records:
+            raise InvalidRequest(f"there is no node {id!r} to retry in the tree of this run")
+        ids, loops_after = plan.followers(slot)
+        chosen.add(slot.key)
+        chosen.update(key for key in records if key[0].partition("@@")[0] in ids)
+        loops.update(dict.fromkeys(loops_after))
+    return chosen, list(loops)
+
+
+def reset_nodes(tx: Tx, records: Mapping[Key, Record], keys: set[Key]) -> None:
+    """Give nodes a fresh try: their earlier failures, decisions and outputs do not count."""
+    for attempt in tx.list_attempts(tx.run_id) if keys else ():
+        if attempt.key in keys:
+            tx.note_attempt(attempt.key, attempt.attempt, forgiven=True)
+    for key in sorted(keys):
+        if tx.get_gate(tx.run_id, key) is not None:
+            tx.close_gate(key)
+        tx.delete_output(key)
+        tx.update_node(key, "pending", records[key].last_attempt)
+        tx.append_event("NodePending", key)
+
+
+def reset_loops(tx: Tx, keys: set[Key], loops: Iterable[LoopSlot], plan: Plan | None) -> None:
+    """Have loops around these nodes go on, and loops after them begin anew."""
+    slots = {} if plan is None else plan.slots
+    for loop in loops:
+        if any(loop in slots[key].loops for key in keys if key in slots):
+            tx.put_loop(loop.key, loop.iteration, False)
+        else:
+            tx.delete_loop(loop.key)
+
+
+class RunReader(CtxSource):
+    """What a workflow function reads of its run: from the records, the newest tree and the file."""
+
+    def __init__(self, db: SmithersDb, run_id: str, progress: Progress) -> None:
+        self._db = db
+        self._run_id = run_id
+        self._progress = progress
+        # Node id without loop scope -> with it, from the last frame of a resumed run.
+        self.scopes: dict[str, str] = {}
+
+    def find_output(self, id: str, iteration: int | None) -> str | None:
+        return self._db.find_output(self._run_id, self._node_id_of(id), iteration)
+
+    def find_state(self, id: str) -> str | None:
+        key = self._key_of(id)
+        return None if key is None else self._progress.records[key].state
+
+    def find_error(self, id: str) -> dict[str, Any] | None:
+        key = self._key_of(id)
+        if key is None or self._progress.records[key].state != "failed":
+            return None
+        with self._db.snapshot() as reads:
+            found = reads.find_error(self._run_id, key)
+            if found is not None:
+                return dict(json.loads(found))
+            gate = reads.get_gate(self._run_id, key)
+        return None if gate is None else _denial_error(gate)
+
+    def find_iteration(self, loop_id: str) -> int:
+        plan, loops = self._progress.plan, self._progress.loops
+        slot = plan.loop_by_id.get(loop_id) if plan is not None else None
+        if slot is not None:
+            return slot.iteration
+        keys = [key for key in loops if key.partition("@@")[0] == loop_id]
+        newest = max(
+            keys, key=lambda key: [int(n) for n in re.findall("=([0-9]+)", key)], default=None
+        )
+        return 0 if newest is None else loops[newest][0]
+
+    def _key_of(self, id: str) -> Key | None:
+        """Return the key behind an id as written, also before the first render of a resumed run."""
+        plan = self._progress.plan
+        slot = plan.by_id.get(id) if plan is not None else None
+        if slot is not None:
+            return slot.key
+        node_id = self._node_id_of(id)
+        return max((key for key in self._progress.records if key[0] == node_id), default=None)
+
+    def _node_id_of(self, id: str) -> str:
+        """Return the node id behind an id as written.
+
+        In a nested loop it carries the outer iteration.
+        """
+        plan = self._progress.plan
+        slot = plan.by_id.get(id) if plan is not None else None
+        return slot.key[0] if slot is not None else self.scopes.get(id, id)
+
+
+class Engine:
+    """Drives one run from its claim to its end, in the thread that calls `run`.
+
+    Everything that happens elsewhere (a task that ends, a line, a decision, another process's
+    commit) comes in through one mailbox; what follows from it `Progress` says. Memory changes
+    inside a transaction; when that fails the engine stops, so what it knows is never ahead of the
+    file. Other threads call `cancel`, `suspend` and `post`, also in a signal handler.
+    """
+
+    def __init__(
+        self,
+        workflow: Workflow | Callable[[Ctx], Workflow],
+        adapter: SmithersDb,
+        run_id: str,
+        *,
+        input: Any = None,
+        abort: threading.Event | None = None,
+        max_concurrency: int = 4,
+        executor: Executor | Callable[[], Executor] | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        park: bool = True,
+        config: Mapping[str, Any] | None = None,
+        echo_prints: bool = True,
+    ) -> None:
+        if not isinstance(adapter, SmithersDb):
+            raise AuthoringError(
+                f"adapter must be a SmithersDb, got {adapter!r}: SmithersDb(path) opens a file"
+            )
+        check_id(run_id, "run")
+        _check_number("run_workflow", "max_concurrency", max_concurrency, 1, whole=True)
+        if not isinstance(workflow, Workflow) and not callable(workflow):
+            raise AuthoringError(
+                f"a workflow is a function or a Workflow, got {workflow!r}", "INVALID_TREE"
+            )
+        self.run_id = run_id
+        self.result: RunResult | None = None
+        self.abort = abort or threading.Event()
+        self._workflow = workflow
+        self._db = adapter
+        self._metrics = adapter.metrics
+        self._input_json = encode_input(input)
+        self._config = {"maxConcurrency": max_concurrency, **(config or {})}
+        self._max_concurrency = max_concurrency
+        self._executor = executor
+        self._on_event = on_event
+        self._park = park
+        self._echo_prints = echo_prints
+        self._owner = new_owner_id()
+        self._mailbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self._stop_heartbeat = threading.Event()
+        self._is_leaving = threading.Event()  # the process ends: whatever runs gets little time
+        self._is_suspended = threading.Event()
+        self._delivered = -1
+        self._begin_empty()
+
+    def _begin_empty(self) -> None:
+        """Set what the engine knows of its run: nothing yet."""
+        self._progress = Progress(self._max_concurrency)
+        self._attempts = Attempts(self._db, self.run_id, self._owner, self._executor, self.post)
+        self._steps = Steps(
+            self.run_id, self._metrics, self._progress, self._attempts, self._max_concurrency
+        )
+        self._reader = RunReader(self._db, self.run_id, self._progress)
+        self._status = "running"
+        self._began = time.monotonic()
+        self._labels: dict[Key, str | None] = {}  # of an earlier life's rows
+        self._cancelling = False
+        self._ended_elsewhere: str | None = None  # the status that another program has written
+        self._is_hurrying = False
+        self._next_seq = 0  # of this run's log, as this engine knows it
+
+    # Life
+
+    @property
+    def left_call_behind(self) -> bool:
+        return self._attempts.left_call_behind
+
+    def open(
+        self, resume: bool = False, force: bool = False, retry: bool | Iterable[str] = False
+    ) -> bool:
+        """Insert or claim the run; True when there is something to drive.
+
+        With `resume` a run that has ended is only looked at, unless `retry` gives its failed nodes
+        (True) or the named ones a fresh try; one that does not exist is begun. Raises RunExists,
+        RunOwned, AuthoringError when the run is another workflow's, InvalidRequest for a node that
+        cannot be retried.
+        """
+        run = self._db.get_run(self.run_id) if resume else None
+        if run is None:
+            self._insert()
+            return True
+        if run.is_terminal and retry is False:
+            error = None if run.error_json is None else dict(json.loads(run.error_json))
+            self.result = RunResult(self.run_id, run.status, error)
+            return False
+        if not force and watch_owner(self._db, self.run_id) == "alive":
+            raise RunOwned(
+                f"run {self.run_id} is driven by a living process; --force takes it over"
+            )
+        self._claim(run, force, retry)
+        return True
+
+    def run(self) -> RunResult:
+        """Drive the opened run until it ends, is suspended, or waits for gates and is not to park.
+
+        Raises OwnerLost after a takeover and StorageError when the database fails; nothing is
+        written then.
+        """
+        metrics = self._metrics
+        metrics.inc("smithers_runs_total")
+        metrics.inc("smithers_runs_active")
+        self._watch = self._db.watch()
+        self._db.subscribe(self._notice)
+        start_thread("heartbeat", self._beat)
+        try:
+            with captured_prints(self._echo_prints):
+                self._drive()
+        finally:
+            self._stop_heartbeat.set()
+            _engines_here.discard(self._owner)
+            self._db.unsubscribe(self._notice)
+            self._watch.close()
+            self._attempts.close()
+            self._steps.show_gauges(is_over=True)
+            metrics.inc("smithers_runs_active", -1)
+        assert self.result is not None
+        return self.result
+
+    def cancel(self) -> None:
+        """Cancel the run and wait only briefly for tasks: the process is about to leave."""
+        self._is_leaving.set()
+        self.abort.set()
+
+    def suspend(self) -> None:
+        """Leave the run as it is, for a later resume: the process is about to leave."""
+        self._is_leaving.set()
+        self._is_suspended.set()
+
+    def post(self, kind: str, *details: Any) -> None:
+        self._mailbox.put((kind, *details))
+
+    def _insert(self) -> None:
+        path, digest = _source_of(self._workflow)
+        name = str(getattr(self._workflow, "name", getattr(self._workflow, "__name__", "workflow")))
+        with self._db.transaction(self.run_id) as tx:
+            tx.insert_run(name, path, digest, self._owner, self._input_json, to_json(self._config))
+            tx.append_event("RunStarted")
+            tx.append_event("RunStatusChanged", status="running")
+        _engines_here.add(self._owner)
+        self._told(tx)
+
+    def _claim(self, seen: Run, force: bool, retry: bool | Iterable[str]) -> None:
+        """Make this engine the owner, and mend what the last one left half done."""
+        self._recall()
+        plan = self._look_at_tree(seen, force)
+        chosen, loops = choose_to_retry(seen, self._progress.records, plan, retry)
+        with self._db.transaction(self.run_id) as tx:
+            if not tx.claim_run(seen, self._owner, forget_end=seen.is_terminal):
+                raise RunOwned(f"run {self.run_id} was claimed by another process")
+            attempts = tx.list_attempts(self.run_id, open_nodes_only=True)
+            self._next_seq = tx.next_seq
+        _engines_here.add(self._owner)
+        end_leftovers(seen, attempts)
+        has_crashed = seen.runtime_owner_id is not None and not force
+        with self._transaction() as tx:
+            path, digest = _source_of(self._workflow)
+            if seen.workflow_hash is not None and digest != seen.workflow_hash:
+                logger.warning(
+                    "the workflow file has changed since run %s began; going on with the new one",
+                    self.run_id,
+                )
+            tx.update_run_source(path, digest)
+            tx.append_event("RunStatusChanged", status="running")
+            for node in tx.list_open_nodes(self.run_id):
+                if node.state == "in-progress":
+                    if has_crashed and node.last_attempt is not None:
+                        tx.note_attempt(node.key, node.last_attempt, crashed=True)
+                    node_close(tx, node, "the run was interrupted")
+            reset_loops(tx, chosen, loops, plan)
+            reset_nodes(tx, self._progress.records, chosen)
+        self._metrics.inc("smithers_runs_resumed_total")
+        self._delivered = tx.events[0].seq - 1
+        self._told(tx)
+        self._begin_empty()
+        self._next_seq = tx.next_seq
+        self._recall()
+
+    def _look_at_tree(self, seen: Run, force: bool) -> Plan | None:
+        """Render once before anything is claimed: another workflow's run is not gone on with."""
+        plan = self._render()
+        has_frame = self._steps.frame is not None
+        if plan is not None and has_frame and plan.name != seen.workflow_name and not force:
+            raise AuthoringError(
+                f"run {self.run_id} is of workflow {seen.workflow_name!r}, not of {plan.name!r};"
+                " --force goes on with it all the same",
+                "WORKFLOW_MISMATCH",
+            )
+        return plan
+
+    def _recall(self) -> None:
+        """Read back what an earlier engine had committed, from one snapshot."""
+        with self._db.snapshot() as reads:
+            self._labels = recall_records(reads, self.run_id, self._progress)
+            self._input_json = reads.get_input(self.run_id) or "{}"
+            for frame in reads.list_frames(self.run_id, 1):
+                self._steps.frame = (frame.xml_json, frame.mounted_task_ids_json)
+                entries = json.loads(frame.mounted_task_ids_json or "[]")
+                mounted = [entry.rpartition("::")[0] for entry in entries]
+                self._reader.scopes = {node_id.partition("@@")[0]: node_id for node_id in mounted}
+
+    def _beat(self) -> None:
+        """Prove once a second that this engine lives.
+
+        Report when it does not own the run any more.
+        """
+        while not self._stop_heartbeat.wait(HEARTBEAT_SECONDS):
+            try:
+                with self._db.transaction(self.run_id) as tx:
+                    owned = tx.update_heartbeat(self._owner)
+            except Unavailable:
+                continue  # somebody holds the write lock: the engine waits for it as well
+            except SmithersError as error:
+                self.post("broken", error)
+                return
+            if not owned:
+                self.post("control")
+                return
+            if self._progress.open_gates:
+                self.post("count")
+
+    # The loop
+
+    def _notice(self, tx: Tx) -> None:
+        if tx.is_control and tx.run_id == self.run_id:
+            self.post("control")
+
+    def _drive(self) -> None:
+        self._step([])
+        next_look = 0.0
+        while self.result is None:
+            messages = self._wait()
+            now = time.monotonic()
+            is_due = self._steps.wall.next() <= now_ms() or self._steps.grace.next() <= now
+            is_told = (
+                self.abort.is_set()
+                and not self._cancelling
+                or self._is_suspended.is_set()
+                and not self._progress.is_stopping
+                or self._is_leaving.is_set()
+                and not self._is_hurrying
+            )
+            has_news = bool(messages) or is_due or is_told
+            if not has_news and now >= next_look:
+                next_look = now + WATCH_SECONDS
+                has_news = self._watch.changed()
+            if has_news:
+                self._step(messages)
+
+    def _wait(self) -> list[tuple[Any, ...]]:
+        """Return all messages there are, after waiting for the first, a deadline or the next look.
+
+        Never long: the wall clock may jump, and a deadline with it.
+        """
+        timeout = min(
+            WATCH_SECONDS,
+            self._steps.grace.next() - time.monotonic(),
+            (self._steps.wall.next() - now_ms()) / 1000,
+        )
+        messages: list[tuple[Any, ...]] = []
+        with contextlib.suppress(queue.Empty):
+            messages.append(self._mailbox.get(timeout=max(0.0, timeout)))
+            while len(messages) < 1000:
+                messages.append(self._mailbox.get_nowait())
+        return messages
+
+    def _step(self, messages: list[tuple[Any, ...]]) -> None:
+        """Carry the run as far as it goes now: one transaction, and one more after each render."""
+        with self._transaction() as tx:
+            for kind, *details in messages:
+                if kind == "done":
+                    self._steps.attempt_done(tx, *details)
+                elif kind == "line":
+                    self._steps.line_write(tx, *details)
+                elif kind == "count":
+                    self._steps.gates_count(tx)
+                elif kind == "broken":
+                    raise details[0]
+            self._steps.fire(tx)
+            self._advance(tx)
+        self._after_commit(tx)
+        while self._progress.is_stale and not self._progress.is_halting and self.result is None:
+            plan = self._render()
+            with self._transaction() as tx:
+                if plan is not None and not self._progress.is_stopping:
+                    self._mount(tx, plan)
+                self._advance(tx)
+            self._after_commit(tx)
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[Tx]:
+        """A transaction of this run's owner: fenced, and aware of what others have asked for."""
+        give_up = self._is_leaving.is_set
+        with self._db.transaction(self.run_id, math.inf, give_up) as tx:
+            status, is_cancelled = tx.get_control(self._owner)
+            if status in TERMINAL_STATUSES:
+                self._ended_elsewhere = status
+            if status in TERMINAL_STATUSES or is_cancelled or self.abort.is_set():
+                self._begin_to_cancel(tx, is_cancelled)
+            elif self._is_suspended.is_set():
+                self._steps.stop_all(SUSPENDED)
+            if self._is_leaving.is_set() and not self._is_hurrying:
+                self._is_hurrying = True
+                self._steps.shorten_grace(HURRY_SECONDS if self._cancelling else SUSPEND_SECONDS)
+            if tx.next_seq != self._next_seq:
+                self._steps.decisions_collect(tx, self._next_seq)
+                self._next_seq = tx.next_seq
+            yield tx
+
+    def _begin_to_cancel(self, tx: Tx, is_requested: bool) -> None:
+        if not self._cancelling:
+            self._cancelling = True
+            if not is_requested:  # what was acknowledged by a signal is not forgotten either
+                tx.request_cancel()
+            self._steps.stop_all("the run was cancelled")
+
+    def _after_commit(self, tx: Tx) -> None:
+        starting, self._steps.starting = self._steps.starting, []
+        for running in starting:
+            self._attempts.launch(running)
+        self._steps.show_gauges(is_over=self.result is not None)
+        self._told(tx)
+
+    def _told(self, tx: Tx) -> None:
+        """Note how far the log goes, and give the observer every event of it in order."""
+        self._next_seq = tx.next_seq
+        if self._on_event is None:
+            return
+        events = tx.events
+        if not events or events[0].seq != self._delivered + 1:
+            events = self._db.list_events(self.run_id, self._delivered)
+        for event in events:
+            self._delivered = event.seq
+            try:
+                self._on_event(event)
+            except Exception:  # foreign code: an observer that fails must not cost the run
+                logger.error("the observer of run %s failed", self.run_id, exc_info=True)
+
+    # Rendering
+
+    def _render(self) -> Plan | None:
+        """Call the workflow function, outside of any transaction.
+
+        A mistake in it becomes the run's failure.
+        """
+        progress = self._progress
+        ctx = Ctx(self.run_id, json.loads(self._input_json), source=self._reader)
+        try:
+            tree = self._workflow if isinstance(self._workflow, Workflow) else self._workflow(ctx)
+            if not isinstance(tree, Workflow):
+                raise AuthoringError(
+                    f"a workflow function must return a Workflow, got {tree!r}", "INVALID_TREE"
+                )
+            plan = Plan(tree, progress.loops)
+            progress.refuse_endless_rendering(plan)
+            xml = to_json(xml_of(tree))
+        except (StorageError, Unavailable, KeyboardInterrupt):
+            raise
+        except AuthoringError as error:
+            progress.fatal = describe_error(error)
+            return None
+        except BaseException as error:
+            # User code: what it raises, also SystemExit, is the run's failure, never the engine's.
+            logger.error("the workflow function failed\n%s", traceback_of(error))
+            described = describe_error(error)
+            message = f"the workflow function raised {described['name']}: {described['message']}"
+            progress.fatal = describe_error(AuthoringError(message, "RENDER_FAILED"))
+            return None
+        self._reads = ctx.reads
+        self._steps.xml = (xml, hashlib.sha256(xml.encode("utf-8")).hexdigest())
+        return plan
+
+    def _mount(self, tx: Tx, plan: Plan) -> None:
+        """Make a rendered tree the one that runs, with its frame and its new nodes."""
+        if self._progress.plan is None:
+            tx.update_run_name(plan.name)
+            self._put_labels_back(tx, plan)
+        for effect in self._progress.rendered(plan, self._reads):
+            self._steps.carry_out(tx, effect)
+
+    def _put_labels_back(self, tx: Tx, plan: Plan) -> None:
+        """Mend the labels that another program's decisions have wiped."""
+        for key, label in self._labels.items():
+            slot = plan.slots.get(key)
+            if slot is not None and slot.leaf.label is not None and label is None:
+                record = self._progress.records[key]
+                tx.update_node(key, record.state, record.last_attempt, slot.leaf.label)
+        self._labels = {}
+
+    # Going on
+
+    def _advance(self, tx: Tx) -> None:
+        """Do everything that needs no render, then see whether the run is at an end or parked."""
+        for effect in self._progress.advance(tx.now_ms):
+            self._steps.carry_out(tx, effect)
+        self._settle(tx)
+
+    def _settle(self, tx: Tx) -> None:
+        """End the run, leave it, park it, or say that it runs."""
+        standing = self._progress.standing()
+        if standing == "ended":
+            self._run_end(tx)
+        elif standing == "stale" or self._progress.is_halting:
+            return
+        elif standing == "busy":
+            self._show_status(tx, "running")
+        elif standing == "waiting":
+            self._show_status(tx, "waiting-approval")
+            if not self._park and not any(kind == "gate" for kind, _ in self._steps.wall.at):
+                self._run_leave(tx)
+        else:
+            raise AssertionError("nothing is left to wait for and the tree is not done")
+
+    def _show_status(self, tx: Tx, status: str) -> None:
+        if self._status != status:
+            self._status = status
+            tx.update_run_status(status)
+            tx.append_event("RunStatusChanged", status=status)
+
+    def _run_leave(self, tx: Tx) -> None:
+        """Leave the run as it is, without an owner."""
+        tx.release_run()
+        self.result = RunResult(self.run_id, self._status, None)
+
+    def _run_end(self, tx: Tx) -> None:
+        progress = self._progress
+        error: dict[str, Any] | None = None
+        if self._ended_elsewhere is not None:
+            self._run_close_after(tx, self._ended_elsewhere)
+            return
+        if self._cancelling:
+            status = "cancelled"
+        elif progress.fatal is not None or progress.failed:
+            status = "failed"
+            message = f"Task(s) failed: {', '.join(progress.failed)}"
+            error = progress.fatal or describe_error(TaskFailed(message))
+            self._metrics.inc("smithers_errors_total")
+        elif progress.is_stopping:
+            self._run_leave(tx)
+            return
+        else:
+            status = "finished"
+        run_close(tx, status, error)
+        self._metrics.inc(f"smithers_runs_{status}_total")
+        ms = (time.monotonic() - self._began) * 1000
+        self._metrics.observe("smithers_run_duration_ms", ms)
+        self.result = RunResult(self.run_id, status, error)
+
+    def _run_close_after(self, tx: Tx, status: str) -> None:
+        """Close what is open of a run whose end another program has written."""
+        for node in tx.list_open_nodes(self.run_id):
+            node_close(tx, node, f"the run was {status} by another program")
+        told = {event.type for event in tx.list_events(self.run_id, tx.next_seq - 3)}
+        if status == "cancelled" and "RunCancelled" not in told:
+            tx.append_event("RunCancelled")
+        tx.release_run()
+        self.result = RunResult(self.run_id, status, None)
 
 
 def encode_input(value: Any) -> str:
@@ -6314,8 +6356,9 @@ def create_serve_app(
     """Return the app that shows and steers one run; its engine may run here or elsewhere.
 
     `auth_token` falls back to the environment's SMITHERS_API_KEY; without either, nobody is asked
-    for one, and an empty one is a mistake. `abort` is set by POST /cancel. `workflow` is accepted as in the original; the run's
-    rows say all there is to show. Raises ValueError for a token that no header could carry.
+    for one, and an empty one is a mistake. `abort` is set by POST /cancel. `workflow` is accepted
+    as in the original; the run's rows say all there is to show. Raises ValueError for a token that
+    no header could carry.
     """
     token = auth_token if auth_token is not None else os.environ.get("SMITHERS_API_KEY")
     return ServeApp(adapter, run_id, abort or threading.Event(), token, metrics)
@@ -6753,18 +6796,222 @@ class Waker:
         self._reader.close()
 
 
+class Streams:
+    """The connections that follow a run's events, each with a cursor into its log.
+
+    New events go first to the streams that have everything else; those that read older ones share
+    what time is left. `note_commit` and `check_room` may be called from any thread; the rest runs
+    in the network thread.
+    """
+
+    SEND_SECONDS = 0.001  # how long events are sent before sockets are looked at again
+
+    def __init__(
+        self,
+        app: ServeApp,
+        listen: Callable[[Connection, int], None],
+        drop: Callable[[Connection], None],
+        max_streams: int,
+    ) -> None:
+        self.open: set[Connection] = set()
+        self._adapter, self._metrics = app.adapter, app.metrics
+        self._listen, self._drop = listen, drop
+        self._max_streams = max_streams
+        self._views: set[RunView] = set()  # that somebody follows
+        self._fresh: collections.deque[Connection] = collections.deque()  # with news to get
+        self._lagging: collections.deque[Connection] = collections.deque()
+        # Runs with a commit that their log has not been looked at after.
+        self._stale: collections.deque[str] = collections.deque()
+        self._watch: Watch | None = None
+        self._look_at = 0.0  # when the log may be read again, after it could not be
+        self._sweep_at = 0.0  # when other processes' commits are looked for again
+
+    def check_room(self) -> None:
+        """Raise Unavailable when there are too many streams."""
+        if len(self.open) >= self._max_streams:
+            raise Unavailable(f"{self._max_streams} event streams are open already")
+
+    def note_commit(self, tx: Tx) -> bool:
+        """Have the log of a run looked at; False when nobody follows any."""
+        if not self.open or not (tx.events or tx.is_control):
+            return False
+        self._stale.append(tx.run_id)
+        return True
+
+    def close(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+
+    def add(self, stream: Connection, follow: Follow, is_stopping: bool) -> None:
+        """Have a connection, whose head is out, become a stream."""
+        if is_stopping or len(self.open) >= self._max_streams:
+            self._drop(stream)
+            return
+        self.open.add(stream)
+        self._metrics.inc("smithers_event_streams_active")
+        stream.talk.close()
+        stream.state.deadline = math.inf
+        stream.view, stream.cursor = follow.start
+        stream.is_chunked = follow.is_chunked
+        stream.pending = chunk(RETRY_LINE) if stream.is_chunked else RETRY_LINE
+        stream.keep_alive_at = time.monotonic() + KEEP_ALIVE_SECONDS
+        stream.view.streams.add(stream)
+        self._views.add(stream.view)
+        self._stale.append(stream.view.run_id)
+        self._listen(stream, selectors.EVENT_READ)
+        self._let_lag(stream)
+
+    def discard(self, stream: Connection) -> None:
+        if stream in self.open:
+            self.open.discard(stream)
+            self._metrics.inc("smithers_event_streams_active", -1)
+            assert stream.view is not None
+            stream.view.streams.discard(stream)
+            if not stream.view.streams:
+                self._views.discard(stream.view)
+
+    def patience(self) -> float:
+        """Return how long the thread may wait for sockets."""
+        is_busy = (self._fresh or self._lagging) and time.monotonic() >= self._look_at
+        return 0.0 if is_busy else WATCH_SECONDS
+
+    def tick(self, stream: Connection, now: float) -> None:
+        """Say that a silent stream lives; drop one that takes nothing."""
+        if stream.state.deadline < now:
+            self._drop(stream)
+        elif not stream.pending and now >= stream.keep_alive_at:
+            stream.pending = chunk(KEEP_ALIVE) if stream.is_chunked else KEEP_ALIVE
+            self.pump(stream)
+
+    def next_to_send(self) -> Iterator[Connection]:
+        """Yield the streams that have something to get, for a short time."""
+        if not self.open or time.monotonic() < self._look_at:
+            return
+        try:
+            self._look_at_logs()
+        except (SmithersError, sqlite3.Error, OSError):  # for every stream: they wait, and go on
+            logger.error("event streams wait: the log cannot be read", exc_info=True)
+            self._metrics.inc("smithers_errors_total")
+            self._look_at = time.monotonic() + KEEP_ALIVE_SECONDS / 10
+            return
+        until = time.monotonic() + self.SEND_SECONDS
+        while (self._fresh or self._lagging) and time.monotonic() < until:
+            if self._fresh:
+                stream = self._fresh.popleft()
+            else:
+                stream = self._lagging.popleft()
+                stream.is_lagging = False
+            if stream.want is not None:
+                yield stream
+
+    def _look_at_logs(self) -> None:
+        """Have each log that has new events, from here or another process, known to its readers."""
+        if self._watch is None:
+            self._watch = self._adapter.watch()
+        stale = set()
+        while self._stale:
+            stale.add(self._stale.popleft())
+        now = time.monotonic()
+        if now >= self._sweep_at:
+            self._sweep_at = now + WATCH_SECONDS / 2
+            if self._watch.changed():
+                stale = {view.run_id for view in self._views}
+        try:
+            for view in [view for view in self._views if view.run_id in stale]:
+                if view.log.refresh():
+                    self._fresh.extend(
+                        s for s in view.streams if not s.is_lagging and not s.pending
+                    )
+                stale.discard(view.run_id)
+        finally:
+            self._stale.extend(stale)
+
+    def serve(self, stream: Connection, events: int) -> None:
+        if events & selectors.EVENT_READ:
+            self._hear(stream)
+        if events & selectors.EVENT_WRITE and stream.want is not None and self._flush(stream):
+            self._let_lag(stream)
+
+    def _hear(self, stream: Connection) -> None:
+        """Take what a client says: nothing is expected but its end."""
+        if stream.receive() != b"":
+            return
+        # The end of its sending may be all (half-closed) or the end of everything: a write or two
+        # will tell.
+        stream.is_half_closed = True
+        self._listen(stream, stream.events & ~selectors.EVENT_READ)
+        stream.keep_alive_at = 0.0
+
+    def _let_lag(self, stream: Connection) -> None:
+        if not stream.is_lagging and not stream.events & selectors.EVENT_WRITE:
+            stream.is_lagging = True
+            self._lagging.append(stream)
+
+    def pump(self, stream: Connection) -> None:
+        """Send one stream what is pending and its next events, or its end."""
+        try:
+            if not self._flush(stream):
+                return
+            assert stream.view is not None
+            log = stream.view.log
+            if stream.is_ending:
+                self._drop(stream)
+                return
+            if stream.cursor < log.newest:
+                stream.pending, stream.cursor = log.read(stream.cursor, stream.is_chunked)
+                if not self._flush(stream):
+                    return
+            if stream.cursor < log.newest:
+                self._let_lag(stream)
+            elif log.has_ended:
+                self._end(stream)
+        except OSError:  # the client has gone, which is normal
+            self._drop(stream)
+        except (StorageError, Unavailable):  # the database, so every stream: they wait
+            self._let_lag(stream)
+            self._look_at = time.monotonic() + KEEP_ALIVE_SECONDS / 10
+            self._stale.append(stream.view.run_id if stream.view else "")
+
+    def _end(self, stream: Connection) -> None:
+        """Send the last chunk; close when the socket has taken it."""
+        stream.is_ending = True
+        stream.pending = LAST_CHUNK if stream.is_chunked else b""
+        if self._flush(stream):
+            self._drop(stream)
+
+    def leave(self, stream: Connection) -> None:
+        """End a stream now, properly if its socket allows that."""
+        with contextlib.suppress(OSError):
+            if self._flush(stream) and not stream.is_ending:
+                self._end(stream)
+        self._drop(stream)
+
+    def _flush(self, stream: Connection) -> bool:
+        """Write what is pending; True when the socket has taken it, else its deadline is set."""
+        before = len(stream.pending)
+        is_empty = stream.flush()
+        if before > len(stream.pending):
+            now = time.monotonic()
+            stream.state.deadline = math.inf if is_empty else now + UNWRITABLE_SECONDS
+            soon = stream.keep_alive_at == 0.0
+            stream.keep_alive_at = now + (0.5 if soon else KEEP_ALIVE_SECONDS)
+        elif not is_empty and stream.state.deadline == math.inf:
+            stream.state.deadline = time.monotonic() + UNWRITABLE_SECONDS
+        reading = 0 if stream.is_half_closed else selectors.EVENT_READ
+        self._listen(stream, reading | (0 if is_empty else selectors.EVENT_WRITE))
+        return is_empty
+
+
 HANDSHAKE = Want("handshake")
 
 
 class Network:
-    """Carries every conversation on as far as it goes, sends events to who follows, and keeps time.
+    """Carries every conversation on as far as it goes, and keeps time.
 
-    New events go first to the streams that have everything else; those that read older ones share
-    what time is left. `admit`, `make_room`, `post`, `check_room` and `stop` may be called from any
-    thread; the rest runs in the network thread.
+    `admit`, `make_room`, `post` and `stop` may be called from any thread; the rest runs in the
+    network thread.
     """
 
-    STREAM_SECONDS = 0.001  # how long events are sent before sockets are looked at again
     TICK_SECONDS = 0.5
 
     def __init__(
@@ -6777,23 +7024,16 @@ class Network:
         self.is_stopping = False
         self._app = app
         self._ssl_context = ssl_context
-        self._max_connections, self._max_streams = max_connections, max_streams
+        self._max_connections = max_connections
         self._connections: set[Connection] = set()  # without the streams
-        self._streams: set[Connection] = set()
-        self._views: set[RunView] = set()  # that somebody follows
-        self._fresh: collections.deque[Connection] = collections.deque()  # streams with news to get
-        self._lagging: collections.deque[Connection] = collections.deque()
+        self._streams = Streams(app, self._listen, self._drop, max_streams)
         self._later: collections.deque[Connection] = collections.deque()
         self._turns = MAX_LARGE_REQUESTS
         self._awaiting_turn: collections.deque[Connection] = collections.deque()
         self._inbox: collections.deque[tuple[Callable[..., Any], Any]] = collections.deque()
-        # Runs with a commit that their log has not been looked at after.
-        self._stale: collections.deque[str] = collections.deque()
-        self._watch: Watch | None = None
-        self._look_at = 0.0
         self._selector = selectors.DefaultSelector()
         self._waker = Waker(self._selector)
-        self._sweep_at = 0.0
+        self.check_stream_room = self._streams.check_room
         self._end_at = math.inf
         self._workers = Workers(lambda *answer: self.post(self._answered, answer))
         app.adapter.subscribe(self._notice)
@@ -6812,11 +7052,6 @@ class Network:
     def make_room(self) -> None:
         self.post(lambda _: self._make_room())
 
-    def check_room(self) -> None:
-        """Raise Unavailable when there are too many streams."""
-        if len(self._streams) >= self._max_streams:
-            raise Unavailable(f"{self._max_streams} event streams are open already")
-
     def stop(self) -> None:
         """End the streams with a proper last chunk, let what is in work be answered, then close."""
         self.post(self._begin_to_stop)
@@ -6825,13 +7060,12 @@ class Network:
         self._app.adapter.unsubscribe(self._notice)
 
     def _notice(self, tx: Tx) -> None:
-        if self._streams and (tx.events or tx.is_control):
-            self._stale.append(tx.run_id)
+        if self._streams.note_commit(tx):
             self._waker.wake()
 
     def close_inherited(self) -> None:
         """Let go of the parent's sockets, in a forked child."""
-        for connection in (*self._connections, *self._streams):
+        for connection in (*self._connections, *self._streams.open):
             socket.socket.close(connection.socket)
         self._waker.close()
         self._selector.close()
@@ -6850,10 +7084,9 @@ class Network:
                     tick_at = now + self.TICK_SECONDS
                     self._guarded(self._tick, now)
         finally:
-            for connection in (*self._connections, *self._streams):
+            for connection in (*self._connections, *self._streams.open):
                 self._drop(connection)
-            if self._watch is not None:
-                self._watch.close()
+            self._streams.close()
             self._selector.close()
             self._waker.close()
 
@@ -6867,27 +7100,28 @@ class Network:
             if isinstance(value, Connection):
                 self._drop(value)
 
-    def _turn(self, _: None) -> None:
+    def _turn(self, nothing: None) -> None:
+        """Do what is to be done now: sockets, those that have waited for it, the inbox, streams."""
         for key, events in self._selector.select(self._patience()):
             if key.data is self._waker:
                 self._waker.clear()
             elif key.data.want is not None:
                 self._guarded(self._serve, key.data, events)
         for _ in range(len(self._later)):
-            connection = self._later.popleft()
-            if connection.want is not None:
-                self._guarded(self._serve, connection)
+            waiting = self._later.popleft()
+            if waiting.want is not None:
+                self._guarded(self._serve, waiting)
         for _ in range(len(self._inbox)):
             call, value = self._inbox.popleft()
             self._guarded(call, value)
-        self._send_events()
+        for stream in self._streams.next_to_send():
+            self._guarded(self._streams.pump, stream)
 
     def _patience(self) -> float:
         if self._later or self._inbox:
             return 0.0
-        if self._streams:
-            is_busy = (self._fresh or self._lagging) and time.monotonic() >= self._look_at
-            return 0.0 if is_busy else WATCH_SECONDS
+        if self._streams.open:
+            return self._streams.patience()
         return self.TICK_SECONDS if self._connections else 1.0
 
     # Conversations
@@ -6921,7 +7155,7 @@ class Network:
         """Go on with a connection whose socket is ready, or that has waited for its next turn."""
         try:
             if connection.view is not None:
-                self._serve_stream(connection, events)
+                self._streams.serve(connection, events)
             elif connection.want is READ:
                 data = connection.receive()
                 if data is not None:
@@ -6953,7 +7187,7 @@ class Network:
             self._guarded(self._go_on, connection, response)
 
     def _go_on(self, connection: Connection, value: Any) -> None:
-        """Give a conversation what it wanted, until it wants what is not there or has had its turn."""
+        """Give a conversation what it wants, until that is not there or it has had its turn."""
         try:
             for _ in range(MAX_STEPS):
                 want = connection.want = connection.talk.send(value)
@@ -6983,7 +7217,8 @@ class Network:
                     self._workers.submit(connection, want)
                     return
                 else:
-                    self._follow(connection, want)
+                    self._connections.discard(connection)
+                    self._streams.add(connection, want, self.is_stopping)
                     return
         except (StopIteration, OSError):  # it is over, or its client has gone, which is normal
             self._drop(connection)
@@ -7032,13 +7267,7 @@ class Network:
         connection.talk.close()
         self._give_turn_back(connection)
         self._connections.discard(connection)
-        if connection in self._streams:
-            self._streams.discard(connection)
-            self._app.metrics.inc("smithers_event_streams_active", -1)
-            assert connection.view is not None
-            connection.view.streams.discard(connection)
-            if not connection.view.streams:
-                self._views.discard(connection.view)
+        self._streams.discard(connection)
         close_socket(connection.socket)
 
     # Turns and room
@@ -7085,165 +7314,16 @@ class Network:
     def _tick(self, now: float) -> None:
         for connection in [c for c in self._connections if c.state.deadline < now]:
             self._expire(connection)
-        for stream in list(self._streams):
-            if stream.state.deadline < now:
-                self._drop(stream)
-            elif not stream.pending and now >= stream.keep_alive_at:
-                stream.pending = chunk(KEEP_ALIVE) if stream.is_chunked else KEEP_ALIVE
-                self._guarded(self._serve, stream, selectors.EVENT_WRITE)
+        for stream in list(self._streams.open):
+            self._guarded(self._streams.tick, stream, now)
 
     def _begin_to_stop(self, _: None) -> None:
         self.is_stopping = True
         self._end_at = time.monotonic() + DRAIN_SECONDS
-        self._look_at = 0.0
-        for stream in list(self._streams):
-            self._guarded(self._leave, stream)
+        for stream in list(self._streams.open):
+            self._guarded(self._streams.leave, stream)
         for connection in [c for c in self._connections if c.want in (READ, HANDSHAKE)]:
             self._expire(connection)
-
-    # Streams
-
-    def _follow(self, stream: Connection, follow: Follow) -> None:
-        self._connections.discard(stream)
-        if self.is_stopping or len(self._streams) >= self._max_streams:
-            self._drop(stream)
-            return
-        self._streams.add(stream)
-        self._app.metrics.inc("smithers_event_streams_active")
-        stream.talk.close()
-        stream.state.deadline = math.inf
-        stream.view, stream.cursor = follow.start
-        stream.is_chunked = follow.is_chunked
-        stream.pending = chunk(RETRY_LINE) if stream.is_chunked else RETRY_LINE
-        stream.keep_alive_at = time.monotonic() + KEEP_ALIVE_SECONDS
-        stream.view.streams.add(stream)
-        self._views.add(stream.view)
-        self._stale.append(stream.view.run_id)
-        self._listen(stream, selectors.EVENT_READ)
-        self._let_lag(stream)
-
-    def _send_events(self) -> None:
-        """Look at the logs that somebody follows, and serve who does, for a short time."""
-        if not self._streams or time.monotonic() < self._look_at:
-            return
-        try:
-            self._look_at_logs()
-        except (SmithersError, sqlite3.Error, OSError):  # for every stream: they wait, and go on
-            logger.error("event streams wait: the log cannot be read", exc_info=True)
-            self._app.metrics.inc("smithers_errors_total")
-            self._stale.extend(view.run_id for view in self._views)
-            self._look_at = time.monotonic() + KEEP_ALIVE_SECONDS / 10
-            return
-        until = time.monotonic() + self.STREAM_SECONDS
-        while (self._fresh or self._lagging) and time.monotonic() < until:
-            if self._fresh:
-                stream = self._fresh.popleft()
-            else:
-                stream = self._lagging.popleft()
-                stream.is_lagging = False
-            if stream.want is not None:
-                self._guarded(self._pump, stream)
-
-    def _look_at_logs(self) -> None:
-        """Have each log that has new events, from here or another process, known to its readers."""
-        if self._watch is None:
-            self._watch = self._app.adapter.watch()
-        stale = set()
-        while self._stale:
-            stale.add(self._stale.popleft())
-        now = time.monotonic()
-        if now >= self._sweep_at:
-            self._sweep_at = now + WATCH_SECONDS / 2
-            if self._watch.changed():
-                stale = {view.run_id for view in self._views}
-        try:
-            for view in [view for view in self._views if view.run_id in stale]:
-                if view.log.refresh():
-                    self._fresh.extend(
-                        s for s in view.streams if not s.is_lagging and not s.pending
-                    )
-                stale.discard(view.run_id)
-        finally:
-            self._stale.extend(stale)
-
-    def _serve_stream(self, stream: Connection, events: int) -> None:
-        if events & selectors.EVENT_READ:
-            self._hear(stream)
-        if (
-            events & selectors.EVENT_WRITE
-            and stream.want is not None
-            and self._flush_stream(stream)
-        ):
-            self._let_lag(stream)
-
-    def _hear(self, stream: Connection) -> None:
-        """Take what a client says: nothing is expected but its end."""
-        if stream.receive() != b"":
-            return
-        # The end of its sending may be all (half-closed) or the end of everything: a write or two
-        # will tell.
-        stream.is_half_closed = True
-        self._listen(stream, stream.events & ~selectors.EVENT_READ)
-        stream.keep_alive_at = 0.0
-
-    def _let_lag(self, stream: Connection) -> None:
-        if not stream.is_lagging and not stream.events & selectors.EVENT_WRITE:
-            stream.is_lagging = True
-            self._lagging.append(stream)
-
-    def _pump(self, stream: Connection) -> None:
-        """Send one stream what is pending and its next events, or its end."""
-        try:
-            if not self._flush_stream(stream):
-                return
-            assert stream.view is not None
-            log = stream.view.log
-            if stream.is_ending:
-                self._drop(stream)
-                return
-            if stream.cursor < log.newest:
-                stream.pending, stream.cursor = log.read(stream.cursor, stream.is_chunked)
-                if not self._flush_stream(stream):
-                    return
-            if stream.cursor < log.newest:
-                self._let_lag(stream)
-            elif log.has_ended:
-                self._end(stream)
-        except OSError:  # the client has gone, which is normal
-            self._drop(stream)
-        except (StorageError, Unavailable):  # the database, so every stream: they wait
-            self._let_lag(stream)
-            self._look_at = time.monotonic() + KEEP_ALIVE_SECONDS / 10
-            self._stale.append(stream.view.run_id if stream.view else "")
-
-    def _end(self, stream: Connection) -> None:
-        """Send the last chunk; close when the socket has taken it."""
-        stream.is_ending = True
-        stream.pending = LAST_CHUNK if stream.is_chunked else b""
-        if self._flush_stream(stream):
-            self._drop(stream)
-
-    def _leave(self, stream: Connection) -> None:
-        """End a stream now, properly if its socket allows that."""
-        with contextlib.suppress(OSError):
-            if self._flush_stream(stream) and not stream.is_ending:
-                self._end(stream)
-        self._drop(stream)
-
-    def _flush_stream(self, stream: Connection) -> bool:
-        """Write what is pending; True when the socket has taken it, else its deadline is set."""
-        before = len(stream.pending)
-        is_empty = stream.flush()
-        if before > len(stream.pending):
-            now = time.monotonic()
-            stream.state.deadline = math.inf if is_empty else now + UNWRITABLE_SECONDS
-            soon = stream.keep_alive_at == 0.0
-            stream.keep_alive_at = now + (0.5 if soon else KEEP_ALIVE_SECONDS)
-        elif not is_empty and stream.state.deadline == math.inf:
-            stream.state.deadline = time.monotonic() + UNWRITABLE_SECONDS
-        reading = 0 if stream.is_half_closed else selectors.EVENT_READ
-        self._listen(stream, reading | (0 if is_empty else selectors.EVENT_WRITE))
-        return is_empty
 
 
 def close_socket(sock: socket.socket) -> None:
@@ -7324,7 +7404,7 @@ class ServeServer(ThreadingHTTPServer):
         """
         self.app = app
         self.network = Network(app, self.ssl_context, self.max_connections, self.max_streams)
-        app.check_stream_room = self.network.check_room
+        app.check_stream_room = self.network.check_stream_room
         app.trusted_hosts = frozenset(_host_name(name) for name in allowed_hosts)
         if is_loopback(self.host) and not app.has_token:
             own = self.host if ":" not in self.host else f"[{self.host}]"
@@ -7485,112 +7565,55 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
-# Flags, each a row: names, and what argparse is told of them.
-SERVE_FLAGS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
-    (("--host",), {"default": "127.0.0.1", "help": "bind address (default: 127.0.0.1)"}),
-    (
-        ("--port",),
-        {"type": parse_port, "default": 7331, "help": "TCP port, 0 picks one (default: 7331)"},
-    ),
-    (("--auth-token",), {"help": "bearer token (default: the environment's SMITHERS_API_KEY)"}),
-    (("--auth-token-file",), {"metavar": "FILE", "help": "file that holds the bearer token"}),
-    (
-        ("--metrics",),
-        {
-            "type": parse_flag,
-            "nargs": "?",
-            "const": True,
-            "default": True,
-            "help": "serve /metrics (default: true)",
-        },
-    ),
-    (
-        ("--no-metrics",),
-        {"dest": "metrics", "action": "store_false", "help": "do not serve /metrics"},
-    ),
-    (
-        ("--allowed-host",),
-        {
-            "action": "append",
-            "default": [],
-            "metavar": "NAME",
-            "help": "also answer to this host",
-        },
-    ),
-    (("--certfile",), {"help": "TLS certificate chain (PEM)"}),
-    (("--keyfile",), {"help": "TLS private key (PEM; default: in the certificate file)"}),
-)
-UP_FLAGS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
-    (
-        ("workflow",),
-        {
-            "metavar": "FILE[:name]",
-            "help": "the workflow file, and the object in it (workflow)",
-        },
-    ),
-    (
-        ("--serve",),
-        {
-            "action": "store_true",
-            "help": "serve the run over HTTP; the process stays after its end",
-        },
-    ),
+Flag = tuple[tuple[str, ...], dict[str, Any]]
+
+
+def flag(*names: str, **options: Any) -> Flag:
+    """Return a flag as `add_argument` takes it."""
+    return names, options
+
+
+SWITCH = "store_true"
+SERVE_FLAGS = (
+    flag("--host", default="127.0.0.1", help="bind address (default: 127.0.0.1)"),
+    flag("--port", type=parse_port, default=7331, help="TCP port, 0 picks one (default: 7331)"),
+    flag("--auth-token", help="bearer token (default: the environment's SMITHERS_API_KEY)"),
+    flag("--auth-token-file", metavar="FILE", help="file that holds the bearer token"),
+    flag("--metrics", type=parse_flag, nargs="?", const=True, default=True,
+         help="serve /metrics (default: true)"),
+    flag("--no-metrics", dest="metrics", action="store_false", help="do not serve /metrics"),
+    flag("--allowed-host", action="append", default=[], metavar="NAME",
+         help="also answer to this host"),
+    flag("--certfile", help="TLS certificate chain (PEM)"),
+    flag("--keyfile", help="TLS private key (PEM; default: in the certificate file)"),
+)  # fmt: skip
+DB_FLAG = flag("--db", default="smithers.db", help="the sqlite file (default: smithers.db)")
+UP_FLAGS = (
+    flag("workflow", metavar="FILE[:name]", help="the workflow file, and the object in it"),
+    flag("--serve", action=SWITCH, help="serve the run over HTTP; stay after its end"),
     *SERVE_FLAGS,
-    (
-        ("-d", "--detach"),
-        {
-            "action": "store_true",
-            "help": "run in the background; prints runId, pid, logFile, url",
-        },
-    ),
-    (("-r", "--run-id"), {"help": "the run's id (default: a new one)"}),
-    (
-        ("-i", "--input"),
-        {
-            "help": "the run's input: a JSON object, @file or - for standard input (default: {})",
-        },
-    ),
-    (
-        ("--resume",),
-        {
-            "action": "store_true",
-            "help": "go on with the run given by --run-id, or begin it; one that has ended is shown",
-        },
-    ),
-    (
-        ("--retry",),
-        {
-            "action": "store_true",
-            "help": "with --resume: give the failed nodes of a run that has ended a fresh try",
-        },
-    ),
-    (
-        ("--force",),
-        {
-            "action": "store_true",
-            "help": "with --resume: take the run over from a living process, or from a workflow"
-            " of another name",
-        },
-    ),
-    (
-        ("-c", "--max-concurrency"),
-        {"type": parse_count, "default": 4, "help": "tasks at once (default: 4)"},
-    ),
-    (("--db",), {"default": "smithers.db", "help": "the sqlite file (default: smithers.db)"}),
-    (
-        ("--executor",),
-        {
-            "metavar": "MODULE:FACTORY",
-            "help": "run functions in the Executor that FACTORY() returns",
-        },
-    ),
-)
+    flag("-d", "--detach", action=SWITCH,
+         help="run in the background; prints runId, pid, logFile, url"),
+    flag("-r", "--run-id", help="the run's id (default: a new one)"),
+    flag("-i", "--input", help="the run's input: a JSON object, @file or - (default: {})"),
+    flag("--resume", action=SWITCH,
+         help="go on with the run given by --run-id, or begin it; one that has ended is shown"),
+    flag("--retry", action=SWITCH,
+         help="with --resume: give the failed nodes of a run that has ended a fresh try"),
+    flag("--force", action=SWITCH,
+         help="with --resume: take over from a living process, or a workflow of another name"),
+    flag("-c", "--max-concurrency", type=parse_count, default=4,
+         help="tasks at once (default: 4)"),
+    DB_FLAG,
+    flag("--executor", metavar="MODULE:FACTORY",
+         help="run functions in the Executor that FACTORY() returns"),
+)  # fmt: skip
 
 
 class Command(NamedTuple):
     name: str
     help: str
-    flags: tuple[tuple[tuple[str, ...], dict[str, Any]], ...]
+    flags: tuple[Flag, ...]
     run: Callable[[argparse.Namespace], int]
 
 

@@ -4006,7 +4006,7 @@ class StrictRequestTest(unittest.TestCase):
 
     def test_a_refused_expectation_gets_no_continue(self) -> None:
         request = post(b"", b"Content-Length: 2", b"Expect: 100-continue", path=b"/nowhere")
-        self.assertEqual(statuses_of(send_raw(self.served.port, [request])), [400])
+        self.assertEqual(statuses_of(send_raw(self.served.port, [request])), [404])
 
     def test_unread_bodies_never_become_requests(self) -> None:
         smuggled = get() * 3
