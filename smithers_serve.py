@@ -20,6 +20,7 @@ import collections
 import contextlib
 import contextvars
 import dataclasses
+import difflib
 import errno
 import functools
 import graphlib
@@ -37,6 +38,7 @@ import re
 import secrets
 import selectors
 import shlex
+import shutil
 import signal
 import socket
 import sqlite3
@@ -476,6 +478,15 @@ def _needs_of(
     return tuple(pairs)
 
 
+def _approvers_of(owner: str, value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    names = _iterable(owner, "approvers", value)
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise AuthoringError(f"{owner}: approvers must be names or roles, got {value!r}")
+    return names
+
+
 def _children_of(owner: str, children: tuple[Any, ...]) -> tuple[Element, ...]:
     """Return the children in order: None dropped, a list (a fan-out) taken in place."""
     kept: list[Element] = []
@@ -609,6 +620,7 @@ class Leaf(Element):
     on_deny: str
     skip_if: bool
     continue_on_fail: bool
+    approvers: tuple[str, ...] | None
     tag = "smithers:task"
 
     @property
@@ -624,6 +636,7 @@ class Leaf(Element):
             "metadata": None,
             "onDeny": self.on_deny,
             "needs": [target for _, target in self.needs],
+            "approvers": None if self.approvers is None else list(self.approvers),
         }
 
 
@@ -657,6 +670,7 @@ class Task(Leaf):
         backoff: str = "fixed",
         timeout: float | None = None,
         needs_approval: bool = False,
+        approvers: Iterable[str] | None = None,
         on_deny: str = "fail",
         skip_if: bool = False,
         continue_on_fail: bool = False,
@@ -684,6 +698,7 @@ class Task(Leaf):
             backoff=backoff,
             timeout=timeout,
             needs_approval=needs_approval,
+            approvers=_approvers_of(owner, approvers),
             on_deny=on_deny,
             skip_if=skip_if,
             continue_on_fail=continue_on_fail,
@@ -774,6 +789,7 @@ class Approval(Leaf):
         summary: str | None = None,
         metadata: Mapping[str, Any] | None = None,
         needs: Mapping[str, str] | Iterable[str] = (),
+        approvers: Iterable[str] | None = None,
         on_deny: str = "fail",
         timeout: float | None = None,
         on_timeout: str = "fail",
@@ -793,6 +809,7 @@ class Approval(Leaf):
             summary=summary,
             metadata=metadata,
             needs=_needs_of(owner, needs),
+            approvers=_approvers_of(owner, approvers),
             label=title,
             on_deny=on_deny,
             timeout=timeout,
@@ -1049,6 +1066,15 @@ class Decision(NamedTuple):
     note: str | None = None
     decided_by: str | None = None
     requested_at_ms: int | None = None  # of the gate that was seen
+    by_source: str | None = None  # `token` or `claimed`: how it is known who decided
+
+
+class Identity(NamedTuple):
+    """Who asks: the name and role of a token, or nobody in particular."""
+
+    name: str | None
+    role: str  # `viewer`, `approver` or `operator`, each with the rights of those before it
+    is_proven: bool = False
 
 
 # ---------------------------------------------------------------------------
@@ -1442,6 +1468,7 @@ end;
 _RUN_COLUMNS = ", ".join(Run._fields)
 _GATE_COLUMNS = ", ".join(Gate._fields)
 _NODE_COLUMNS = ", ".join(Node._fields)
+_ATTEMPT_COLUMNS = ", ".join(Attempt._fields)
 _FRAME_COLUMNS = ", ".join(Frame._fields)
 
 
@@ -1504,6 +1531,88 @@ class Reads:
         )
         return [Node(*row) for row in rows]
 
+    def newest_runs(self, limit: int) -> list[Run]:
+        rows = self.rows(
+            f"""select {_RUN_COLUMNS} from _smithers_runs
+                order by created_at_ms desc, run_id desc limit ?""",
+            (limit,),
+        )
+        return [Run(*row) for row in rows]
+
+    def find_runs(self, prefix: str) -> list[Run]:
+        """Return the runs whose id begins so, at most 10."""
+        rows = self.rows(
+            f"""select {_RUN_COLUMNS} from _smithers_runs
+                where run_id >= ? and run_id < ? order by run_id limit 10""",
+            (prefix, prefix + chr(0x10FFFF)),
+        )
+        return [Run(*row) for row in rows]
+
+    def get_node(self, run_id: str, key: Key) -> Node | None:
+        row = self.one(
+            f"""select {_NODE_COLUMNS} from _smithers_nodes
+                where run_id = ? and node_id = ? and iteration = ?""",
+            (run_id, *key),
+        )
+        return None if row is None else Node(*row)
+
+    def find_newest_node(self, run_id: str, id: str) -> Node | None:
+        """Return the newest iteration of a node; `id` may leave out the loops around it."""
+        row = self.one(
+            f"""select {_NODE_COLUMNS} from _smithers_nodes where run_id = :run_id
+                  and (node_id = :id or node_id >= :id || '@@' and node_id < :id || '@A')
+                order by updated_at_ms desc, iteration desc limit 1""",
+            {"run_id": run_id, "id": id},
+        )
+        return None if row is None else Node(*row)
+
+    def list_keys(self, run_id: str, state: str | None = None) -> list[Key]:
+        return self.all(
+            """select node_id, iteration from _smithers_nodes
+               where run_id = :run_id and (:state is null or state = :state) order by 1, 2""",
+            {"run_id": run_id, "state": state},
+        )
+
+    def list_attempts_of(self, run_id: str, key: Key) -> list[Attempt]:
+        rows = self.rows(
+            f"""select {_ATTEMPT_COLUMNS} from _smithers_attempts
+                where run_id = ? and node_id = ? and iteration = ? order by attempt""",
+            (run_id, *key),
+        )
+        return [Attempt(*row) for row in rows]
+
+    def list_waiting_retries(self, run_id: str) -> list[tuple[Node, Attempt]]:
+        """Return the nodes that may wait for their next attempt, with the last one."""
+        columns = ", ".join(f"n.{name}" for name in Node._fields)
+        columns += ", " + ", ".join(f"a.{name}" for name in Attempt._fields)
+        rows = self.rows(
+            f"""select {columns} from _smithers_nodes n join _smithers_attempts a
+                  on a.run_id = n.run_id and a.node_id = n.node_id
+                    and a.iteration = n.iteration and a.attempt = n.last_attempt
+                where n.run_id = ? and n.state = 'pending' and n.last_attempt is not null
+                  and a.state = 'failed'""",
+            (run_id,),
+        )
+        width = len(Node._fields)
+        found = [(Node(*row[:width]), Attempt(*row[width:])) for row in rows]
+        return [(node, attempt) for node, attempt in found if "dueAtMs" in attempt.meta]
+
+    def get_tree(self, run_id: str) -> str:
+        """Return the newest frame's tree as JSON text, "" without one."""
+        return self._newest_frame_of(run_id, "xml_json")
+
+    def get_mounted(self, run_id: str) -> str:
+        """Return the newest frame's mounted ids as JSON text, "" without one."""
+        return self._newest_frame_of(run_id, "mounted_task_ids_json")
+
+    def _newest_frame_of(self, run_id: str, column: str) -> str:
+        row = self.one(
+            f"""select {column} from _smithers_frames
+                where run_id = ? order by frame_no desc limit 1""",
+            (run_id,),
+        )
+        return "" if row is None else row[0] or ""
+
     def list_iterations(self, run_id: str, node_id: str) -> list[int]:
         rows = self.rows(
             "select iteration from _smithers_nodes where run_id = ? and node_id = ? order by 1",
@@ -1523,8 +1632,7 @@ class Reads:
     def list_attempts(self, run_id: str, open_nodes_only: bool = False) -> list[Attempt]:
         """Return the attempts in order; or only those of nodes that are not over with success."""
         rows = self.rows(
-            """select a.node_id, a.iteration, a.attempt, a.state, a.started_at_ms,
-                 a.finished_at_ms, a.error_json, a.meta_json
+            f"""select {", ".join(f"a.{name}" for name in Attempt._fields)}
                from _smithers_nodes n join _smithers_attempts a on a.run_id = n.run_id
                  and a.node_id = n.node_id and a.iteration = n.iteration
                where n.run_id = ? and (? or n.state not in ('finished', 'skipped'))
@@ -1631,6 +1739,46 @@ class Reads:
             (run_id, after_seq, limit),
         )
         return [Event(*row) for row in rows]
+
+    def list_newest_outputs(self, run_id: str, keys: Iterable[Key], limit: int) -> Iterator[Event]:
+        """Yield what these nodes printed, among the newest `limit` events, newest first."""
+        begins = [
+            to_json({"type": "NodeOutput", "runId": run_id, "nodeId": id, "iteration": n})[:-1]
+            + ","
+            for id, n in keys
+        ]
+        ranges = " or ".join("payload_json >= ? and payload_json < ?" for _ in begins)
+        bounds = [bound for begin in begins for bound in (begin, begin + chr(0x10FFFF))]
+        newest = self.get_newest_seq(run_id)
+        rows = self.rows(
+            f"""select seq, timestamp_ms, type, payload_json from _smithers_events
+                where run_id = ? and seq > ? and type = 'NodeOutput' and ({ranges})
+                order by seq desc""",
+            (run_id, newest - limit, *bounds),
+        )
+        return (Event(*row) for row in rows)
+
+    def list_events_of(self, run_id: str, types: Seq[str]) -> list[Event]:
+        """Return the events of these types, oldest first."""
+        marks = ", ".join("?" for _ in types)
+        rows = self.rows(
+            f"""select seq, timestamp_ms, type, payload_json from _smithers_events
+                where run_id = ? and type in ({marks}) order by seq""",
+            (run_id, *types),
+        )
+        return [Event(*row) for row in rows]
+
+    def first_seq_since(self, run_id: str, at_ms: int) -> int:
+        """Return the seq of the first event from a time on, by halving: the log is in order."""
+        low, high = 0, self.get_newest_seq(run_id) + 1
+        while low < high:
+            middle = (low + high) // 2
+            row = self.one(
+                "select timestamp_ms from _smithers_events where run_id = ? and seq = ?",
+                (run_id, middle),
+            )
+            low, high = (middle + 1, high) if row and row[0] < at_ms else (low, middle)
+        return low
 
     def list_payloads(self, run_id: str, after_seq: int, up_to_seq: int) -> list[tuple[int, str]]:
         """Return (seq, payload) of the events in (after_seq, up_to_seq], oldest first."""
@@ -1792,6 +1940,20 @@ class Tx(Reads):
             "update _smithers_runs set workflow_path = ?, workflow_hash = ? where run_id = ?",
             (path, hash, self.run_id),
         )
+
+    def update_config(self, **facts: Any) -> None:
+        """Add to what is kept of how the run is run."""
+        run = self.get_run(self.run_id)
+        config = {} if run is None else run.config
+        self.run(
+            "update _smithers_runs set config_json = ? where run_id = ?",
+            (to_json({**config, **facts}), self.run_id),
+        )
+
+    def delete_run(self) -> None:
+        """Remove everything of the run."""
+        for table in _wanted_columns():
+            self.run(f"delete from {table} where run_id = ?", (self.run_id,))
 
     def update_run_name(self, name: str) -> None:
         self.run(
@@ -2199,6 +2361,14 @@ class SmithersDb(Reads):
             self._adaptation.append(f"create temp view {table} as {select}")
         while self._readers:
             self._readers.pop().close()
+
+    def give_space_back(self) -> None:
+        """Have the file no larger than what it holds. Raises Unavailable when others use it."""
+        with self._write_lock:
+            try:
+                self._writer.execute("vacuum")
+            except sqlite3.OperationalError as error:
+                raise Unavailable(f"the space is not given back now: {error}") from error
 
     def close(self) -> None:
         """Close every connection of this adapter."""
@@ -3926,12 +4096,15 @@ def _leftovers_of(run_id: str, attempt: Attempt) -> set[int]:
         return set()
 
 
-def decide(db: SmithersDb, run_id: str, node_id: str, decision: Decision) -> None:
+def decide(
+    db: SmithersDb, run_id: str, node_id: str, decision: Decision, who: Identity | None = None
+) -> None:
     """Approve or deny a gate; the same decision again changes nothing.
 
-    Raises RunNotFound, NodeNotFound, InvalidRequest when it is not said which of several gates is
-    meant, GateChanged when it is not the one that was seen, RunNotActive when the run has ended, or
-    ApprovalNotPending when the node does not wait or was decided otherwise.
+    Raises Forbidden when `who` is not one of the gate's approvers, RunNotFound, NodeNotFound,
+    InvalidRequest when it is not said which of several gates is meant, GateChanged when it is not
+    the one that was seen, RunNotActive when the run has ended, or ApprovalNotPending when the node
+    does not wait or was decided otherwise.
     """
     for text in (decision.note, decision.decided_by):
         if text is not None and printable(text) != text:
@@ -3949,6 +4122,7 @@ def decide(db: SmithersDb, run_id: str, node_id: str, decision: Decision) -> Non
                 f"node {node_id!r} was asked again at {gate.requested_at_ms},"
                 f" after what was decided about ({decision.requested_at_ms})"
             )
+        _check_approver(gate, who)
         if gate.status == decision.verdict:
             return
         if gate.status != "requested":
@@ -3958,6 +4132,14 @@ def decide(db: SmithersDb, run_id: str, node_id: str, decision: Decision) -> Non
         if run.is_terminal:
             raise RunNotActive(f"run {run_id} is {run.status} already")
         record_decision(db.metrics, tx, gate, decision)
+
+
+def _check_approver(gate: Gate, who: Identity | None) -> None:
+    request = json.loads(gate.request_json) if gate.request_json else {}
+    approvers = request.get("approvers")
+    if approvers and who is not None and not {who.name, who.role} & set(approvers):
+        name = who.name or "nobody in particular"
+        raise Forbidden(f"this gate is decided by {', '.join(approvers)}, not by {name}")
 
 
 def _find_gate(tx: Tx, node_id: str, decision: Decision) -> Gate:
@@ -3989,7 +4171,11 @@ def record_decision(metrics: Metrics, tx: Tx, gate: Gate, decision: Decision) ->
     if not tx.decide_gate(gate, decision):
         raise ApprovalNotPending(f"node {gate.node_id!r} does not wait for a decision")
     granted = decision.verdict == "approved"
-    said = {"note": decision.note, "decidedBy": decision.decided_by}
+    said = {
+        "note": decision.note,
+        "decidedBy": decision.decided_by,
+        "bySource": decision.by_source if decision.decided_by else None,
+    }
     tx.append_event(
         "ApprovalGranted" if granted else "ApprovalDenied",
         gate.key,
@@ -4979,6 +5165,7 @@ class Engine:
                     self.run_id,
                 )
             tx.update_run_source(path, digest)
+            tx.update_config(**self._config)
             tx.append_event("RunStatusChanged", status="running")
             for node in tx.list_open_nodes(self.run_id):
                 if node.state == "in-progress":
@@ -5796,6 +5983,385 @@ def follow_events(adapter: SmithersDb, run_id: str, after_seq: int) -> Iterator[
 
 
 # ---------------------------------------------------------------------------
+# Views: what people ask of a run, as JSON; only reading
+# ---------------------------------------------------------------------------
+
+MAX_PAGE = 1000
+MAX_SCANNED_EVENTS = 100_000  # looked through for a node's lines, newest first: some 40 ms
+MAX_PLANNED_NODES = 5000  # a larger tree is not laid out to say what waits for a place
+EVIDENCE_CHARS = 4 << 10
+SOON_MS = 30_000  # without a heartbeat for so long an engine is said to be stale
+
+
+@functools.lru_cache(maxsize=4)
+def mounted_keys(text: str) -> dict[Key, int]:
+    """Return the place of every node in document order, from a frame's mounted ids."""
+    entries = (entry.rpartition("::") for entry in json.loads(text or "[]"))
+    return {(node_id, int(iteration)): n for n, (node_id, _, iteration) in enumerate(entries)}
+
+
+@functools.lru_cache(maxsize=4)
+def parse_tree(xml_json: str) -> dict[str, Any]:
+    return dict(json.loads(xml_json)) if xml_json else {}
+
+
+def walk_tree(element: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield an element and everything below it, in document order."""
+    stack = [element]
+    while stack:
+        found = stack.pop()
+        yield found
+        stack.extend(reversed(found.get("children", ())))
+
+
+def plain_id(node_id: str) -> str:
+    """Return a node's id as it is written in the workflow, without the loops around it."""
+    return node_id.partition("@@")[0]
+
+
+def list_nodes_json(
+    reads: Reads, run_id: str, state: str | None, after: Key | None, limit: int
+) -> list[dict[str, Any]]:
+    """Return nodes in document order of the newest frame, then those that have left the tree."""
+    places = mounted_keys(reads.get_mounted(run_id))
+    if state is None:
+        keys = list(places)
+        keys += [key for key in reads.list_keys(run_id) if key not in places]
+    else:
+        found = reads.list_keys(run_id, state)
+        keys = sorted(found, key=lambda key: (places.get(key, len(places)), key))
+    start = keys.index(after) + 1 if after in places or after in keys else 0
+    nodes = (reads.get_node(run_id, key) for key in keys[start:])
+    page = itertools.islice((node for node in nodes if node is not None), limit)
+    return [node_json(node, reads.list_attempts_of(run_id, node.key)) for node in page]
+
+
+def node_json(node: Node, attempts: Seq[Attempt]) -> dict[str, Any]:
+    started = attempts[0].started_at_ms if attempts else None
+    is_over = node.state in TERMINAL_STATES
+    finished = (
+        (attempts[-1].finished_at_ms if attempts else node.updated_at_ms) if is_over else None
+    )
+    duration = None if started is None or finished is None else max(0, finished - started)
+    errors = [attempt.error_json for attempt in attempts if attempt.error_json]
+    return {
+        "nodeId": node.node_id,
+        "iteration": node.iteration,
+        "label": node.label,
+        "state": node.state,
+        "attempts": len(attempts),
+        "startedAtMs": started,
+        "finishedAtMs": finished,
+        "durationMs": duration,
+        "error": json.loads(errors[-1]) if errors and node.state != "finished" else None,
+    }
+
+
+def node_detail_json(
+    reads: Reads, run: Run, node_id: str, iteration: int | None, with_traceback: bool = False
+) -> dict[str, Any]:
+    """Return one node with its attempts, output, gate, needs and last lines.
+
+    Without an iteration the newest one. Raises NodeNotFound.
+    """
+    iterations = reads.list_iterations(run.run_id, node_id)
+    if not iterations or iteration is not None and iteration not in iterations:
+        at = "" if iteration is None else f" in iteration {iteration}"
+        raise NodeNotFound(f"there is no node {node_id!r}{at}")
+    key = (node_id, iterations[-1] if iteration is None else iteration)
+    node, attempts = reads.get_node(run.run_id, key), reads.list_attempts_of(run.run_id, key)
+    assert node is not None
+    output = reads.find_output(run.run_id, *key)
+    gate = reads.get_gate(run.run_id, key)
+    shown = []
+    for attempt in attempts:
+        one = {
+            "attempt": attempt.attempt,
+            "state": attempt.state,
+            "startedAtMs": attempt.started_at_ms,
+            "finishedAtMs": attempt.finished_at_ms,
+            "error": json.loads(attempt.error_json) if attempt.error_json else None,
+        }
+        if with_traceback:
+            one["traceback"] = attempt.meta.get("traceback")
+        shown.append(one)
+    log = last_lines(reads, run.run_id, {key: 100})[key]
+    return {
+        **node_json(node, attempts),
+        "attempts": shown,
+        "output": None if output is None else json.loads(output),
+        "gate": None if gate is None else gate_json(reads, run, gate, node.label, log=False),
+        "needs": needs_of(reads.get_tree(run.run_id), node_id),
+        "log": log,
+    }
+
+
+def find_element(tree: Mapping[str, Any], node_id: str) -> Mapping[str, Any] | None:
+    id = plain_id(node_id)
+    elements = walk_tree(tree)
+    return next((e for e in elements if e.get("props", {}).get("id") == id), None)
+
+
+def needs_of(xml_json: str, node_id: str) -> list[str]:
+    element = find_element(parse_tree(xml_json), node_id)
+    text = "" if element is None else element["props"].get("dependsOn", "")
+    return [id for id in text.split(",") if id]
+
+
+def before_of(xml_json: str, node_id: str) -> list[str]:
+    """Return the ids of the tasks in the part of the tree that comes directly before a node."""
+    found: list[str] = []
+
+    def visit(element: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:
+        if element.get("props", {}).get("id") == plain_id(node_id) and "children" in element:
+            leaves = walk_tree(before) if before is not None else ()
+            found.extend(e["props"]["id"] for e in leaves if e["tag"] == Task.tag)
+            return True
+        previous = before
+        for child in element.get("children", ()):
+            if visit(child, previous):
+                return True
+            if element["tag"] != Parallel.tag:
+                previous = child
+        return False
+
+    visit(parse_tree(xml_json), None)
+    return found[-10:]
+
+
+def last_lines(
+    reads: Reads, run_id: str, wanted: Mapping[Key, int]
+) -> dict[Key, list[dict[str, Any]]]:
+    """Return the last so many lines of each node, oldest first, from the newest part of the log."""
+    found: dict[Key, list[dict[str, Any]]] = {key: [] for key in wanted}
+    left = {key for key, count in wanted.items() if count}
+    if not left:
+        return found
+    for event in reads.list_newest_outputs(run_id, sorted(left), MAX_SCANNED_EVENTS):
+        payload = event.payload
+        key = (payload["nodeId"], payload["iteration"])
+        if key in left:
+            line = {name: payload.get(name) for name in ("attempt", "stream", "text")}
+            found[key].append({**line, "timestampMs": event.timestamp_ms})
+            if len(found[key]) == wanted[key]:
+                left.discard(key)
+                if not left:
+                    break
+    return {key: lines[::-1] for key, lines in found.items()}
+
+
+def gate_json(
+    reads: Reads, run: Run, gate: Gate, label: str | None, log: bool = True
+) -> dict[str, Any]:
+    """Return a gate as whoever decides should see it, with what led to it."""
+    request = json.loads(gate.request_json) if gate.request_json else {}
+    timeout = request.get("timeoutMs")
+    asked = gate.requested_at_ms
+    shown = {
+        "runId": run.run_id,
+        "nodeId": gate.node_id,
+        "iteration": gate.iteration,
+        "workflowName": run.workflow_name,
+        "runStatus": run.status,
+        "label": label,
+        "requestTitle": request.get("title") or label,
+        "requestSummary": request.get("summary"),
+        "metadata": request.get("metadata"),
+        "requestedAtMs": asked,
+        "waitingMs": None if asked is None else (gate.decided_at_ms or now_ms()) - asked,
+        "deadlineAtMs": None if asked is None or timeout is None else asked + timeout,
+        "onDeny": request.get("onDeny"),
+        "onTimeout": request.get("onTimeout"),
+        "approvers": request.get("approvers"),
+        "status": gate.status,
+        "note": gate.note,
+        "decidedBy": gate.decided_by,
+        "decidedAtMs": gate.decided_at_ms,
+    }
+    if log:
+        shown["evidence"] = evidence_json(reads, run.run_id, gate.node_id)
+    return shown
+
+
+def evidence_json(reads: Reads, run_id: str, node_id: str) -> list[dict[str, Any]]:
+    """Return what a gate needs, or what ran before it: state, output and last lines."""
+    tree = reads.get_tree(run_id)
+    ids = needs_of(tree, node_id) or before_of(tree, node_id)
+    nodes = [
+        node for node in (reads.find_newest_node(run_id, id) for id in ids) if node is not None
+    ]
+    lines = last_lines(reads, run_id, {node.key: 20 for node in nodes})
+    shown: list[dict[str, Any]] = []
+    for node in nodes:
+        output = reads.find_output(run_id, *node.key)
+        is_long = output is not None and len(output) > EVIDENCE_CHARS
+        detail = node_json(node, reads.list_attempts_of(run_id, node.key))
+        shown.append(
+            {
+                "nodeId": node.node_id,
+                "iteration": node.iteration,
+                "state": node.state,
+                "error": detail["error"],
+                "output": output[:EVIDENCE_CHARS] if output and is_long else _loaded(output),
+                "isCut": is_long,
+                "log": lines[node.key],
+            }
+        )
+    return shown
+
+
+def _loaded(text: str | None) -> Any:
+    return None if text is None else json.loads(text)
+
+
+def approvals_json(reads: Reads, run: Run, status: str | None) -> list[dict[str, Any]]:
+    """Return the gates of a run with this status (all when None), oldest request first."""
+    gates = reads.list_gates(run.run_id, status)
+    gates.sort(key=lambda gate: (gate.requested_at_ms or 0, gate.key))
+    shown: list[dict[str, Any]] = []
+    for gate in gates[:MAX_PAGE]:
+        node = reads.get_node(run.run_id, gate.key)
+        label = None if node is None else node.label
+        # What led to it counts for whoever has still to decide.
+        is_open = gate.status == "requested" and len(shown) < 50
+        shown.append(gate_json(reads, run, gate, label, log=is_open))
+    return shown
+
+
+def run_state(run: Run) -> str:
+    """Return the later original's `runState`: what stands behind the status."""
+    ended = {"finished": "succeeded", "continued": "succeeded"}
+    if run.is_terminal:
+        return ended.get(run.status, run.status)
+    life = owner_life(run)
+    is_silent = now_ms() - (run.heartbeat_at_ms or 0) > SOON_MS
+    if life == "dead":
+        return run.status if run.status == "waiting-approval" else "orphaned"
+    return "stale" if life == "unseen" and is_silent else run.status
+
+
+def why_json(reads: Reads, run: Run) -> dict[str, Any]:
+    """Return why a run stands where it stands: its state, and everything that it waits for."""
+    blocked: list[dict[str, Any]] = []
+
+    def add(kind: str, node: Node | None, since_ms: int | None, detail: str) -> None:
+        blocked.append(
+            {
+                "kind": kind,
+                "nodeId": None if node is None else node.node_id,
+                "iteration": None if node is None else node.iteration,
+                "sinceMs": since_ms,
+                "detail": detail,
+            }
+        )
+
+    error = json.loads(run.error_json) if run.error_json else None
+    state = run_state(run)
+    if run.is_terminal:
+        return {"state": state, "blocked": blocked, "error": error}
+    if owner_life(run) == "dead":
+        add("owner", None, run.heartbeat_at_ms, "no engine drives the run: resume it")
+    elif state == "stale":
+        add("owner", None, run.heartbeat_at_ms, "its engine gives no sign of life")
+    open_nodes = {node.key: node for node in reads.list_open_nodes(run.run_id)}
+    for gate in reads.list_gates(run.run_id, "requested")[:MAX_PAGE]:
+        node = open_nodes.get(gate.key) or reads.get_node(run.run_id, gate.key)
+        shown = gate_json(reads, run, gate, None if node is None else node.label, log=False)
+        add("approval", node, gate.requested_at_ms, shown["requestTitle"] or "waits for a decision")
+        if shown["deadlineAtMs"] is not None:
+            left = duration_text(shown["deadlineAtMs"] - now_ms())
+            add("timeout", node, gate.requested_at_ms, f"{shown['onTimeout']} in {left}")
+    running = [node for node in open_nodes.values() if node.state == "in-progress"]
+    lines = last_lines(reads, run.run_id, {node.key: 1 for node in running[:100]})
+    for node in running[:MAX_PAGE]:
+        said = lines.get(node.key)
+        detail = f"running; last line: {said[0]['text']}" if said else "running"
+        add("task", node, node.updated_at_ms, detail)
+    for node, attempt in reads.list_waiting_retries(run.run_id):
+        left = duration_text(attempt.meta["dueAtMs"] - now_ms())
+        add("retry", node, attempt.finished_at_ms, f"its next attempt is due in {left}")
+    for node, needed in _queued_nodes(reads, run):
+        kind = "concurrency" if needed is None else "dependency"
+        add(kind, node, node.updated_at_ms, needed or "ready, and waits for a free place")
+    return {"state": state, "blocked": blocked, "error": error}
+
+
+def _queued_nodes(reads: Reads, run: Run) -> Iterator[tuple[Node, str | None]]:
+    """Yield the nodes whose turn has come: with None for a place, or with what else they wait for.
+
+    The tree of the newest frame is laid out, and the run's progress in it, as the engine does.
+    """
+    if sum(reads.get_summary(run.run_id).values()) > MAX_PLANNED_NODES:
+        return
+    tree = parse_tree(reads.get_tree(run.run_id))
+    if not tree:
+        return
+    progress = Progress(max_concurrency=0)
+    recall_records(reads, run.run_id, progress)
+    for record in progress.records.values():
+        if record.state == "in-progress":
+            record.phase = RUNNING
+    try:
+        plan = Plan(workflow_of(tree), progress.loops)
+    except AuthoringError:  # another program's tree has a form of its own
+        return
+    progress.rendered(plan, set())
+    for _ in progress.advance(0):
+        pass
+    for key, record in progress.records.items():
+        slot = plan.slots.get(key)
+        node = reads.get_node(run.run_id, key) if slot is not None else None
+        if node is None or slot is None or node.state != "pending":
+            continue
+        if record.phase in (READY, BLOCKED):
+            yield node, None
+        elif slot.is_active and slot.needs_left:
+            needed = [id for _, id, _ in slot.targets if not plan.by_id[id].is_done]
+            yield node, "waits for " + ", ".join(needed)
+
+
+def workflow_of(tree: Mapping[str, Any]) -> Workflow:
+    """Return the elements of a frame's tree, with nothing to run. Raises AuthoringError."""
+
+    def build(element: Mapping[str, Any]) -> Any:
+        props, tag = element.get("props", {}), element.get("tag")
+        children = [build(child) for child in element.get("children", ())]
+        if tag == Parallel.tag:
+            limit = props.get("maxConcurrency")
+            return Parallel(*children, max_concurrency=None if limit is None else int(limit))
+        if tag == Loop.tag:
+            is_over = props.get("until") == "true"
+            most = int(props.get("maxIterations", 1 << 30))
+            return Loop(*children, id=props["id"], until=is_over, max_iterations=most)
+        if tag == Task.tag:
+            needs = [id for id in props.get("dependsOn", "").split(",") if id]
+            skip = props.get("skipIf") == "true"
+            if props.get("approvalMode"):
+                return Approval(props["id"], needs=needs, skip_if=skip)
+            asks = props.get("needsApproval") == "true"
+            fails = props.get("continueOnFail") == "true"
+            return Task(
+                props["id"], [""], needs=needs, skip_if=skip, needs_approval=asks,
+                continue_on_fail=fails,
+            )  # fmt: skip
+        return Sequence(*children)
+
+    try:
+        return Workflow(tree["props"]["name"], *[build(child) for child in tree["children"]])
+    except (KeyError, ValueError) as error:
+        raise AuthoringError(f"the tree of the frame is not one of ours: {error}") from error
+
+
+def duration_text(ms: float) -> str:
+    """Return a duration as people say it: `3 min`, `2 h`; `now` when it is over."""
+    seconds = ms / 1000
+    for limit, divisor, unit in ((1, 1, ""), (90, 1, "s"), (5400, 60, "min"), (129600, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / divisor:.0f} {unit}" if unit else "now"
+    return f"{seconds / 86400:.0f} days"
+
+
+# ---------------------------------------------------------------------------
 # Routes: one short function per route, one table, one app
 # ---------------------------------------------------------------------------
 
@@ -5897,6 +6463,15 @@ class Request(NamedTuple):
     head: Head
     body: bytes
     parameters: Mapping[str, str]
+    who: Identity
+
+    def query(self, *known: str) -> dict[str, str]:
+        """Return the parameters of the query. Raises InvalidRequest for one that is not known."""
+        found = parse_query(self.head.query)
+        for name in found:
+            if name not in known:
+                raise InvalidRequest(f"there is no parameter {log_safe(name)[:50]!r} here")
+        return found
 
 
 class Route(NamedTuple):
@@ -5905,6 +6480,7 @@ class Route(NamedTuple):
     handler: Callable[[ServeApp, Request], Response]
     public: bool = False
     is_quick: bool = False  # answered from memory or by one short read: blocks nobody
+    needs: str = "viewer"  # the least role
 
 
 def get_health(app: ServeApp, request: Request) -> Response:
@@ -5944,6 +6520,45 @@ def get_events(app: ServeApp, request: Request) -> Response:
     return Response(200, headers=headers, stream=StreamStart(request.view, after))
 
 
+def _read_run(request: Request, read: Callable[[Reads, Run], Any]) -> Response:
+    """Return what `read` makes of one snapshot of the run. Raises RunNotFound."""
+    with request.view.adapter.snapshot() as reads:
+        run = reads.get_run(request.view.run_id)
+        if run is None:
+            raise RunNotFound(f"there is no run {request.view.run_id}")
+        return json_response(read(reads, run))
+
+
+def get_nodes(app: ServeApp, request: Request) -> Response:
+    query = request.query("state", "after", "limit")
+    limit = min(integer_in("limit", query.get("limit", "100"), 1), MAX_PAGE)
+    after: Key | None = None
+    if "after" in query:
+        node_id, _, iteration = query["after"].rpartition("::")
+        after = (node_id, integer_in("after", iteration, 0))
+    state = query.get("state")
+    return _read_run(
+        request, lambda reads, run: list_nodes_json(reads, run.run_id, state, after, limit)
+    )
+
+
+def get_node(app: ServeApp, request: Request) -> Response:
+    query = request.query("iteration")
+    number = integer_in("iteration", query["iteration"], 0) if "iteration" in query else None
+    node_id = request.parameters["nodeId"]
+    return _read_run(request, lambda reads, run: node_detail_json(reads, run, node_id, number))
+
+
+def get_approvals(app: ServeApp, request: Request) -> Response:
+    status = request.query("status").get("status", "requested")
+    wanted = None if status in ("", "all") else status
+    return _read_run(request, lambda reads, run: approvals_json(reads, run, wanted))
+
+
+def get_why(app: ServeApp, request: Request) -> Response:
+    return _read_run(request, why_json)
+
+
 def post_approve(app: ServeApp, request: Request) -> Response:
     return app.decide("approved", request)
 
@@ -5954,7 +6569,8 @@ def post_deny(app: ServeApp, request: Request) -> Response:
 
 def post_cancel(app: ServeApp, request: Request) -> Response:
     said = parse_said(request.body, ("decidedBy", "reason"))
-    cancel_run(app.adapter, request.view.run_id, said.get("decidedBy"), said.get("reason"))
+    by = _speaker(request.who, said.get("decidedBy"))
+    cancel_run(app.adapter, request.view.run_id, by, said.get("reason"))
     app.abort.set()
     return json_response({"runId": request.view.run_id})
 
@@ -5977,16 +6593,22 @@ RUN_ROUTES = (
     Route("GET", "/", get_status, is_quick=True),
     Route("GET", "/events", get_events),
     Route("GET", "/frames", get_frames),
-    Route("POST", "/approve/:nodeId", post_approve),
-    Route("POST", "/deny/:nodeId", post_deny),
-    Route("POST", "/cancel", post_cancel),
+    Route("GET", "/nodes", get_nodes),
+    Route("GET", "/nodes/:nodeId", get_node),
+    Route("GET", "/approvals", get_approvals),
+    Route("GET", "/why", get_why),
+    Route("POST", "/approve/:nodeId", post_approve, needs="approver"),
+    Route("POST", "/deny/:nodeId", post_deny, needs="approver"),
+    Route("POST", "/cancel", post_cancel, needs="operator"),
 )
+ROLES = ("viewer", "approver", "operator")  # each with the rights of those before it
 UNMATCHED = "unmatched"  # the metric label of every request without a route: never a raw path
 
 
 class Match(NamedTuple):
     route: Route
     parameters: Mapping[str, str]
+    who: Identity = Identity(None, "viewer")
 
 
 class Router:
@@ -6046,15 +6668,72 @@ def parse_said(body: bytes, texts: Seq[str], numbers: Seq[str] = ()) -> dict[str
     return value
 
 
-def _decision_of(verdict: str, body: bytes) -> Decision:
+def _decision_of(verdict: str, body: bytes, who: Identity) -> Decision:
     said = parse_said(body, ("note", "decidedBy"), ("iteration", "requestedAtMs"))
     return Decision(
         verdict,
         said.get("iteration"),
         said.get("note"),
-        said.get("decidedBy"),
+        _speaker(who, said.get("decidedBy")),
         said.get("requestedAtMs"),
+        "token" if who.is_proven else None,
     )
+
+
+def _speaker(who: Identity, claimed: str | None) -> str | None:
+    """Return who it was: the name of the token. Raises Forbidden for another one."""
+    if who.name is not None and claimed not in (None, who.name):
+        raise Forbidden(
+            f"this token is {who.name}'s, it does not speak for {log_safe(claimed)[:80]}"
+        )
+    return who.name or claimed
+
+
+class Tokens:
+    """The named tokens of a file, a line each: `name role token`. Read again when it changes.
+
+    A file that others may read, or that says something else, lets nobody in.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._seen: tuple[int, int, int] | None = None
+        self._known: list[tuple[bytes, Identity]] = []
+        self.read()
+
+    def read(self) -> None:
+        """Read the file if it has changed. Raises ValueError for what it should not be."""
+        found = os.stat(self._path)
+        seen = (found.st_mtime_ns, found.st_ino, found.st_size)
+        if seen == self._seen:
+            return
+        self._known = []
+        if found.st_mode & 0o077 and os.name != "nt":
+            raise ValueError(f"{self._path} can be read by others: chmod 600 it")
+        with open(self._path, encoding="utf-8") as file:
+            lines = [line.split() for line in file if line.strip() and line[0] != "#"]
+        known = []
+        for number, words in enumerate(lines, 1):
+            if len(words) != 3 or words[1] not in ROLES:
+                raise ValueError(
+                    f"{self._path}: entry {number} is not `name role token`, with a role of "
+                    + ", ".join(ROLES)
+                )
+            token = _checked_token(words[2]).encode("ascii")
+            known.append((token, Identity(words[0], words[1], is_proven=True)))
+        self._known, self._seen = known, seen
+
+    def find(self, given: bytes) -> Identity | None:
+        try:
+            self.read()
+        except (OSError, ValueError) as error:
+            logger.error("nobody is let in: %s", error)
+            self._known, self._seen = [], None
+        found = None
+        for token, identity in self._known:  # all of them: how long it takes says nothing
+            if hmac.compare_digest(given, token):
+                found = identity
+        return found
 
 
 class Answer:
@@ -6092,7 +6771,9 @@ class ServeApp:
         abort: threading.Event,
         auth_token: str | None,
         metrics: bool,
+        tokens: Tokens | None = None,
     ) -> None:
+        self._tokens = tokens
         self.adapter = adapter
         self.run_id = run_id
         self.abort = abort
@@ -6111,7 +6792,7 @@ class ServeApp:
 
     @property
     def has_token(self) -> bool:
-        return self._token is not None
+        return self._token is not None or self._tokens is not None
 
     def close(self) -> None:
         self.metrics.stop_reading("smithers_approval_pending", self._view.count_pending)
@@ -6130,7 +6811,8 @@ class ServeApp:
         if match is not None and match.route.public:
             return match
         self._refuse_foreign_host(head.headers)
-        if not self._is_authorized(head.headers):
+        who = self.identify(head.headers)
+        if who is None:
             raise Unauthorized(
                 "a valid token is required: Authorization: Bearer <token>, or x-smithers-key"
             )
@@ -6142,7 +6824,11 @@ class ServeApp:
             raise MethodMismatch(f"{method[:20]} is not possible here", ", ".join(allow))
         if match is None:
             raise NotFound("there is no such route")
-        return match
+        if ROLES.index(who.role) < ROLES.index(match.route.needs):
+            raise Forbidden(
+                f"this needs the role {match.route.needs}, and {who.name} is {who.role}"
+            )
+        return match._replace(who=who)
 
     def is_quick(self, head: Head) -> bool:
         """Return whether a request can be answered in the thread that all clients share."""
@@ -6163,7 +6849,7 @@ class ServeApp:
         Every failure is answered in the envelope, the unexpected ones are logged.
         """
         try:
-            request = Request(self._view, head, body, match.parameters)
+            request = Request(self._view, head, body, match.parameters, match.who)
             return match.route.handler(self, request)
         except ServeError as error:
             return error_response(error)
@@ -6195,15 +6881,21 @@ class ServeApp:
         )
         self.metrics.observe_request(known, label, status, (time.perf_counter() - started) * 1000)
 
-    def _is_authorized(self, headers: Mapping[str, str]) -> bool:
-        if self._token is None:
-            return True
+    def identify(self, headers: Mapping[str, str]) -> Identity | None:
+        """Return whose request this is, None when it bears no valid token and needs one."""
+        if not self.has_token:
+            return Identity(None, "operator")
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = [token.strip(" ")] if scheme.lower() == "bearer" else []
         given.append(headers.get("x-smithers-key", ""))
-        return any(
-            [hmac.compare_digest(text.encode("latin-1", "replace"), self._token) for text in given]
-        )
+        found: Identity | None = None
+        for text in given:
+            data = text.encode("latin-1", "replace")
+            if self._token is not None and hmac.compare_digest(data, self._token):
+                found = found or Identity(None, "operator")
+            if self._tokens is not None:
+                found = self._tokens.find(data) or found
+        return found
 
     def _refuse_foreign_host(self, headers: Mapping[str, str]) -> None:
         """Refuse a name that only a page's own DNS could have made point here."""
@@ -6227,8 +6919,9 @@ class ServeApp:
                 raise Forbidden("a page of another origin may not do this")
 
     def decide(self, verdict: str, request: Request) -> Response:
-        decision = _decision_of(verdict, request.body)
-        decide(self.adapter, request.view.run_id, request.parameters["nodeId"], decision)
+        decision = _decision_of(verdict, request.body, request.who)
+        node_id = request.parameters["nodeId"]
+        decide(self.adapter, request.view.run_id, node_id, decision, request.who)
         return json_response({"runId": request.view.run_id})
 
     # Without a socket, and under another web framework
@@ -6352,16 +7045,19 @@ def create_serve_app(
     workflow: Workflow | Callable[[Ctx], Workflow] | None = None,
     auth_token: str | None = None,
     metrics: bool = True,
+    tokens: str | os.PathLike[str] | None = None,
 ) -> ServeApp:
     """Return the app that shows and steers one run; its engine may run here or elsewhere.
 
     `auth_token` falls back to the environment's SMITHERS_API_KEY; without either, nobody is asked
     for one, and an empty one is a mistake. `abort` is set by POST /cancel. `workflow` is accepted
-    as in the original; the run's rows say all there is to show. Raises ValueError for a token that
-    no header could carry.
+    as in the original; the run's rows say all there is to show. `tokens` is a file of named tokens,
+    `name role token` a line. Raises ValueError for a token that no header could carry, and for such
+    a file that others can read.
     """
     token = auth_token if auth_token is not None else os.environ.get("SMITHERS_API_KEY")
-    return ServeApp(adapter, run_id, abort or threading.Event(), token, metrics)
+    known = None if tokens is None else Tokens(os.fspath(tokens))
+    return ServeApp(adapter, run_id, abort or threading.Event(), token, metrics, known)
 
 
 # ---------------------------------------------------------------------------
@@ -7515,6 +8211,7 @@ EXIT_FAILURE = 1
 EXIT_CANCELLED = 2
 EXIT_SUSPENDED = 3
 EXIT_USAGE = 4
+EXIT_CONFLICT = 5
 # Wrappers such as timeout(1) signal the process and its group: what comes so soon is one signal.
 SAME_SIGNAL_SECONDS = 0.1
 
@@ -7527,6 +8224,13 @@ class UsageError(SmithersError):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
+        unknown = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
+        if unknown:
+            names = [command.name for command in COMMANDS]
+            close = difflib.get_close_matches(unknown[1], names, 1, 0.5)
+            close = close or [name for name in names if name in unknown[1]][:1]
+            meant = f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(names)}"
+            message = f"no command {unknown[1]!r}{meant}"
         self.exit(EXIT_USAGE, f"[smithers] Error: {message}; help: {self.prog} --help\n")
 
 
@@ -7579,6 +8283,9 @@ SERVE_FLAGS = (
     flag("--port", type=parse_port, default=7331, help="TCP port, 0 picks one (default: 7331)"),
     flag("--auth-token", help="bearer token (default: the environment's SMITHERS_API_KEY)"),
     flag("--auth-token-file", metavar="FILE", help="file that holds the bearer token"),
+    flag("--tokens", metavar="FILE",
+         help="file (0600) of named tokens, a line each: name role token; roles: viewer, approver,"
+         " operator"),
     flag("--metrics", type=parse_flag, nargs="?", const=True, default=True,
          help="serve /metrics (default: true)"),
     flag("--no-metrics", dest="metrics", action="store_false", help="do not serve /metrics"),
@@ -7615,16 +8322,19 @@ class Command(NamedTuple):
     help: str
     flags: tuple[Flag, ...]
     run: Callable[[argparse.Namespace], int]
+    example: str
 
 
 def make_parser() -> Parser:
     parser = Parser(prog="smithers_serve", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--version", action="version", version=__version__)
-    names = " | ".join(command.name for command in COMMANDS)
-    commands = parser.add_subparsers(dest="command", metavar=names)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.required = True
     for command in COMMANDS:
-        one = commands.add_parser(command.name, help=command.help, description=command.help)
+        example = f"example: {parser.prog} {command.example}"
+        one = commands.add_parser(
+            command.name, help=command.help, description=command.help, epilog=example
+        )
         for names_of_flag, options in command.flags:
             one.add_argument(*names_of_flag, **options)
         one.set_defaults(run=command.run)
@@ -7870,6 +8580,7 @@ def run_here(args: argparse.Namespace, workflow: Any, token: str | None) -> int:
             executor=executor,
             on_event=Narrator(server.url if server else None, token is not None),
             park=server is not None,
+            config=kept_facts(args, run_id, server.url if server else None),
             echo_prints=False,
         )
         engine.open(args.resume, args.force, args.retry)
@@ -7881,6 +8592,7 @@ def run_here(args: argparse.Namespace, workflow: Any, token: str | None) -> int:
                 abort=engine.abort,
                 auth_token=token,
                 metrics=args.metrics,
+                tokens=args.tokens,
             )
             server.attach(app, args.allowed_host)
     except BaseException:
@@ -7889,6 +8601,17 @@ def run_here(args: argparse.Namespace, workflow: Any, token: str | None) -> int:
             server.server_close()
         raise
     return process.run(engine, db, server)
+
+
+def kept_facts(args: argparse.Namespace, run_id: str, url: str | None) -> dict[str, Any]:
+    """Return what is kept of a run so that it can be found, told and gone on with; no token."""
+    hidden = ("auth_token", "out", "run", "input", "resume", "retry", "force", "detach", "command")
+    options = {name: value for name, value in vars(args).items() if name not in hidden}
+    options.update(run_id=run_id, db=os.path.abspath(args.db), auth_token=None, force=False)
+    path, name = split_workflow(args.workflow)
+    options["workflow"] = f"{os.path.abspath(path)}:{name}"
+    log_file = getattr(args, "log_file", None)
+    return {"url": url, "pid": os.getpid(), "logFile": log_file, "options": options}
 
 
 def bind_server(args: argparse.Namespace) -> ServeServer:
@@ -8106,14 +8829,9 @@ def detach(args: argparse.Namespace, token: str | None) -> int:
         f"import sys; sys.path.insert(0, {folder!r}); import smithers_serve; "
         "sys.exit(smithers_serve.main_detached())"
     )
-    hidden = {
-        "out": None,
-        "run": None,
-        "auth_token": None,
-        "auth_token_file": None,
-        "detach": False,
-    }
-    options = {**vars(args), **hidden, "input": None if value is None else to_json(value)}
+    hidden = dict.fromkeys(("out", "run", "auth_token", "auth_token_file"))
+    told = {"input": None if value is None else to_json(value), "log_file": log_path}
+    options = {**vars(args), **hidden, **told, "detach": False}
     with open_log(log_path) as log:
         begins_at = log.tell()
         child = subprocess.Popen(
@@ -8158,6 +8876,560 @@ def main_detached() -> int:
     return run_command_line(args)
 
 
+# ---------------------------------------------------------------------------
+# Operator's commands: they read and write the file, beside a living run or after it
+# ---------------------------------------------------------------------------
+
+
+def open_existing(args: argparse.Namespace) -> SmithersDb:
+    """Open the database for a command that makes none. Raises UsageError with the whole path."""
+    try:
+        return SmithersDb(args.db, create=False)
+    except StorageError as error:
+        raise UsageError(f"{error}; --db names another one") from error
+
+
+def find_run(reads: Reads, text: str | None) -> Run:
+    """Return the run whose id, or an unambiguous beginning of it, this is.
+
+    Without one: the run that has not ended if there is just one, else the newest.
+    """
+    if text is not None:
+        run = reads.get_run(text)
+        found = [run] if run is not None else reads.find_runs(text)
+        if len(found) == 1:
+            return found[0]
+        newest = ", ".join(run.run_id for run in (found or reads.newest_runs(10))[:10])
+        what = f"several runs begin with {text!r}" if found else f"there is no run {text!r}"
+        raise UsageError(what + (f"; there are: {newest}" if newest else ": there are none"))
+    active = [run for run in reads.newest_runs(1000) if not run.is_terminal]
+    newest_runs = active if len(active) == 1 else reads.newest_runs(1)
+    if not newest_runs:
+        raise UsageError("there is no run in this database yet")
+    return newest_runs[0]
+
+
+def find_run_and_node(reads: Reads, words: Seq[str]) -> tuple[Run, str | None]:
+    """Return what `[RUN] [NODE]` means: a single word is a node if the run has it."""
+    if len(words) > 2:
+        raise UsageError(f"expected [RUN] [NODE], got {' '.join(words)!r}")
+    if len(words) == 2:
+        return find_run(reads, words[0]), words[1]
+    if not words:
+        return find_run(reads, None), None
+    with contextlib.suppress(UsageError):
+        run = find_run(reads, None)
+        if reads.find_newest_node(run.run_id, words[0]) is not None:
+            return run, words[0]
+    try:
+        return find_run(reads, words[0]), None
+    except UsageError as error:
+        raise UsageError(f"{words[0]!r} is neither a node of the run nor a run: {error}") from error
+
+
+def tell(args: argparse.Namespace, value: Any, lines: Iterable[str]) -> int:
+    """Write a command's answer: JSON, or lines that fit the terminal."""
+    if args.json:
+        args.out.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+        return 0
+    is_terminal = os.isatty(1) if sys.__stdout__ is not None else False
+    width = shutil.get_terminal_size().columns if is_terminal else 1 << 16
+    for line in lines:
+        args.out.write(line[:width].rstrip() + "\n")
+    return 0
+
+
+def ago(at_ms: int | None) -> str:
+    return "-" if at_ms is None else duration_text(max(1000, now_ms() - at_ms))
+
+
+def clock_text(at_ms: int | None) -> str:
+    return (
+        "-" if at_ms is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at_ms / 1000))
+    )
+
+
+def node_name(node_id: str, iteration: int) -> str:
+    return node_id if not iteration else f"{node_id} iteration {iteration}"
+
+
+def hint(args: argparse.Namespace, *words: str) -> str:
+    """Return a command line that can be pasted anywhere."""
+    database = ["--db", os.path.abspath(args.db)]
+    return shlex.join([sys.executable, os.path.abspath(__file__), *words, *database])
+
+
+def run_row(reads: Reads, run: Run) -> dict[str, Any]:
+    """Return what `ps` tells of a run."""
+    summary = reads.get_summary(run.run_id)
+    done = sum(count for state, count in summary.items() if state in TERMINAL_STATES)
+    life = "dead" if run.is_terminal else owner_life(run)
+    waits = summary.get("waiting-approval", 0)
+    return {
+        "runId": run.run_id,
+        "workflowName": run.workflow_name,
+        "state": run_state(run),
+        "done": done,
+        "nodes": sum(summary.values()),
+        "createdAtMs": run.created_at_ms,
+        "finishedAtMs": run.finished_at_ms,
+        "engine": run.config.get("pid") if life == "alive" else None,
+        "waitsFor": f"{waits} approval{'s' * (waits > 1)}" if waits else None,
+        "url": run.config.get("url") if life == "alive" else None,
+        "logFile": run.config.get("logFile"),
+    }
+
+
+def run_ps(args: argparse.Namespace) -> int:
+    with open_existing(args) as db, db.snapshot() as reads:
+        runs = [run for run in reads.newest_runs(1000) if args.all or not run.is_terminal]
+        found = [run_row(reads, run) for run in runs]
+
+    def lines() -> Iterator[str]:
+        form = "{:<26} {:<16} {:<17} {:>9} {:>8} {:>8}  {:<12} {}"
+        heads = ("RUN", "WORKFLOW", "STATE", "DONE", "AGE", "ENGINE", "WAITS FOR", "URL")
+        yield form.format(*heads)
+        for row in found:
+            yield form.format(
+                row["runId"], row["workflowName"][:16], row["state"],
+                f"{row['done']}/{row['nodes']}", ago(row["createdAtMs"]), row["engine"] or "none",
+                row["waitsFor"] or "", row["url"] or "",
+            )  # fmt: skip
+        if not found:
+            yield "No run has still to end; -a lists all."
+
+    return tell(args, found, lines())
+
+
+def status_json(reads: Reads, run: Run) -> dict[str, Any]:
+    failed = list_nodes_json(reads, run.run_id, "failed", None, 20)
+    return {
+        **run_row(reads, run),
+        "status": run.status,
+        "why": why_json(reads, run),
+        "failed": failed,
+        "summary": reads.get_summary(run.run_id),
+    }
+
+
+def status_lines(args: argparse.Namespace, shown: dict[str, Any]) -> Iterator[str]:
+    """Yield what needs somebody first, then what runs, waits and has failed, then counts."""
+    progress = f"{shown['done']}/{shown['nodes']}"
+    yield f"{shown['runId']}  {shown['workflowName']}  {shown['state']}  {progress}"
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for item in shown["why"]["blocked"]:
+        by_kind.setdefault(item["kind"], []).append(item)
+    for item in by_kind.get("owner", ()):
+        yield f"! {item['detail']}"
+    for item in by_kind.get("approval", ()):
+        name = node_name(item["nodeId"], item["iteration"])
+        title, since = log_safe(item["detail"]), ago(item["sinceMs"])
+        yield f"! {name} waits for approval since {since}: {title}"
+        words = ["approve", shown["runId"], item["nodeId"], "--iteration", str(item["iteration"])]
+        yield f"    {hint(args, *words)}"
+    words_of = {
+        "timeout": "time is up",
+        "task": "runs since",
+        "retry": "is tried again",
+        "concurrency": "is queued since",
+        "dependency": "stands since",
+    }
+    for kind, word in words_of.items():
+        items = by_kind.get(kind, [])
+        for item in items[:20]:
+            name = node_name(item["nodeId"], item["iteration"])
+            since = "" if kind in ("retry", "timeout") else f" {ago(item['sinceMs'])}"
+            yield f"  {name} {word}{since}: {log_safe(item['detail'])}"
+        if len(items) > 20:
+            yield f"  and {len(items) - 20} more ({kind})"
+    for node in shown["failed"]:
+        said = (node["error"] or {}).get("message", "")
+        yield f"x {node_name(node['nodeId'], node['iteration'])} failed: {log_safe(said)}"
+    if shown["why"]["error"] is not None:
+        yield f"x {log_safe(shown['why']['error']['message'])}"
+    yield "  " + ", ".join(f"{count} {state}" for state, count in shown["summary"].items())
+
+
+def run_status(args: argparse.Namespace) -> int:
+    with open_existing(args) as db:
+        watch, shown = db.watch(), None
+        with contextlib.closing(watch):
+            while True:
+                with db.snapshot() as reads:
+                    run = find_run(reads, args.run_id)
+                    before, shown = shown, status_json(reads, run)
+                if args.watch and os.isatty(1):
+                    args.out.write(
+                        "\x1b[H\x1b[J"
+                    )  # from the top; what is left of before is cleared
+                if before is None or shown["why"] != before["why"] or os.isatty(1):
+                    tell(args, shown, status_lines(args, shown))
+                if not args.watch or run.is_terminal:
+                    break
+                threading.Event().wait(1.0)
+    return EXIT_CODES.get(run.status, 3) if args.exit_status else 0
+
+
+def show_lines(shown: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a node as people read it."""
+    yield f"{node_name(shown['nodeId'], shown['iteration'])}: {shown['state']}"
+    for attempt in shown["attempts"]:
+        yield (
+            f"  attempt {attempt['attempt']}: {attempt['state']},"
+            f" {clock_text(attempt['startedAtMs'])} to {clock_text(attempt['finishedAtMs'])}"
+        )
+        if attempt["error"] is not None:
+            yield f"    {attempt['error']['name']}: {log_safe(attempt['error']['message'])}"
+        for line in (attempt.get("traceback") or "").splitlines():
+            yield f"    {log_safe(line)}"
+    if shown["needs"]:
+        yield "  needs " + ", ".join(shown["needs"])
+    if shown["output"] is not None:
+        yield "  output: " + to_json(shown["output"])[:EVIDENCE_CHARS]
+    for line in shown["log"]:
+        yield f"  | {log_safe(line['text'])}"
+
+
+def gate_lines(args: argparse.Namespace, gate: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a gate as whoever decides must know it."""
+    yield f"{node_name(gate['nodeId'], gate['iteration'])}: {log_safe(gate['requestTitle'] or '')}"
+    if gate["requestSummary"]:
+        yield f"  {log_safe(gate['requestSummary'])}"
+    for name, value in (gate["metadata"] or {}).items():
+        yield f"  {log_safe(name)}: {log_safe(value if isinstance(value, str) else to_json(value))}"
+    if gate["status"] != "requested":
+        note = f": {log_safe(gate['note'])}" if gate["note"] else ""
+        by = f" by {log_safe(gate['decidedBy'])}" if gate["decidedBy"] else ""
+        yield f"  {gate['status']}{by} at {clock_text(gate['decidedAtMs'])}{note}"
+        return
+    for found in gate.get("evidence", ()):
+        yield f"  {node_name(found['nodeId'], found['iteration'])} {found['state']}"
+        if found["error"] is not None:
+            yield f"    {log_safe(found['error']['message'])}"
+        if found["output"] is not None:
+            yield f"    output: {to_json(found['output'])}"
+        for line in found["log"]:
+            yield f"    | {log_safe(line['text'])}"
+    yield f"  asked {ago(gate['requestedAtMs'])} ago; yes goes on, no: {gate['onDeny'] or 'fail'}"
+    if gate["deadlineAtMs"] is not None:
+        left = duration_text(gate["deadlineAtMs"] - now_ms())
+        yield f"  without an answer in {left}: {gate['onTimeout']}"
+    if gate["approvers"]:
+        yield "  may be decided by " + ", ".join(gate["approvers"])
+    for verb in ("approve", "deny"):
+        words = [verb, gate["runId"], gate["nodeId"], "--iteration", str(gate["iteration"])]
+        yield f"  {hint(args, *words)}"
+
+
+def run_show(args: argparse.Namespace) -> int:
+    with open_existing(args) as db, db.snapshot() as reads:
+        run, node_id = find_run_and_node(reads, args.words)
+        if node_id is None:
+            gates = approvals_json(reads, run, "requested")
+            if gates:
+                found = (line for gate in gates for line in gate_lines(args, gate))
+                return tell(args, gates, found)
+            shown = status_json(reads, run)
+            return tell(args, shown, ["Nothing waits for a decision.", *status_lines(args, shown)])
+        detail = node_detail_json(reads, run, node_id, args.iteration, with_traceback=True)
+        lines = list(show_lines(detail))
+        gate = reads.get_gate(run.run_id, (detail["nodeId"], detail["iteration"]))
+        if gate is not None:
+            lines += gate_lines(args, gate_json(reads, run, gate, detail["label"]))
+        return tell(args, detail, lines)
+
+
+def run_logs(args: argparse.Namespace) -> int:
+    """Write what tasks printed, or with --events the log itself as NDJSON."""
+    since = now_ms() - parse_duration(args.since) if args.since else 0
+    with open_existing(args) as db, contextlib.closing(db.watch()) as watch:
+        with db.snapshot() as reads:
+            run, node_id = find_run_and_node(reads, args.words)
+            failed = {key for key in reads.list_keys(run.run_id, "failed")}
+        after = db.first_seq_since(run.run_id, since) - 1 if since else -1
+        if args.tail is not None:
+            kept: collections.deque[str] = collections.deque(maxlen=args.tail)
+            after = _write_logs(db, run.run_id, after, args, node_id, failed, kept.append)
+            for line in kept:
+                args.out.write(line)
+        while True:
+            run = db.get_run(run.run_id) or run
+            after = _write_logs(db, run.run_id, after, args, node_id, failed, args.out.write)
+            if not args.follow or run.is_terminal:
+                return 0
+            while not watch.changed():
+                threading.Event().wait(WATCH_SECONDS)
+
+
+def _write_logs(
+    db: SmithersDb,
+    run_id: str,
+    after: int,
+    args: argparse.Namespace,
+    node_id: str | None,
+    failed: set[Key],
+    write: Callable[[str], Any],
+) -> int:
+    """Write the events after a seq that are asked for; return the seq reached."""
+    while True:
+        events = db.list_events(run_id, after, 1000)
+        for event in events:
+            after = event.seq
+            if args.events:
+                write(event.payload_json + "\n")
+            elif event.type == "NodeOutput":
+                payload = event.payload
+                key = (payload["nodeId"], payload["iteration"])
+                if node_id not in (None, key[0]) or args.failed and key not in failed:
+                    continue
+                at = time.strftime("%H:%M:%S", time.localtime(event.timestamp_ms / 1000))
+                line = {"timestampMs": event.timestamp_ms, **payload}
+                text = f"{at} {node_name(*key)} | {log_safe(payload['text'])}"
+                write((to_json(line) if args.json else text) + "\n")
+        if not events:
+            return after
+
+
+def parse_duration(text: str) -> int:
+    """Return the milliseconds of `90s`, `10m`, `2h` or `30d`."""
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    if not text[:-1].isdecimal() or text[-1:] not in units:
+        raise UsageError(f"expected a duration such as 90s, 10m, 2h or 30d, got {text!r}")
+    return int(text[:-1]) * units[text[-1]] * 1000
+
+
+HISTORY = {
+    "RunStarted": "begun",
+    "RunFinished": "finished",
+    "RunFailed": "failed",
+    "RunCancelled": "cancelled",
+    "ApprovalRequested": "asked",
+    "ApprovalGranted": "approved",
+    "ApprovalDenied": "denied",
+    "RunStatusChanged": "status",
+}
+
+
+def run_history(args: argparse.Namespace) -> int:
+    with open_existing(args) as db, db.snapshot() as reads:
+        run = find_run(reads, args.run_id)
+        events = reads.list_events_of(run.run_id, tuple(HISTORY))
+    found = []
+    for event in events:
+        payload = event.payload
+        named = ("nodeId", "iteration", "status", "decidedBy", "by", "note", "reason", "error")
+        said = {name: payload[name] for name in named if name in payload}
+        found.append({"timestampMs": event.timestamp_ms, "what": HISTORY[event.type], **said})
+
+    def lines() -> Iterator[str]:
+        for item in found:
+            node = node_name(item["nodeId"], item["iteration"]) + " " if "nodeId" in item else ""
+            what = item.get("status") or item["what"]
+            by = item.get("decidedBy") or item.get("by")
+            why = item.get("note") or item.get("reason") or (item.get("error") or {}).get("message")
+            yield (
+                f"{clock_text(item['timestampMs'])}  {node}{what}"
+                + (f" by {log_safe(by)}" if by else "")
+                + (f": {log_safe(why)}" if why else "")
+            )
+
+    return tell(args, found, lines())
+
+
+def login_name() -> str | None:
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a user id without a name
+        return None
+
+
+def run_decision(args: argparse.Namespace) -> int:
+    """Show a gate, ask on a terminal, and decide it."""
+    verdict = "approved" if args.command == "approve" else "denied"
+    with open_existing(args) as db:
+        with db.snapshot() as reads:
+            words = args.words if len(args.words) == 2 else [None, *args.words]
+            run, node_id = find_run(reads, words[0]), words[1]
+            waiting = approvals_json(reads, run, "requested")
+            gates = [gate for gate in waiting if gate["nodeId"] == node_id]
+            if args.iteration is not None:
+                gates = [gate for gate in gates if gate["iteration"] == args.iteration]
+        if not waiting and not gates:
+            state = run_state(run)
+            raise ApprovalNotPending(
+                f"nothing waits for a decision in run {run.run_id}: it is {state}"
+            )
+        seen = gates[0] if len(gates) == 1 else None
+        if seen is not None and not args.json:
+            tell(args, seen, gate_lines(args, seen))
+        if not args.yes and not _is_confirmed(f"{args.command} {node_id}?"):
+            raise UsageError("not decided: without a terminal -y says that it is meant")
+        decision = Decision(
+            verdict,
+            seen["iteration"] if seen else args.iteration,
+            args.note,
+            args.by or login_name(),
+            seen["requestedAtMs"] if seen else None,
+            by_source="claimed",
+        )
+        decide(db, run.run_id, node_id, decision, Identity(decision.decided_by, "", False))
+        run = db.get_run(run.run_id) or run
+        life = "alive" if run.is_terminal else watch_owner(db, run.run_id)
+        goes_on = f"its engine goes on (pid {run.config.get('pid')})"
+        if life == "dead":
+            goes_on = f"it counts when the run is resumed: {_resume_hint(run)}"
+        value = {"runId": run.run_id, "nodeId": node_id, "status": verdict, "engine": life}
+        return tell(args, value, [f"{node_id} {verdict}; {goes_on}"])
+
+
+def _is_confirmed(question: str) -> bool:
+    if sys.stdin is None or not sys.stdin.isatty():
+        return False
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _resume_hint(run: Run) -> str:
+    options = run.config.get("options")
+    if not options:
+        return f"up FILE --serve --resume --run-id {run.run_id}"
+    return resume_line(argparse.Namespace(**options), run.run_id)
+
+
+def run_stop(args: argparse.Namespace) -> int:
+    """Suspend a run: tell its engine's process to stop, and wait until it has left."""
+    with open_existing(args) as db:
+        run = find_run(db, args.run_id)
+        if run.is_terminal:
+            raise RunNotActive(f"run {run.run_id} is {run.status} already")
+        life = owner_life(run)
+        if life == "unseen":
+            raise RunOwned(f"run {run.run_id} is driven elsewhere: stop it there")
+        if life == "alive":
+            os.kill(process_of(run.runtime_owner_id or "")[1], signal.SIGTERM)
+            while owner_life(run) == "alive":
+                threading.Event().wait(WATCH_SECONDS)
+                run = db.get_run(run.run_id) or run
+        value = {"runId": run.run_id, "status": run.status}
+        return tell(args, value, [f"Suspended. Go on with: {_resume_hint(run)}"])
+
+
+def run_cancel(args: argparse.Namespace) -> int:
+    with open_existing(args) as db:
+        run = find_run(db, args.run_id)
+        cancel_run(db, run.run_id, args.by or login_name(), args.note)
+        return tell(args, {"runId": run.run_id}, [f"Run {run.run_id} is being cancelled"])
+
+
+def run_retry(args: argparse.Namespace) -> int:
+    """Go on with a run that has ended, here and with the flags that it began with."""
+    with open_existing(args) as db:
+        run = find_run(db, args.words[0] if args.words else None)
+    options = run.config.get("options")
+    if not options:
+        raise UsageError(
+            f"run {run.run_id} was not begun by this program's `up`: use up FILE --resume --retry"
+        )
+    again = argparse.Namespace(**options)
+    again.out, again.db, again.run_id, again.input = args.out, args.db, run.run_id, None
+    again.resume, again.retry, again.detach = True, args.words[1:] or True, False
+    return run_up(again)
+
+
+def run_wait(args: argparse.Namespace) -> int:
+    """Wait until a run has ended, or for a gate, and exit by how it stands."""
+    deadline = time.monotonic() + args.timeout if args.timeout else math.inf
+    with open_existing(args) as db, contextlib.closing(db.watch()) as watch:
+        while True:
+            run = find_run(db, args.run_id)
+            args.run_id = run.run_id
+            if run.is_terminal or args.until == "gate" and db.count_open_gates(run.run_id):
+                break
+            if time.monotonic() >= deadline:
+                say(f"Run {run.run_id} is {run.status} after {args.timeout:g} s")
+                return EXIT_CONFLICT
+            while not watch.changed() and time.monotonic() < deadline:
+                threading.Event().wait(WATCH_SECONDS)
+    tell(args, {"runId": run.run_id, "status": run.status}, [f"{run.run_id} {run.status}"])
+    return EXIT_CODES.get(run.status, 3)
+
+
+def run_output(args: argparse.Namespace) -> int:
+    with open_existing(args) as db, db.snapshot() as reads:
+        words = args.words if len(args.words) == 2 else [None, *args.words]
+        run, node_id = find_run(reads, words[0]), words[1]
+        output = reads.find_output(run.run_id, node_id, args.iteration)
+        if output is None:
+            raise NodeNotFound(f"node {node_id!r} of run {run.run_id} has no output")
+    args.out.write(output + "\n")
+    return 0
+
+
+def run_graph(args: argparse.Namespace) -> int:
+    """Render a workflow without running anything: its tree, or Mermaid text."""
+    workflow = load_workflow(args.workflow)
+    ctx = Ctx("graph", read_input(args.input) or {})
+    tree = workflow if isinstance(workflow, Workflow) else workflow(ctx)
+    if not isinstance(tree, Workflow):
+        raise UsageError(f"a workflow function must return a Workflow, got {tree!r:.200}")
+    Plan(tree, {})
+    shown = xml_of(tree)
+    return tell(args, shown, mermaid_lines(shown) if args.mermaid else tree_lines(shown, ""))
+
+
+def tree_lines(element: Mapping[str, Any], indent: str) -> Iterator[str]:
+    props = element["props"]
+    name = props.get("id") or props.get("name") or ""
+    rest = " ".join(f"{key}={value}" for key, value in props.items() if value != name)
+    kind = element["tag"].partition(":")[2].replace("ralph", "loop")
+    kind = "approval" if props.get("approvalMode") else kind
+    yield " ".join(filter(None, (indent + kind, name, rest)))
+    for child in element["children"]:
+        yield from tree_lines(child, indent + "  ")
+
+
+def mermaid_lines(tree: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the order of the nodes as a Mermaid flowchart."""
+    yield "flowchart TD"
+    leaves = [element for element in walk_tree(tree) if element["tag"] == Task.tag]
+    number = {element["props"]["id"]: n for n, element in enumerate(leaves)}
+    for id, n in number.items():
+        is_gate = leaves[n]["props"].get("approvalMode")
+        yield f"  n{n}" + (f'{{{{"{id}"}}}}' if is_gate else f'["{id}"]')
+    for element in leaves:
+        id = element["props"]["id"]
+        needs = [need for need in element["props"].get("dependsOn", "").split(",") if need]
+        for earlier in dict.fromkeys(needs + before_of(to_json(tree), id)):
+            yield f"  n{number[earlier]} --> n{number[id]}"
+
+
+def run_gc(args: argparse.Namespace) -> int:
+    """Remove runs that ended long ago, their logs too, and give the space back."""
+    before = now_ms() - parse_duration(args.older_than)
+    with open_existing(args) as db:
+        ended = db.list_runs(TERMINAL_STATUSES)
+        old = [run for run in ended if (run.finished_at_ms or run.created_at_ms) < before]
+        for run in () if args.dry_run else old:
+            with db.transaction(run.run_id) as tx:
+                tx.delete_run()
+            log_file = run.config.get("logFile")
+            with contextlib.suppress(OSError):
+                if log_file:
+                    os.unlink(log_file)
+        if old and not args.dry_run:
+            db.give_space_back()
+    verb = "would be removed" if args.dry_run else "removed"
+    return tell(args, [run.run_id for run in old], [f"{run.run_id} {verb}" for run in old])
+
+
+# ---------------------------------------------------------------------------
+# Commands: the table, and how one is run
+# ---------------------------------------------------------------------------
+
+
 def demo_workflow(ctx: Ctx) -> Workflow:
     """A small release: two checks together, a gate, an announcement."""
     return Workflow(
@@ -8191,10 +9463,68 @@ def run_demo(args: argparse.Namespace) -> int:
         return run_here(args, demo_workflow, token)
 
 
+WORDS_FLAG = flag("words", nargs="*", metavar="[RUN] [NODE]")
+RUN_FLAG = flag("run_id", nargs="?", metavar="RUN", help="a run's id, or how it begins")
+ITERATION_FLAG = flag("--iteration", type=int, help="of a node in a loop")
+BY_FLAG = flag("--by", metavar="NAME", help="who decides (default: your login)")
+READ_FLAGS = (DB_FLAG, flag("--json", action=SWITCH, help="print one JSON value"))
+NODE_FLAGS = (WORDS_FLAG, *READ_FLAGS, ITERATION_FLAG)
+DECISION_FLAGS = (
+    WORDS_FLAG, *READ_FLAGS, ITERATION_FLAG, BY_FLAG,
+    flag("-m", "--note", help="why"),
+    flag("-y", "--yes", action=SWITCH, help="do not ask"),
+)  # fmt: skip
 COMMANDS = (
-    Command("up", "Run a workflow file.", UP_FLAGS, run_up),
-    Command("demo", "Run and serve a small workflow with a gate.", SERVE_FLAGS, run_demo),
-)
+    Command("up", "Run a workflow file.", UP_FLAGS, run_up,
+            "up workflow.py --serve --input '{\"ref\": \"v1\"}'"),
+    Command("demo", "Run and serve a small workflow with a gate.", SERVE_FLAGS, run_demo, "demo"),
+    Command("ps", "List the runs that have not ended.",
+            (*READ_FLAGS, flag("-a", "--all", action=SWITCH, help="also those that have")), run_ps,
+            "ps -a"),
+    Command("status", "Tell what a run does, and what it waits for.",
+            (RUN_FLAG, *READ_FLAGS, flag("--watch", action=SWITCH, help="follow it to its end"),
+             flag("--exit-status", action=SWITCH, help="exit as `up` would: 0, 1, 2, 3")),
+            run_status, "status --watch"),
+    Command("show", "Show a node, or the gate that waits.", NODE_FLAGS, run_show, "show deploy"),
+    Command("logs", "Print what tasks have printed.",
+            (WORDS_FLAG, *READ_FLAGS,
+             flag("-f", "--follow", action=SWITCH, help="to the run's end"),
+             flag("--since", metavar="10m", help="only what is younger"),
+             flag("--tail", type=parse_count, metavar="N", help="only the last lines"),
+             flag("--failed", action=SWITCH, help="only of failed nodes"),
+             flag("--events", action=SWITCH, help="the whole log, an event a line")),
+            run_logs, "logs build --tail 20"),
+    Command("history", "Tell who decided what, and when.", (RUN_FLAG, *READ_FLAGS), run_history,
+            "history"),
+    Command("approve", "Approve a gate.", DECISION_FLAGS, run_decision,
+            "approve deploy -m 'Ship it'"),
+    Command("deny", "Deny a gate.", DECISION_FLAGS, run_decision, "deny deploy -m 'Not on Friday'"),
+    Command("stop", "Suspend a run: its engine leaves, and it can be gone on with.",
+            (RUN_FLAG, *READ_FLAGS), run_stop, "stop"),
+    Command("cancel", "Cancel a run.",
+            (RUN_FLAG, *READ_FLAGS, BY_FLAG, flag("-m", "--note", help="why")), run_cancel,
+            "cancel -m 'wrong branch'"),
+    Command("retry", "Go on with a run that has ended: its failed nodes, or these, run again.",
+            (flag("words", nargs="*", metavar="[RUN] [NODE ...]"), *READ_FLAGS), run_retry,
+            "retry run-1 build"),
+    Command("wait", "Wait until a run has ended, or for a gate.",
+            (RUN_FLAG, *READ_FLAGS,
+             flag("--for", dest="until", choices=("end", "gate"), default="end", help="(end)"),
+             flag("--timeout", type=float, metavar="SECONDS", help="exit with 5 after so long")),
+            run_wait, "wait --for gate --timeout 600"),
+    Command("output", "Print the output of a node as JSON.", NODE_FLAGS, run_output,
+            "output build"),
+    Command("graph", "Render a workflow without running it.",
+            (flag("workflow", metavar="FILE[:name]", help="the workflow"), *READ_FLAGS,
+             flag("--input", help="the input to render with"),
+             flag("--mermaid", action=SWITCH, help="as a Mermaid flowchart")),
+            run_graph, "graph workflow.py --mermaid"),
+    Command("gc", "Remove runs that ended long ago, and give their space back.",
+            (*READ_FLAGS,
+             flag("--older-than", metavar="30d", required=True, help="since their end"),
+             flag("--dry-run", action=SWITCH, help="only tell")),
+            run_gc, "gc --older-than 30d --dry-run"),
+)  # fmt: skip
 
 
 class DescriptorWriter(io.TextIOBase):
@@ -8274,19 +9604,13 @@ def run_command_line(args: argparse.Namespace) -> int:
     with result_stream() as args.out:
         try:
             return int(args.run(args))
-        except (
-            UsageError,
-            AuthoringError,
-            InvalidRequest,
-            RunExists,
-            RunNotFound,
-            RunOwned,
-        ) as error:
+        except (ApprovalNotPending, GateChanged, RunNotActive, Forbidden) as error:
             say(f"Error: {log_safe(error)}")
-            return EXIT_USAGE
-        except (StorageError, Unavailable) as error:
+            return EXIT_CONFLICT
+        except (AuthoringError, UsageError, StorageError, ServeError) as error:
             say(f"Error: {log_safe(error)}")
-            return EXIT_FAILURE
+            is_failure = isinstance(error, (StorageError, Unavailable))
+            return EXIT_FAILURE if is_failure else EXIT_USAGE
         except KeyboardInterrupt:
             return EXIT_CANCELLED
 
