@@ -319,6 +319,12 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def short(value: object) -> str:
+    """Return what a value looks like, cut where an error message would drown in it."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def log_safe(text: object) -> str:
     """Return `text` for one log line: control characters are escaped, so none can be forged."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
@@ -422,30 +428,32 @@ def _check_number(owner: str, name: str, value: Any, minimum: float, whole: bool
     if not is_number or not math.isfinite(value) or value < minimum:
         kind = "a whole number" if whole else "a number"
         raise AuthoringError(
-            f"{owner}: {name} must be {kind} of at least {minimum:g}, got {value!r}"
+            f"{owner}: {name} must be {kind} of at least {minimum:g}, got {short(value)}"
         )
 
 
 def _check_choice(owner: str, name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise AuthoringError(f"{owner}: {name} must be one of {', '.join(choices)}, got {value!r}")
+        raise AuthoringError(
+            f"{owner}: {name} must be one of {', '.join(choices)}, got {short(value)}"
+        )
 
 
 def _check_flags(owner: str, **flags: object) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
-            raise AuthoringError(f"{owner}: {name} must be True or False, got {value!r}")
+            raise AuthoringError(f"{owner}: {name} must be True or False, got {short(value)}")
 
 
 def _check_text(owner: str, **texts: object) -> None:
     for name, value in texts.items():
         if value is not None and (not isinstance(value, str) or printable(value) != value):
-            raise AuthoringError(f"{owner}: {name} must be text, got {value!r}")
+            raise AuthoringError(f"{owner}: {name} must be text, got {short(value)}")
 
 
 def _iterable(owner: str, name: str, value: Any) -> tuple[Any, ...]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise AuthoringError(f"{owner}: {name} must be a list, got {value!r}")
+        raise AuthoringError(f"{owner}: {name} must be a list, got {short(value)}")
     return tuple(value)
 
 
@@ -453,7 +461,9 @@ def _keywords(owner: str, value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        raise AuthoringError(f"{owner}: kwargs must be a dict with names as keys, got {value!r}")
+        raise AuthoringError(
+            f"{owner}: kwargs must be a dict with names as keys, got {short(value)}"
+        )
     return dict(value)
 
 
@@ -483,7 +493,7 @@ def _approvers_of(owner: str, value: Any) -> tuple[str, ...] | None:
         return None
     names = _iterable(owner, "approvers", value)
     if not names or not all(isinstance(name, str) and name for name in names):
-        raise AuthoringError(f"{owner}: approvers must be names or roles, got {value!r}")
+        raise AuthoringError(f"{owner}: approvers must be names or roles, got {short(value)}")
     return names
 
 
@@ -497,7 +507,7 @@ def _children_of(owner: str, children: tuple[Any, ...]) -> tuple[Element, ...]:
             kept.append(child)
         elif child is not None:
             raise AuthoringError(
-                f"{owner}: a child must be an element or None, got {child!r}", "INVALID_TREE"
+                f"{owner}: a child must be an element or None, got {short(child)}", "INVALID_TREE"
             )
     return tuple(kept)
 
@@ -533,7 +543,9 @@ class Workflow(Container):
 
     def __init__(self, name: str, *children: Any) -> None:
         if not isinstance(name, str) or not 1 <= len(name) <= 200:
-            raise AuthoringError(f"Workflow name must be text of 1 to 200 characters, got {name!r}")
+            raise AuthoringError(
+                f"Workflow name must be text of 1 to 200 characters, got {short(name)}"
+            )
         _check_text("Workflow", name=name)
         self._fill(name=name, children=_children_of(f"Workflow {name!r}", children))
 
@@ -764,7 +776,8 @@ def _runnable(owner: str, run: Any) -> Any:
         _checked_json(owner, "a static output", run)
         return run
     raise AuthoringError(
-        f"{owner}: run must be a function, a non-empty list of text or a JSON object, got {run!r}"
+        f"{owner}: run must be a function, a non-empty list of text or a JSON object,"
+        f" got {short(run)}"
     )
 
 
@@ -2172,7 +2185,7 @@ class SmithersDb(Reads):
     def __init__(self, path: str | os.PathLike[str] = "smithers.db", create: bool = True) -> None:
         name = os.fspath(path)
         if name in ("", ":memory:") or name.startswith("file:"):
-            raise StorageError(f"a run is kept in a file: expected its path, got {name!r}")
+            raise StorageError(f"a run is kept in a file: expected its path, got {short(name)}")
         self.path = os.path.realpath(name)
         self.metrics = Metrics()
         # Guards _writer. Held for one transaction, which runs no user code and writes to no socket.
@@ -2769,9 +2782,18 @@ class Plan:
             # the cycle is listed against the direction of waiting, its first entry again at the end
             slots = [slot for slot, _ in reversed(error.args[1][1:])]
             ids = list(dict.fromkeys(slot.leaf.id for slot in slots if isinstance(slot, LeafSlot)))
-            raise AuthoringError(
-                f"needs form a cycle through {', '.join(map(repr, ids))}", "CYCLIC_DEPENDENCY"
-            ) from None
+            message = f"needs form a cycle through {', '.join(map(repr, ids))}"
+            if self._have_needs_an_order():
+                message += "; by the order of the tree: what comes later cannot be waited for"
+            raise AuthoringError(message, "CYCLIC_DEPENDENCY") from None
+
+    def _have_needs_an_order(self) -> bool:
+        needs = {id: {target for _, target, _ in s.targets} for id, s in self.by_id.items()}
+        try:
+            graphlib.TopologicalSorter(needs).prepare()
+        except graphlib.CycleError:
+            return False
+        return True
 
     def followers(self, slot: LeafSlot) -> tuple[set[str], list[LoopSlot]]:
         """Return the ids of the nodes that come after one, and the loops that end after it."""
@@ -4258,7 +4280,9 @@ def node_close(tx: Tx, node: Node, reason: str) -> None:
 # Attempts: what is in flight
 # ---------------------------------------------------------------------------
 
-SUSPENDED = "the engine was stopped"  # why an attempt was stopped that did nothing wrong
+# Why an attempt was stopped that did nothing wrong.
+SUSPENDED = "the engine was stopped"
+INTERRUPTED = "the run was interrupted"
 POOL_BROKE = "its pool of workers broke"
 BROKEN_POOL_CODE = "WORKER_CRASHED"
 
@@ -5019,13 +5043,13 @@ class Engine:
     ) -> None:
         if not isinstance(adapter, SmithersDb):
             raise AuthoringError(
-                f"adapter must be a SmithersDb, got {adapter!r}: SmithersDb(path) opens a file"
+                f"adapter must be a SmithersDb, got {short(adapter)}: SmithersDb(path) opens a file"
             )
         check_id(run_id, "run")
         _check_number("run_workflow", "max_concurrency", max_concurrency, 1, whole=True)
         if not isinstance(workflow, Workflow) and not callable(workflow):
             raise AuthoringError(
-                f"a workflow is a function or a Workflow, got {workflow!r}", "INVALID_TREE"
+                f"a workflow is a function or a Workflow, got {short(workflow)}", "INVALID_TREE"
             )
         self.run_id = run_id
         self.result: RunResult | None = None
@@ -5171,7 +5195,7 @@ class Engine:
                 if node.state == "in-progress":
                     if has_crashed and node.last_attempt is not None:
                         tx.note_attempt(node.key, node.last_attempt, crashed=True)
-                    node_close(tx, node, "the run was interrupted")
+                    node_close(tx, node, INTERRUPTED)
             reset_loops(tx, chosen, loops, plan)
             reset_nodes(tx, self._progress.records, chosen)
         self._metrics.inc("smithers_runs_resumed_total")
@@ -5354,7 +5378,7 @@ class Engine:
             tree = self._workflow if isinstance(self._workflow, Workflow) else self._workflow(ctx)
             if not isinstance(tree, Workflow):
                 raise AuthoringError(
-                    f"a workflow function must return a Workflow, got {tree!r}", "INVALID_TREE"
+                    f"a workflow function must return a Workflow, got {short(tree)}", "INVALID_TREE"
                 )
             plan = Plan(tree, progress.loops)
             progress.refuse_endless_rendering(plan)
@@ -5380,6 +5404,13 @@ class Engine:
         if self._progress.plan is None:
             tx.update_run_name(plan.name)
             self._put_labels_back(tx, plan)
+        widest = max((g.limit for s in plan.leaves() for g in s.groups), default=0)
+        if widest > self._max_concurrency and self._progress.plan is None:
+            logger.warning(
+                "Parallel(max_concurrency=%d) is limited to %d: -c, or max_concurrency, raises it",
+                widest,
+                self._max_concurrency,
+            )
         for effect in self._progress.rendered(plan, self._reads):
             self._steps.carry_out(tx, effect)
 
@@ -5467,7 +5498,7 @@ def encode_input(value: Any) -> str:
     if value is None:
         return "{}"
     if not isinstance(value, dict):
-        raise AuthoringError(f"the input must be a JSON object, got {value!r:.200}")
+        raise AuthoringError(f"the input must be a JSON object, got {short(value)}")
     _checked_json("run_workflow", "input", value)
     return to_json(value)
 
@@ -8110,7 +8141,9 @@ class ServeServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        """An address that can be opened on this machine."""
+        own = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        host = f"[{own}]" if ":" in own else own
         return f"{'http' if self.ssl_context is None else 'https'}://{host}:{self.server_port}"
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
@@ -8234,10 +8267,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"[smithers] Error: {message}; help: {self.prog} --help\n")
 
 
+_has_time = False  # whether lines bear the time, as in the log of a detached run
+
+
 def say(text: str) -> None:
     """Write one progress line to stderr; a run goes on when nobody reads it any more."""
+    at = time.strftime("%Y-%m-%d %H:%M:%S ") if _has_time else ""
     with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(f"[smithers] {text}\n")  # at once: print would write the end by itself
+        sys.stderr.write(f"{at}[smithers] {text}\n")  # at once: print would write the end by itself
         sys.stderr.flush()
 
 
@@ -8253,19 +8290,21 @@ def print_result(out: TextIO, facts: Mapping[str, Any]) -> None:
 def parse_flag(text: str) -> bool:
     values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected true or false, got {text!r}: write --metrics=true, or put it after FILE"
+        )
     return values[text.lower()]
 
 
 def parse_port(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {short(text)}")
     return int(text)
 
 
 def parse_count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 10_000:
-        raise argparse.ArgumentTypeError(f"expected a number from 1 to 10000, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to 10000, got {short(text)}")
     return int(text)
 
 
@@ -8294,11 +8333,16 @@ SERVE_FLAGS = (
     flag("--certfile", help="TLS certificate chain (PEM)"),
     flag("--keyfile", help="TLS private key (PEM; default: in the certificate file)"),
 )  # fmt: skip
+LINGER_FLAG = flag("--linger", type=float, metavar="SECONDS",
+                   help="how long to serve after the end (default: until stopped)")  # fmt: skip
 DB_FLAG = flag("--db", default="smithers.db", help="the sqlite file (default: smithers.db)")
 UP_FLAGS = (
     flag("workflow", metavar="FILE[:name]", help="the workflow file, and the object in it"),
     flag("--serve", action=SWITCH, help="serve the run over HTTP; stay after its end"),
     *SERVE_FLAGS,
+    LINGER_FLAG,
+    flag("--notify", metavar="ARGV",
+         help="program to start when a gate opens or is about to expire, and at the end"),
     flag("-d", "--detach", action=SWITCH,
          help="run in the background; prints runId, pid, logFile, url"),
     flag("-r", "--run-id", help="the run's id (default: a new one)"),
@@ -8474,39 +8518,55 @@ def make_ssl_context(certfile: str | None, keyfile: str | None) -> ssl.SSLContex
 
 
 class Narrator:
-    """Writes a line per node event, and for a gate the command that approves it."""
+    """Writes a line per node event, and for a gate the line that approves it."""
 
     WORDS = {
         "NodeStarted": "started",
         "NodeFinished": "finished",
         "NodeFailed": "failed",
-        "NodeRetrying": "will be tried again",
-        "NodeCancelled": "cancelled",
         "NodeSkipped": "skipped",
         "NodeWaitingApproval": "waits for approval",
         "ApprovalGranted": "approved",
         "ApprovalDenied": "denied",
     }
 
-    def __init__(self, url: str | None, has_token: bool) -> None:
+    def __init__(self, args: argparse.Namespace, url: str | None, has_token: bool) -> None:
+        self._args = args
         self._url = url
+        # Only a variable that is set where the line is pasted, as this process's own is.
+        is_in_environment = has_token and "SMITHERS_API_KEY" in os.environ
         self._auth = ' -H "Authorization: Bearer $SMITHERS_API_KEY"' if has_token else ""
+        self._can_curl = url is not None and (is_in_environment or not has_token)
 
     def __call__(self, event: Event) -> None:
         payload = event.payload
         if event.type == "NodeOutput":
             say(f"{payload['nodeId']} | {log_safe(payload['text'])}")
+        elif event.type == "NodeRetrying":
+            pause = duration_text(payload["dueAtMs"] - now_ms())
+            say(f"{self._name(payload, 0)} is tried again {pause}: attempt {payload['attempt']}")
+        elif event.type == "NodeCancelled":
+            was_stopped = payload["reason"] in (SUSPENDED, INTERRUPTED, POOL_BROKE)
+            what = "interrupted" if was_stopped else "cancelled"
+            say(f"{self._name(payload)} {what}: {payload['reason']}")
         elif event.type in self.WORDS:
             say(f"{self._name(payload)} {self.WORDS[event.type]}{self._detail(payload)}")
-        if event.type == "NodeWaitingApproval" and self._url is not None:
-            node = urllib.parse.quote(payload["nodeId"], safe="")
-            say(f"Approve it: curl -X POST {self._url}/approve/{node}{self._auth}")
+        if event.type == "NodeWaitingApproval":
+            say(f"Approve it: {self._approve_line(payload)}")
+
+    def _approve_line(self, payload: Mapping[str, Any]) -> str:
+        node_id, iteration = payload["nodeId"], payload["iteration"]
+        if not self._can_curl:
+            words = ["approve", payload["runId"], node_id, "--iteration", str(iteration)]
+            return hint(self._args, *words)
+        node = urllib.parse.quote(node_id, safe="")
+        data = f" -d '{{\"iteration\":{iteration}}}'" if iteration else ""
+        return f"curl -X POST {self._url}/approve/{node}{self._auth}{data}"
 
     @staticmethod
-    def _name(payload: dict[str, Any]) -> str:
-        again = payload.get("attempt") or 0
-        name = f"{payload['nodeId']}"
-        name += f" iteration {payload['iteration']}" if payload["iteration"] else ""
+    def _name(payload: dict[str, Any], again: int | None = None) -> str:
+        again = payload.get("attempt") or 0 if again is None else again
+        name = node_name(payload["nodeId"], payload["iteration"])
         return name + (f" attempt {again}" if again else "")
 
     @staticmethod
@@ -8515,6 +8575,104 @@ class Narrator:
             return f": {log_safe(payload['error']['message'])}"
         by = f" by {log_safe(payload['decidedBy'])}" if "decidedBy" in payload else ""
         return by + (f": {log_safe(payload['note'])}" if "note" in payload else "")
+
+
+class Notifier:
+    """Starts a program when a gate opens or is about to expire, and when the run ends.
+
+    It gets one JSON object on standard input. The run never waits for it: the engine's thread only
+    puts events in; 10 s a try, three tries, then a line in the log.
+    """
+
+    TRIES, TRY_SECONDS = 3, 10.0
+    SOON_SHARE = 0.2  # of a gate's time that is left when it is about to expire
+
+    def __init__(self, argv: Seq[str], db: SmithersDb, run_id: str, url: str | None) -> None:
+        self._argv, self._db, self._run_id, self._url = list(argv), db, run_id, url
+        self._inbox: queue.SimpleQueue[tuple[str, Key | None] | None] = queue.SimpleQueue()
+        self._expiring = Deadlines()
+        self._thread = start_thread("notify", self._run)
+
+    def __call__(self, event: Event) -> None:
+        if event.type == "NodeWaitingApproval":
+            payload = event.payload
+            self._inbox.put(("gate-opened", (payload["nodeId"], payload["iteration"])))
+        elif event.type in ("RunFinished", "RunFailed", "RunCancelled"):
+            self._inbox.put(("run-ended", None))
+
+    def close(self, seconds: float) -> None:
+        """Have what has happened told, for so long at most."""
+        self._inbox.put(None)
+        self._thread.join(seconds)
+
+    def _run(self) -> None:
+        while True:
+            patience = min(60.0, max(0.0, (self._expiring.next() - now_ms()) / 1000))
+            try:
+                item = self._inbox.get(timeout=patience)
+            except queue.Empty:
+                for kind, key in self._expiring.take(now_ms()):
+                    self._guarded(kind, key)
+                continue
+            if item is None:
+                return
+            self._guarded(*item)
+
+    def _guarded(self, kind: str, key: Key | None) -> None:
+        try:
+            self._tell(kind, key)
+        except Exception:  # the outermost call of this thread
+            logger.error("nobody was told of %s", kind, exc_info=True)
+
+    def _tell(self, kind: str, key: Key | None) -> None:
+        with self._db.snapshot() as reads:
+            run = reads.get_run(self._run_id)
+            gate = None if key is None else reads.get_gate(self._run_id, key)
+        if run is None or key is not None and (gate is None or gate.status != "requested"):
+            return
+        facts: dict[str, Any] = {
+            "event": kind,
+            "runId": run.run_id,
+            "workflowName": run.workflow_name,
+            "status": run.status,
+            "url": None if self._url is None else f"{self._url}/ui",
+        }
+        if gate is not None:
+            request = json.loads(gate.request_json or "{}")
+            facts.update(nodeId=gate.node_id, iteration=gate.iteration)
+            facts.update(title=request.get("title"), summary=request.get("summary"))
+            timeout = request.get("timeoutMs")
+            if timeout is not None and gate.requested_at_ms is not None:
+                facts["deadlineAtMs"] = deadline = gate.requested_at_ms + timeout
+                if kind == "gate-opened":
+                    self._expiring.set("gate-expiring", key, deadline - timeout * self.SOON_SHARE)
+            if self._url is not None:
+                node = urllib.parse.quote(gate.node_id, safe="")
+                facts["url"] = f"{self._url}/ui#/node/{node}/{gate.iteration}"
+        self._start(to_json(facts).encode())
+
+    def _start(self, data: bytes) -> None:
+        import subprocess
+
+        why = ""
+        for _ in range(self.TRIES):
+            try:
+                process = subprocess.Popen(
+                    self._argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL, start_new_session=True,
+                )  # fmt: skip
+                try:
+                    process.communicate(data, self.TRY_SECONDS)
+                except subprocess.TimeoutExpired:
+                    _signal_group(process.pid, signal.SIGKILL)
+                    process.wait()
+                if process.returncode == 0:
+                    return
+                why = f"it ended with {process.returncode}"
+            except OSError as error:
+                why = error.strerror or str(error)
+            threading.Event().wait(0.2)
+        logger.warning("--notify %s did not work: %s", self._argv[0], log_safe(why))
 
 
 def open_database(path: str) -> SmithersDb:
@@ -8565,6 +8723,7 @@ def run_here(args: argparse.Namespace, workflow: Any, token: str | None) -> int:
     value = read_input(args.input)
     executor = load_executor(args.executor) if args.executor else None
     process = Process(args)
+    warn_of_idle_flags(args)
     server = bind_server(args) if args.serve else None
     try:
         db = open_database(args.db)
@@ -8578,13 +8737,19 @@ def run_here(args: argparse.Namespace, workflow: Any, token: str | None) -> int:
             input=value,
             max_concurrency=args.max_concurrency,
             executor=executor,
-            on_event=Narrator(server.url if server else None, token is not None),
+            on_event=process.take_event,
             park=server is not None,
             config=kept_facts(args, run_id, server.url if server else None),
             echo_prints=False,
         )
+        url = server.url if server else None
+        has_token = token is not None or args.tokens is not None
+        process.listeners.append(Narrator(args, url, has_token))
         engine.open(args.resume, args.force, args.retry)
         say(f"Run {run_id} in {db.path}")
+        if args.notify:
+            process.notifier = Notifier(shlex.split(args.notify), db, run_id, url)
+            process.listeners.append(process.notifier)
         if server is not None:
             app = create_serve_app(
                 adapter=db,
@@ -8601,6 +8766,13 @@ def run_here(args: argparse.Namespace, workflow: Any, token: str | None) -> int:
             server.server_close()
         raise
     return process.run(engine, db, server)
+
+
+def warn_of_idle_flags(args: argparse.Namespace) -> None:
+    for names, options in () if args.serve else (*SERVE_FLAGS, LINGER_FLAG):
+        name = options.get("dest", names[0][2:].replace("-", "_"))
+        if getattr(args, name) != options.get("default") and "dest" not in options:
+            say(f"WARNING: {names[0]} has no effect without --serve")
 
 
 def kept_facts(args: argparse.Namespace, run_id: str, url: str | None) -> dict[str, Any]:
@@ -8656,12 +8828,19 @@ class Process:
         self._first_signal: tuple[float, int] | None = None
         self._error: SmithersError | None = None
         self._threads_before = set(threading.enumerate())
+        self.listeners: list[Callable[[Event], None]] = []
+        self.notifier: Notifier | None = None
         self._handlers: dict[int, Any] = {}
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 self._handlers[number] = signal.signal(number, self._take_signal)
                 _own_signals.add(number)
+
+    def take_event(self, event: Event) -> None:
+        """Pass an event of the run on, in the engine's thread."""
+        for listener in self.listeners:
+            listener(event)
 
     def restore_signals(self) -> None:
         for number, handler in self._handlers.items():
@@ -8679,6 +8858,8 @@ class Process:
         announce_ready({"runId": engine.run_id, "url": server.url if server else None})
         start_thread("engine", self._drive)
         code = self._wait_for_end()
+        if self.notifier is not None:
+            self.notifier.close(HURRY_SECONDS if self._first_signal else Notifier.TRY_SECONDS)
         if server is not None:
             server.stop()
             server.app.close()
@@ -8700,7 +8881,9 @@ class Process:
         )
 
     def _say_where(self, server: ServeServer) -> None:
-        say(f"HTTP server listening on {server.url}")
+        is_everywhere = self._args.host in ("0.0.0.0", "::", "")
+        where = f", and on this machine's other addresses ({self._args.host})"
+        say(f"HTTP server listening on {server.url}" + (where if is_everywhere else ""))
         if not is_loopback(server.host) and not server.app.has_token:
             say(
                 "WARNING: anybody who reaches this port can approve gates and cancel the run:"
@@ -8729,15 +8912,20 @@ class Process:
         finally:
             self._inbox.put("end")
 
-    def _next_message(self) -> str:
-        """Wait for a signal or the end of the engine.
+    def _next_message(self, seconds: float = math.inf) -> str:
+        """Wait for a signal or the end of the engine; return "" after so many seconds.
 
-        Not without a timeout: a signal that comes just before the thread falls asleep is handled
-        only when it wakes.
+        Not in one go: a signal that comes just before the thread falls asleep is handled only when
+        it wakes.
         """
+        deadline = time.monotonic() + seconds
         while True:
-            with contextlib.suppress(queue.Empty):
-                return self._inbox.get(timeout=0.5)
+            left = deadline - time.monotonic()
+            try:
+                return self._inbox.get(timeout=max(0.0, min(0.5, left)))
+            except queue.Empty:
+                if left <= 0:
+                    return ""
 
     def _wait_for_end(self) -> int:
         signalled = False
@@ -8759,7 +8947,7 @@ class Process:
             say(f"Suspended. Go on with: {resume_line(self._args, result.run_id)}")
         elif self._server is not None and not signalled:
             say(f"Workflow {result.status}. Server still running — press Ctrl+C to stop.")
-            self._next_message()
+            self._next_message(math.inf if self._args.linger is None else self._args.linger)
         elif result.status == "waiting-approval":
             say(f"The run waits for approval. Serve it: {resume_line(self._args, result.run_id)}")
         return EXIT_CODES[result.status]
@@ -8772,7 +8960,9 @@ class Process:
         }
         if result.error is not None:
             shown["error"] = result.error
-            say(f"Workflow failed: {log_safe(result.error['message'])}")
+            is_served = self._server is not None and self._first_signal is None
+            begin = "" if is_served else "Workflow failed: "  # that follows there
+            say(begin + log_safe(result.error["message"]))
         print_result(self._args.out, shown)
 
 
@@ -8870,6 +9060,8 @@ def detach(args: argparse.Namespace, token: str | None) -> int:
 
 def main_detached() -> int:
     """Run what the process that started this one has written to standard input."""
+    global _has_time
+    _has_time = True
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     args = argparse.Namespace(**json.loads(sys.stdin.read()))
     args.run = run_up
@@ -9194,7 +9386,7 @@ def parse_duration(text: str) -> int:
     """Return the milliseconds of `90s`, `10m`, `2h` or `30d`."""
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
     if not text[:-1].isdecimal() or text[-1:] not in units:
-        raise UsageError(f"expected a duration such as 90s, 10m, 2h or 30d, got {text!r}")
+        raise UsageError(f"expected a duration such as 90s, 10m, 2h or 30d, got {short(text)}")
     return int(text[:-1]) * units[text[-1]] * 1000
 
 
@@ -9374,7 +9566,7 @@ def run_graph(args: argparse.Namespace) -> int:
     ctx = Ctx("graph", read_input(args.input) or {})
     tree = workflow if isinstance(workflow, Workflow) else workflow(ctx)
     if not isinstance(tree, Workflow):
-        raise UsageError(f"a workflow function must return a Workflow, got {tree!r:.200}")
+        raise UsageError(f"a workflow function must return a Workflow, got {short(tree)}")
     Plan(tree, {})
     shown = xml_of(tree)
     return tell(args, shown, mermaid_lines(shown) if args.mermaid else tree_lines(shown, ""))
@@ -9459,6 +9651,7 @@ def run_demo(args: argparse.Namespace) -> int:
         args.workflow = os.path.abspath(__file__) + ":demo_workflow"
         args.run_id, args.input, args.executor = "demo", None, None
         args.resume = args.force = args.retry = False
+        args.linger = args.notify = None
         args.serve, args.max_concurrency = True, 4
         return run_here(args, demo_workflow, token)
 
