@@ -3431,6 +3431,27 @@ class Lines:
         return [line[at : at + MAX_LOG_LINE] for at in range(0, max(len(line), 1), MAX_LOG_LINE)]
 
 
+class StopFlag(threading.Event):
+    """Set when a task should stop. `was_seen` tells whether the task has looked since."""
+
+    was_seen = False
+
+    def is_set(self) -> bool:
+        found = super().is_set()
+        self.was_seen = self.was_seen or found
+        return found
+
+    def wait(self, timeout: float | None = None) -> bool:
+        found = super().wait(timeout)
+        self.was_seen = self.was_seen or found
+        return found
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it is set, for the engine: not a look of the task's."""
+        return super().is_set()
+
+
 class CurrentTask:
     """What a running task knows of itself; `current_task()` returns it.
 
@@ -3444,7 +3465,8 @@ class CurrentTask:
         self.iteration = iteration
         self.attempt = attempt
         self.idempotency_key = f"{run_id}:{node_id}:{iteration}"
-        self.cancelled = threading.Event()
+        self.engine = ""  # the owner id of the engine that started it
+        self.cancelled = StopFlag()
         self.kill_after = KILL_AFTER_SECONDS
         self._logged = 0
         self._printed: dict[str, Lines] = {}
@@ -3499,7 +3521,7 @@ class CurrentTask:
         """
         with self._lock:
             self._on_stop = on_stop
-            if self.cancelled.is_set():
+            if self.cancelled.is_up:
                 on_stop()
         try:
             yield
@@ -3727,6 +3749,7 @@ def run_command(task: CurrentTask, argv: Seq[str]) -> dict[str, Any]:
         SMITHERS_ITERATION=str(task.iteration),
         SMITHERS_ATTEMPT=str(task.attempt),
         SMITHERS_IDEMPOTENCY_KEY=task.idempotency_key,
+        SMITHERS_ENGINE=task.engine,
     )
     with subprocess.Popen(
         list(argv),
@@ -3777,7 +3800,7 @@ def _follow(task: CurrentTask, process: subprocess.Popen[bytes], pipes: Seq[_Pip
                         selector.unregister(key.fileobj)
             else:  # it has closed its pipes; it may still be running
                 _wait_a_little(process)
-            if task.cancelled.is_set():
+            if task.cancelled.is_up:
                 kill_at = kill_at or time.monotonic() + task.kill_after
                 if time.monotonic() >= kill_at:
                     _signal_group(process.pid, signal.SIGKILL)
@@ -3824,12 +3847,20 @@ def call_in_executor(
     """
     here = _attempts_here.get(token)
     if here is not None:
-        return tuple(outcome_of(lambda: call_function(here, run, args, kwargs), here)), []
+        return tuple(_outcome_alone(here, run, args, kwargs)), []
     _leave_with(engine)
     task = _RemoteTask(run_id, node_id, iteration, attempt)
     with captured_prints(echo=True):
-        outcome = outcome_of(lambda: call_function(task, run, args, kwargs), task)
+        outcome = _outcome_alone(task, run, args, kwargs)
     return tuple(outcome), task.lines
+
+
+def _outcome_alone(
+    task: CurrentTask, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Outcome:
+    """Call a task in a context of its own: a worker's thread has had others before."""
+    call = functools.partial(call_function, task, run, args, kwargs)
+    return contextvars.Context().run(outcome_of, call, task)
 
 
 @functools.lru_cache(maxsize=1)
@@ -3841,15 +3872,22 @@ def _leave_with(engine: str) -> None:
     import multiprocessing
 
     parent = multiprocessing.parent_process()
-    if parent is None or parent.pid != process_of(engine)[1]:
-        return  # a worker of something that has a life of its own
+    if parent is not None and parent.pid == process_of(engine)[1]:
+        start_thread("parent-watch", _end_after, engine)  # else it has a life of its own
 
-    def watch() -> None:
-        while process_is_alive(engine):
-            time.sleep(ORPHAN_SECONDS)
-        os._exit(1)
 
-    start_thread("parent-watch", watch)
+def _end_after(engine: str) -> None:
+    while process_is_alive(engine):
+        time.sleep(ORPHAN_SECONDS)
+    os._exit(1)
+
+
+def _end_forked_worker_after(engine: str) -> None:
+    """Watch the parent of a forked child, if a pool made it: it may never get a call."""
+    time.sleep(ORPHAN_SECONDS)  # until multiprocessing has said whose it is
+    module = sys.modules.get("multiprocessing.process")
+    if module is not None and module.parent_process() is not None:
+        _end_after(engine)
 
 
 ORPHAN_SECONDS = 0.1  # how late a pool's worker notices that its engine has gone
@@ -3874,7 +3912,7 @@ def outcome_of(call: Callable[[], Any], task: CurrentTask) -> Outcome:
     except BaseException as error:
         # The outermost call of user code: SystemExit and CancelledError are failures too.
         traceback = None if isinstance(error, TaskFailed) else traceback_of(error)
-        if traceback is not None and not task.cancelled.is_set():
+        if traceback is not None and not task.cancelled.is_up:
             logger.warning("task %s failed\n%s", task.node_id, traceback)
         outcome = Outcome(None, describe_error(error), traceback)
     if os.getpid() != pid:  # a child that the task has forked has come back to here
@@ -4062,22 +4100,22 @@ def end_leftovers(run: Run, attempts: Iterable[Attempt]) -> None:
 
     They are found by the process group in the attempt's row and, on Linux, by the environment that
     every command has got: a command that had just been started is not in its row yet.
+    Source: proc(5).
     """
     owner = run.runtime_owner_id or ""
     if process_of(owner)[0] != _host():
         return  # another machine, or another boot of this one
     wanted = [attempt for attempt in attempts if attempt.state == "in-progress"]
-    for number, seconds in ((signal.SIGTERM, LEFTOVER_SECONDS), (signal.SIGKILL, LEFTOVER_SECONDS)):
-        deadline = time.monotonic() + seconds
+    groups: set[int] = set()  # that are known to be theirs
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + LEFTOVER_SECONDS
         told: set[int] = set()
         while True:
-            left = set().union(*(_leftovers_of(run.run_id, attempt) for attempt in wanted))
+            left = _leftovers(owner, wanted, groups) if wanted else set()
             if not left:
                 return
             for pid in left - told:
-                logger.warning(
-                    "ending process %d, left by the last engine of run %s", pid, run.run_id
-                )
+                logger.warning("ending process %d, left by the last engine of %s", pid, run.run_id)
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, number)
             told |= left
@@ -4089,33 +4127,38 @@ def end_leftovers(run: Run, attempts: Iterable[Attempt]) -> None:
 LEFTOVER_SECONDS = 2.0
 
 
-def _leftovers_of(run_id: str, attempt: Attempt) -> set[int]:
-    """Return the processes of an attempt's command that still live."""
-    group, started = attempt.meta.get("group", (0, ""))
-    marks = {
-        f"SMITHERS_IDEMPOTENCY_KEY={run_id}:{attempt.node_id}:{attempt.iteration}".encode(),
-        f"SMITHERS_ATTEMPT={attempt.attempt}".encode(),
+def _leftovers(owner: str, attempts: Iterable[Attempt], groups: set[int]) -> set[int]:
+    """Return the processes that still live of these attempts' commands; add their groups.
+
+    A group is theirs when its leader is the recorded one, or one in it bears the engine's mark.
+    """
+    recorded = {
+        group: started for group, started in (a.meta.get("group", (0, "")) for a in attempts)
     }
-    found = set()
-    for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
-        stat = _stat_of(int(name)) if name.isdecimal() else None
+    if not os.path.isdir("/proc/self"):
+        alive = set()
+        for group in recorded:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, 0)
+                alive.add(-group)
+        return alive - {0}
+    group_of = {}
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        stat = _stat_of(int(name))
         if stat is None or stat[0] in "ZX" or int(name) == os.getpid():
             continue
-        is_leader = int(name) == group and stat[2] == started
-        try:
-            with open(f"/proc/{name}/environ", "rb") as file:
-                is_marked = marks <= set(file.read().split(b"\0"))
-        except OSError:
-            is_marked = False
-        if is_leader or is_marked:
-            found.add(int(name))
-    if found or os.path.isdir("/proc/self"):
-        return found
+        group_of[int(name)] = stat[1]
+        if recorded.get(int(name)) == stat[2] or _bears_mark(name, owner):
+            groups.add(stat[1])
+    return {pid for pid, group in group_of.items() if group in groups}
+
+
+def _bears_mark(name: str, owner: str) -> bool:
     try:
-        os.killpg(group, 0)
-        return {group} if group else set()
-    except (ProcessLookupError, PermissionError):
-        return set()
+        with open(f"/proc/{name}/environ", "rb") as file:
+            return f"SMITHERS_ENGINE={owner}".encode() in file.read().split(b"\0")
+    except OSError:
+        return False
 
 
 def decide(
@@ -4306,6 +4349,7 @@ class Running(CurrentTask):
         self.stopped_for: str | None = None
         self.token = secrets.token_hex(8)
         self.future: Future[Any] | None = None
+        self.engine = attempts.owner
         self._attempts = attempts
 
     def _send(self, text: str, stream: str) -> None:
@@ -4337,7 +4381,7 @@ class Attempts:
         self.in_flight: dict[Key, Running] = {}
         self.left_call_behind = False  # an executor still works on something that was given up
         self._db = db
-        self._owner = owner
+        self.owner = owner
         self._pid = os.getpid()
         self._engine_thread = threading.get_ident()
         self._post = post
@@ -4376,7 +4420,7 @@ class Attempts:
             if self._executor is None and self._make_executor is not None:
                 self._executor = self._make_executor()
             running.future = self._executor.submit(
-                call_in_executor, running.token, self._owner, task.run, task.args,
+                call_in_executor, running.token, self.owner, task.run, task.args,
                 self._arguments_of(running), running.run_id, running.node_id, running.iteration,
                 running.attempt,
             )  # fmt: skip
@@ -4444,7 +4488,7 @@ class Attempts:
         is_engine = threading.get_ident() == self._engine_thread
         with self._line_room:
             while self._waiting_lines >= self.MAX_WAITING_LINES and not is_engine:
-                if running.cancelled.is_set() and self.in_flight.get(running.key) is not running:
+                if running.cancelled.is_up and self.in_flight.get(running.key) is not running:
                     return
                 self._line_room.wait(0.5)
             self._waiting_lines += 1
@@ -4457,7 +4501,7 @@ class Attempts:
                 self._line_room.notify_all()
 
     def note_group(self, running: Running, group: int) -> None:
-        with self._db.transaction(self.run_id, math.inf, running.cancelled.is_set) as tx:
+        with self._db.transaction(self.run_id, math.inf, lambda: running.cancelled.is_up) as tx:
             tx.note_attempt(running.key, running.attempt, group=[group, _started(group)])
 
     # Stopping
@@ -4718,7 +4762,8 @@ class Steps:
             error = _timeout_error(running.task)
             result = "unfixable" if is_given_up else "failed"  # never two attempts at once
         elif running.stopped_for == SUSPENDED and outcome.output_json is not None:
-            result = "finished"
+            # It has not heard that it should stop, and is done; or it has, and gave up.
+            result = "interrupted" if running.cancelled.was_seen else "finished"
         elif running.stopped_for is not None:
             result = "interrupted"
         elif code == BROKEN_POOL_CODE and self._attempts.renew_pool():
@@ -8193,6 +8238,8 @@ def _begin_child() -> None:
     It would hold the port and the clients' connections, and think that it drives their runs.
     """
     _attempts_here.clear()
+    for engine in _engines_here:
+        start_thread("parent-watch", _end_forked_worker_after, engine)
     _engines_here.clear()
     _live_groups.clear()
     for server in _servers:
@@ -8710,6 +8757,7 @@ def run_up(args: argparse.Namespace) -> int:
     """Run a workflow, served or not, and return the exit code."""
     token = read_token(args)
     check_up_arguments(args)
+    fix_paths(args)
     if args.detach:
         return detach(args, token)
     return run_here(args, load_workflow(args.workflow), token)
@@ -8779,9 +8827,7 @@ def kept_facts(args: argparse.Namespace, run_id: str, url: str | None) -> dict[s
     """Return what is kept of a run so that it can be found, told and gone on with; no token."""
     hidden = ("auth_token", "out", "run", "input", "resume", "retry", "force", "detach", "command")
     options = {name: value for name, value in vars(args).items() if name not in hidden}
-    options.update(run_id=run_id, db=os.path.abspath(args.db), auth_token=None, force=False)
-    path, name = split_workflow(args.workflow)
-    options["workflow"] = f"{os.path.abspath(path)}:{name}"
+    options.update(run_id=run_id, auth_token=None, force=False)
     log_file = getattr(args, "log_file", None)
     return {"url": url, "pid": os.getpid(), "logFile": log_file, "options": options}
 
@@ -8795,22 +8841,35 @@ def bind_server(args: argparse.Namespace) -> ServeServer:
         raise UsageError(f"cannot listen on {args.host}:{args.port}: {reason}") from error
 
 
-def resume_line(args: argparse.Namespace, run_id: str) -> str:
-    """Return the whole command line that goes on with a run, from any folder."""
+PATH_FLAGS = ("db", "auth_token_file", "tokens", "certfile", "keyfile")
+
+
+def fix_paths(args: argparse.Namespace) -> None:
+    """Make every path of the flags absolute, and keep the folder: a task may move, or remove it."""
     path, name = split_workflow(args.workflow)
-    words = [sys.executable, os.path.abspath(__file__), "up"]
-    words += [os.path.abspath(path) + ("" if name == "workflow" else f":{name}")]
-    words += ["--serve", "--resume", "--run-id", run_id, "--db", os.path.abspath(args.db)]
-    shown = [(flag, options) for flag, options in UP_FLAGS if flag[0].startswith("-")]
-    for names, options in shown:
-        flag = names[-1]
-        value = getattr(args, options.get("dest", flag[2:].replace("-", "_")))
-        is_plain = "action" not in options and flag not in ("--run-id", "--input", "--db")
-        if is_plain and flag != "--auth-token" and value != options.get("default"):
-            words += [flag, _text_of(value)]
+    args.workflow = os.path.abspath(path) + ("" if name == "workflow" else f":{name}")
+    for flag_name in PATH_FLAGS:
+        value = getattr(args, flag_name)
+        setattr(args, flag_name, None if value is None else os.path.abspath(value))
+    args.folder = os.getcwd()
+
+
+def resume_line(args: argparse.Namespace, run_id: str) -> str:
+    """Return the whole command line that goes on with a run; the paths of `args` are fixed."""
+    words = [sys.executable, os.path.abspath(__file__), "up", args.workflow]
+    words += ["--serve", "--resume", "--run-id", run_id]
+    for names, options in UP_FLAGS:
+        name = names[-1]
+        value = getattr(args, options.get("dest", name.lstrip("-").replace("-", "_")), None)
+        is_plain = name.startswith("--") and "action" not in options
+        is_told = is_plain and name not in ("--run-id", "--input", "--auth-token")
+        if is_told and value is not None and value != options.get("default"):
+            words += [name, _text_of(value)]
     for host in args.allowed_host:
         words += ["--allowed-host", host]
-    return shlex.join(words)
+    # Tasks may name files of the folder, and --executor a module there.
+    path = f"PYTHONPATH={shlex.quote(args.folder)} " if args.executor else ""
+    return f"cd {shlex.quote(args.folder)} && {path}{shlex.join(words)}"
 
 
 class Process:
@@ -8944,13 +9003,17 @@ class Process:
         assert result is not None
         self._print_result(result)
         if result.status == "running" or result.status == "waiting-approval" and signalled:
-            say(f"Suspended. Go on with: {resume_line(self._args, result.run_id)}")
+            say(f"Suspended. Go on with: {self._go_on_line(result)}")
         elif self._server is not None and not signalled:
             say(f"Workflow {result.status}. Server still running — press Ctrl+C to stop.")
             self._next_message(math.inf if self._args.linger is None else self._args.linger)
         elif result.status == "waiting-approval":
-            say(f"The run waits for approval. Serve it: {resume_line(self._args, result.run_id)}")
+            say(f"The run waits for approval. Serve it: {self._go_on_line(result)}")
         return EXIT_CODES[result.status]
+
+    def _go_on_line(self, result: RunResult) -> str:
+        is_demo = getattr(self._args, "command", "up") == "demo"
+        return "demo, anew" if is_demo else resume_line(self._args, result.run_id)
 
     def _print_result(self, result: RunResult) -> None:
         shown: dict[str, Any] = {
@@ -9652,6 +9715,7 @@ def run_demo(args: argparse.Namespace) -> int:
         args.run_id, args.input, args.executor = "demo", None, None
         args.resume = args.force = args.retry = False
         args.linger = args.notify = None
+        fix_paths(args)
         args.serve, args.max_concurrency = True, 4
         return run_here(args, demo_workflow, token)
 
