@@ -8564,6 +8564,12 @@ def make_ssl_context(certfile: str | None, keyfile: str | None) -> ssl.SSLContex
     return context
 
 
+def ordinal(number: int) -> str:
+    ends = {1: "st", 2: "nd", 3: "rd"}
+    is_teen = number % 100 in (11, 12, 13)
+    return f"{number}{'th' if is_teen else ends.get(number % 10, 'th')}"
+
+
 class Narrator:
     """Writes a line per node event, and for a gate the line that approves it."""
 
@@ -8591,7 +8597,9 @@ class Narrator:
             say(f"{payload['nodeId']} | {log_safe(payload['text'])}")
         elif event.type == "NodeRetrying":
             pause = duration_text(payload["dueAtMs"] - now_ms())
-            say(f"{self._name(payload, 0)} is tried again {pause}: attempt {payload['attempt']}")
+            when = pause if pause == "now" else f"in {pause}"
+            again = ordinal(payload["attempt"] + 1)
+            say(f"{self._name(payload, 0)} will be tried again {when}: {again} attempt")
         elif event.type == "NodeCancelled":
             was_stopped = payload["reason"] in (SUSPENDED, INTERRUPTED, POOL_BROKE)
             what = "interrupted" if was_stopped else "cancelled"
@@ -8614,7 +8622,7 @@ class Narrator:
     def _name(payload: dict[str, Any], again: int | None = None) -> str:
         again = payload.get("attempt") or 0 if again is None else again
         name = node_name(payload["nodeId"], payload["iteration"])
-        return name + (f" attempt {again}" if again else "")
+        return name + (f" ({ordinal(again + 1)} attempt)" if again else "")
 
     @staticmethod
     def _detail(payload: dict[str, Any]) -> str:
@@ -8869,7 +8877,8 @@ def resume_line(args: argparse.Namespace, run_id: str) -> str:
         words += ["--allowed-host", host]
     # Tasks may name files of the folder, and --executor a module there.
     path = f"PYTHONPATH={shlex.quote(args.folder)} " if args.executor else ""
-    return f"cd {shlex.quote(args.folder)} && {path}{shlex.join(words)}"
+    go = f"cd {shlex.quote(args.folder)} && " if os.path.isdir(args.folder) else ""
+    return f"{go}{path}{shlex.join(words)}"
 
 
 class Process:
