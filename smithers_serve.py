@@ -299,8 +299,9 @@ def _message_of(error: BaseException) -> str:
     except BaseException:  # user code: an error that cannot even say what it is
         return "(no message)"
     # Errors that only hold others say nothing by themselves: an asyncio TaskGroup's, for one.
-    inner = getattr(error, "exceptions", None)
-    if isinstance(inner, (tuple, list)):
+    is_group = type(error).__name__.endswith("ExceptionGroup")  # Python 3.9 and 3.10 have none
+    inner = getattr(error, "exceptions", ()) if is_group else ()
+    if isinstance(inner, tuple) and inner:
         message += ": " + "; ".join(map(_named_message_of, inner[:MAX_INNER_ERRORS]))
     if error.__cause__ is not None:
         message += f" (caused by {_named_message_of(error.__cause__)})"
@@ -3940,20 +3941,19 @@ MAX_TRACEBACK_CHARS = 8 << 10
 
 
 class TaskThreads:
-    """Daemon threads for one call each, so that no call sees what another has left in its thread.
+    """Daemon threads that run one call each at a time; a new one starts only when none is idle.
 
-    A thread that has ended leaves a fresh one in its place, made while the engine commits.
-    `submit` and `close` are the engine's thread's.
+    Every call has a context of its own, and a thread that a call has visibly changed is not used
+    again. `submit` and `close` are the engine's thread's.
     """
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]] | None] = (
             queue.SimpleQueue()
         )
-        self._lock = threading.Lock()  # guards _idle, _started and _is_closed
+        self._lock = threading.Lock()  # guards _idle and _started
         self._idle = 0
         self._started = 0
-        self._is_closed = False
 
     def submit(self, call: Callable[..., None], *args: Any) -> None:
         """Have a call made. Raises RuntimeError when the system has no thread left."""
@@ -3961,31 +3961,34 @@ class TaskThreads:
             if self._idle:
                 self._idle -= 1
             else:
-                self._start_locked()
+                start_thread(f"task-{self._started + 1}", self._work)
+                self._started += 1
         self._calls.put((call, args))
 
-    def _start_locked(self) -> None:
-        self._started += 1
-        start_thread(f"task-{self._started}", self._work)
-
     def _work(self) -> None:
-        item = self._calls.get()
-        if item is None:
-            return
-        call, args = item
-        contextvars.Context().run(call, *args)
-        with self._lock:
-            if not self._is_closed:
-                with contextlib.suppress(RuntimeError):  # no thread left: the next submit says so
-                    self._start_locked()
-                    self._idle += 1
+        fresh = self._traits()
+        while True:
+            item = self._calls.get()
+            if item is None:
+                return
+            call, args = item
+            contextvars.Context().run(call, *args)
+            with self._lock:
+                if self._traits() != fresh:
+                    self._started -= 1
+                    return
+                self._idle += 1
+
+    @staticmethod
+    def _traits() -> tuple[Any, ...]:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ()) if os.name != "nt" else None
+        return mask, sys.gettrace(), sys.getprofile(), threading.current_thread().name
 
     def close(self) -> None:
-        """Let every idle thread leave, and the others after their call."""
+        """Let every thread leave after its call."""
         with self._lock:
-            self._is_closed = True
-            idle, self._idle = self._idle, 0
-        for _ in range(idle):
+            started = self._started
+        for _ in range(started):
             self._calls.put(None)
 
 
@@ -7794,6 +7797,7 @@ class Network:
         max_streams: int,
     ) -> None:
         self.is_stopping = False
+        self._is_stopped = False
         self._app = app
         self._ssl_context = ssl_context
         self._max_connections = max_connections
@@ -7826,10 +7830,12 @@ class Network:
 
     def stop(self) -> None:
         """End the streams with a proper last chunk, let what is in work be answered, then close."""
-        self.post(self._begin_to_stop)
-        self._thread.join(DRAIN_SECONDS + 3.0)
-        self._workers.stop()
-        self._app.adapter.unsubscribe(self._notice)
+        if not self._is_stopped:
+            self._is_stopped = True
+            self.post(self._begin_to_stop)
+            self._thread.join(DRAIN_SECONDS + 3.0)
+            self._workers.stop()
+            self._app.adapter.unsubscribe(self._notice)
 
     def _notice(self, tx: Tx) -> None:
         if self._streams.note_commit(tx):
