@@ -4650,7 +4650,7 @@ class UpTest(CommandCase):
     def test_a_gate_prints_how_to_approve_it(self) -> None:
         with self.up("workflow", "--host", "0.0.0.0", SMITHERS_API_KEY="tok") as child:
             *start, flag, header = shlex.split(child.wait_for(r"Approve it: (.*)"))
-            url = f"http://0.0.0.0:{child.port}/approve/deploy"
+            url = f"http://127.0.0.1:{child.port}/approve/deploy"
             self.assertEqual(start, ["curl", "-X", "POST", url])
             self.assertEqual((flag, header), ("-H", "Authorization: Bearer $SMITHERS_API_KEY"))
             self.assertNotIn("WARNING", child.text())
