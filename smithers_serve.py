@@ -1132,21 +1132,21 @@ class Sample:
     def __init__(self, name: str, labels: str) -> None:
         self._head = f"{name}{{{labels}}} " if labels else f"{name} "
         self.value: float = 0
-        self._text: str | None = None
+        self.text: str | None = None
 
     def add(self, amount: float) -> None:
         self.value += amount
-        self._text = None
+        self.text = None
 
     def set(self, value: float) -> None:
         if value != self.value:
             self.value = value
-            self._text = None
+            self.text = None
 
     def render(self) -> str:
-        if self._text is None:
-            self._text = f"{self._head}{format_number(self.value)}\n"
-        return self._text
+        if self.text is None:
+            self.text = f"{self._head}{format_number(self.value)}\n"
+        return self.text
 
 
 class Histogram:
@@ -1161,21 +1161,21 @@ class Histogram:
         self._bounds = bounds
         self._counts = [0] * len(marks)
         self._sum = 0.0
-        self._text: str | None = None
+        self.text: str | None = None
 
     def observe(self, value: float) -> None:
         self._counts[bisect.bisect_left(self._bounds, value)] += 1
         self._sum += value
-        self._text = None
+        self.text = None
 
     def render(self) -> str:
-        if self._text is None:
+        if self.text is None:
             totals = list(itertools.accumulate(self._counts))
             lines = [f"{head}{total}\n" for head, total in zip(self._heads, totals)]
             lines.append(f"{self._sum_head}{format_number(round(self._sum, 3))}\n")
             lines.append(f"{self._count_head}{totals[-1]}\n")
-            self._text = "".join(lines)
-        return self._text
+            self.text = "".join(lines)
+        return self.text
 
 
 class Family:
@@ -1307,7 +1307,8 @@ class Metrics:
         self._readings.setdefault(name, []).append(read)
 
     def stop_reading(self, name: str, read: Callable[[], float]) -> None:
-        self._readings[name].remove(read)
+        # A new list: a scrape may be going through the old one.
+        self._readings[name] = [other for other in self._readings[name] if other != read]
 
     def observe_request(self, method: str, route: str, status: int, ms: float) -> None:
         """Note an answered request. Without the lock: those who answer would queue for it."""
@@ -1337,18 +1338,16 @@ class Metrics:
 
         Source: Prometheus text exposition format 0.0.4.
         """
-        readings = {
-            name: math.fsum(read() for read in tuple(reads))
-            for name, reads in self._readings.items()
-        }
+        readings = [(name, sum([read() for read in x])) for name, x in self._readings.items()]
         parts: list[str] = []
         with self._lock:
-            for name, value in readings.items():
+            for name, value in readings:
                 self._families[name].child().set(value)
             self._count_requests_locked()
             for family in self._families.values():
                 parts.append(family.header)
-                parts.extend(child.render() for child in family.children.values())
+                for child in family.children.values():
+                    parts.append(child.text or child.render())
         return "".join(parts)
 
 
