@@ -7,8 +7,41 @@ Write a workflow as a Python function, then run and serve it:
 Every state change is one sqlite transaction, committed with its events before anybody is told;
 after a crash `--resume` goes on from the last commit and finished tasks never run again.
 The HTTP surface is the "serve mode" of Smithers: status, server-sent events, rendered frames,
-approval gates, cancel and Prometheus metrics. Read the file from top to bottom: nothing is used
-before it is defined. Licence: MIT.
+approval gates, cancel and Prometheus metrics. Licence: MIT.
+
+The file reads from top to bottom; nothing is used before it is defined.
+
+    Errors, JSON         one class per wire code; one compact form for rows, events and answers
+    Elements, Frames     what a workflow function returns; how a tree is stored and served
+    Records              rows as they cross a section
+    Metrics              a table of families, and their text form
+    Statements           the schema, `Reads` and `Tx`: all SQL on rows
+    Database             `SmithersDb`: the file, its lock, transactions, snapshots
+    Schedule             `Plan`, a tree laid out, and `Progress`, how far a run has come: both pure
+    Tasks                how one attempt runs: function, coroutine, command, executor
+    Control              who owns a run, decisions, cancel: from any process with the file
+    Attempts, Steps      what is in flight; what is written when something happens
+    Engine               claims a run and drives it
+    HTTP, Event stream   a request's bytes read strictly; a run's log as SSE bytes
+    Views, Routes        what people ask of a run; the table of routes, tokens, the app
+    Conversation         the protocol of one connection, without a socket
+    Network, Server      the thread that owns every socket; the socket that listens
+    Command line         `up`, `demo`, the operator's commands and their table
+
+Threads. The engine's drives one run and is the only one to change what is known of it; heartbeat
+writes once a second; each task has one while it runs. The network thread owns every socket; four
+workers make answers that read, one makes those that write; one accepts, the main thread waits for
+signals. They meet in queues: the engine's mailbox, the network's inbox, the workers' queues.
+
+Locks, each explained where it is made: the adapter's for one write transaction, the Watch's for one
+statement, a task's for its stop; the Metrics', for sums, is the only one taken inside another.
+
+A request: `Network._serve` reads bytes, `Conversation.converse` makes a head of them, `ServeApp`
+admits it, a route's function answers: at once if it blocks nobody, else in a worker.
+An attempt: `Progress` says start, `Steps` writes it, after the commit `Attempts` launches it; its
+thread posts lines and its end, `Progress` says what follows, `Steps` writes that.
+An event: `Tx.append_event`, the commit, then `on_event` here, and by `Streams` to every client
+whose cursor is before it; other processes find the commit by `PRAGMA data_version`.
 """
 
 from __future__ import annotations
@@ -1365,7 +1398,7 @@ def _resident_bytes() -> float:
 
 
 # ---------------------------------------------------------------------------
-# Adapter: every SQL statement in this file
+# Statements: the schema, and every SQL statement that reads or writes rows
 # ---------------------------------------------------------------------------
 
 # The original's tables and columns; what is ours alone comes last. Pastes into the sqlite shell.
@@ -2145,6 +2178,11 @@ class Tx(Reads):
             (self.now_ms, self.run_id, *gate.key),
         )
         return won == 1
+
+
+# ---------------------------------------------------------------------------
+# Database: the file, its locks and its transactions
+# ---------------------------------------------------------------------------
 
 
 class Watch:
@@ -5023,8 +5061,8 @@ def reset_loops(tx: Tx, keys: set[Key], loops: Iterable[LoopSlot], plan: Plan | 
             tx.delete_loop(loop.key)
 
 
-class RunReader(CtxSource):
-    """What a workflow function reads of its run: from the records, the newest tree and the file."""
+class Renderer(CtxSource):
+    """Calls the workflow function, and gives it what it reads: from memory and from the file."""
 
     def __init__(self, db: SmithersDb, run_id: str, progress: Progress) -> None:
         self._db = db
@@ -5032,6 +5070,9 @@ class RunReader(CtxSource):
         self._progress = progress
         # Node id without loop scope -> with it, from the last frame of a resumed run.
         self.scopes: dict[str, str] = {}
+        self.input_json = "{}"
+        self.reads: set[tuple[str, str]] = set()  # of the last render
+        self.xml = ("", "")  # the tree of the last render, and its hash
 
     def find_output(self, id: str, iteration: int | None) -> str | None:
         return self._db.find_output(self._run_id, self._node_id_of(id), iteration)
@@ -5079,6 +5120,38 @@ class RunReader(CtxSource):
         plan = self._progress.plan
         slot = plan.by_id.get(id) if plan is not None else None
         return slot.key[0] if slot is not None else self.scopes.get(id, id)
+
+    def render(self, workflow: Workflow | Callable[[Ctx], Workflow]) -> Plan | None:
+        """Call the workflow function and lay its tree out, outside of any transaction.
+
+        A mistake in it becomes the run's failure, and None is returned.
+        """
+        progress = self._progress
+        ctx = Ctx(self._run_id, json.loads(self.input_json), source=self)
+        try:
+            tree = workflow if isinstance(workflow, Workflow) else workflow(ctx)
+            if not isinstance(tree, Workflow):
+                raise AuthoringError(
+                    f"a workflow function must return a Workflow, got {short(tree)}", "INVALID_TREE"
+                )
+            plan = Plan(tree, progress.loops)
+            progress.refuse_endless_rendering(plan)
+            xml = to_json(xml_of(tree))
+        except (StorageError, Unavailable, KeyboardInterrupt):
+            raise
+        except AuthoringError as error:
+            progress.fatal = describe_error(error)
+            return None
+        except BaseException as error:
+            # User code: what it raises, also SystemExit, is the run's failure, never the engine's.
+            logger.error("the workflow function failed\n%s", traceback_of(error))
+            described = describe_error(error)
+            message = f"the workflow function raised {described['name']}: {described['message']}"
+            progress.fatal = describe_error(AuthoringError(message, "RENDER_FAILED"))
+            return None
+        self.reads = ctx.reads
+        self.xml = (xml, hashlib.sha256(xml.encode("utf-8")).hexdigest())
+        return plan
 
 
 class Engine:
@@ -5143,7 +5216,8 @@ class Engine:
         self._steps = Steps(
             self.run_id, self._metrics, self._progress, self._attempts, self._max_concurrency
         )
-        self._reader = RunReader(self._db, self.run_id, self._progress)
+        self._renderer = Renderer(self._db, self.run_id, self._progress)
+        self._renderer.input_json = self._input_json
         self._status = "running"
         self._began = time.monotonic()
         self._labels: dict[Key, str | None] = {}  # of an earlier life's rows
@@ -5271,7 +5345,7 @@ class Engine:
 
     def _look_at_tree(self, seen: Run, force: bool) -> Plan | None:
         """Render once before anything is claimed: another workflow's run is not gone on with."""
-        plan = self._render()
+        plan = self._renderer.render(self._workflow)
         has_frame = self._steps.frame is not None
         if plan is not None and has_frame and plan.name != seen.workflow_name and not force:
             raise AuthoringError(
@@ -5285,12 +5359,12 @@ class Engine:
         """Read back what an earlier engine had committed, from one snapshot."""
         with self._db.snapshot() as reads:
             self._labels = recall_records(reads, self.run_id, self._progress)
-            self._input_json = reads.get_input(self.run_id) or "{}"
+            self._renderer.input_json = reads.get_input(self.run_id) or "{}"
             for frame in reads.list_frames(self.run_id, 1):
                 self._steps.frame = (frame.xml_json, frame.mounted_task_ids_json)
                 entries = json.loads(frame.mounted_task_ids_json or "[]")
                 mounted = [entry.rpartition("::")[0] for entry in entries]
-                self._reader.scopes = {node_id.partition("@@")[0]: node_id for node_id in mounted}
+                self._renderer.scopes = {node_id.partition("@@")[0]: node_id for node_id in mounted}
 
     def _beat(self) -> None:
         """Prove once a second that this engine lives.
@@ -5373,7 +5447,7 @@ class Engine:
             self._advance(tx)
         self._after_commit(tx)
         while self._progress.is_stale and not self._progress.is_halting and self.result is None:
-            plan = self._render()
+            plan = self._renderer.render(self._workflow)
             with self._transaction() as tx:
                 if plan is not None and not self._progress.is_stopping:
                     self._mount(tx, plan)
@@ -5429,42 +5503,11 @@ class Engine:
             except Exception:  # foreign code: an observer that fails must not cost the run
                 logger.error("the observer of run %s failed", self.run_id, exc_info=True)
 
-    # Rendering
-
-    def _render(self) -> Plan | None:
-        """Call the workflow function, outside of any transaction.
-
-        A mistake in it becomes the run's failure.
-        """
-        progress = self._progress
-        ctx = Ctx(self.run_id, json.loads(self._input_json), source=self._reader)
-        try:
-            tree = self._workflow if isinstance(self._workflow, Workflow) else self._workflow(ctx)
-            if not isinstance(tree, Workflow):
-                raise AuthoringError(
-                    f"a workflow function must return a Workflow, got {short(tree)}", "INVALID_TREE"
-                )
-            plan = Plan(tree, progress.loops)
-            progress.refuse_endless_rendering(plan)
-            xml = to_json(xml_of(tree))
-        except (StorageError, Unavailable, KeyboardInterrupt):
-            raise
-        except AuthoringError as error:
-            progress.fatal = describe_error(error)
-            return None
-        except BaseException as error:
-            # User code: what it raises, also SystemExit, is the run's failure, never the engine's.
-            logger.error("the workflow function failed\n%s", traceback_of(error))
-            described = describe_error(error)
-            message = f"the workflow function raised {described['name']}: {described['message']}"
-            progress.fatal = describe_error(AuthoringError(message, "RENDER_FAILED"))
-            return None
-        self._reads = ctx.reads
-        self._steps.xml = (xml, hashlib.sha256(xml.encode("utf-8")).hexdigest())
-        return plan
+    # Going on
 
     def _mount(self, tx: Tx, plan: Plan) -> None:
         """Make a rendered tree the one that runs, with its frame and its new nodes."""
+        self._steps.xml = self._renderer.xml
         if self._progress.plan is None:
             tx.update_run_name(plan.name)
             self._put_labels_back(tx, plan)
@@ -5475,7 +5518,7 @@ class Engine:
                 widest,
                 self._max_concurrency,
             )
-        for effect in self._progress.rendered(plan, self._reads):
+        for effect in self._progress.rendered(plan, self._renderer.reads):
             self._steps.carry_out(tx, effect)
 
     def _put_labels_back(self, tx: Tx, plan: Plan) -> None:
