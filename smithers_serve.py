@@ -2624,6 +2624,11 @@ def _wanted_columns() -> dict[str, list[tuple[str, str, Any]]]:
 # ---------------------------------------------------------------------------
 
 
+def plain_id(node_id: str) -> str:
+    """Return a node's id as it is written in the workflow, without the loops around it."""
+    return node_id.partition("@@")[0]
+
+
 class Group:
     """The tasks below one Parallel with a limit: how many run, and who waits for a place."""
 
@@ -3075,6 +3080,7 @@ class Progress:
         self._ready: collections.deque[Key] = collections.deque()
         self._suspects: list[Key] = []  # ready, and waiting for each other
         self._suspects_running = 0
+        self._forgotten: set[str] = set()  # ids of nodes in iterations that are over
         self._counts: collections.Counter[str] = collections.Counter()
 
     @property
@@ -3201,6 +3207,14 @@ class Progress:
     def _forget(self, keys: Iterable[Key]) -> None:
         for key in keys:
             self._counts[self.records.pop(key).phase] -= 1
+            self._forgotten.add(plain_id(key[0]))
+
+    def unknown(self, plan: Plan) -> list[Key]:
+        """Return the nodes of a tree that were known once: their rows say what they were."""
+        if not self._forgotten:
+            return []
+        keys = [slot.key for slot in plan.leaves() if slot.leaf.id in self._forgotten]
+        return [key for key in keys if key not in self.records]
 
     # Going on
 
@@ -3325,7 +3339,10 @@ class Progress:
             elif isinstance(below, LoopSlot):
                 self._changed("iteration", below.loop.id)
                 self.loops.pop(below.key, None)
-        yield from self._adopt(plan.begin_loop(slot, number))
+        begun = plan.begin_loop(slot, number)
+        yield from self._adopt(begun)
+        for leaf in begun:
+            yield from self._fit(leaf.key, self.records[leaf.key], leaf)
         if not self.is_stale:
             yield Effect("frame", ("", 0))
 
@@ -4989,24 +5006,29 @@ class RunResult(NamedTuple):
 
 def recall_records(reads: Reads, run_id: str, progress: Progress) -> dict[Key, str | None]:
     """Tell a run's progress what its rows say of nodes and loops; return the nodes' labels."""
-    gates = {gate.key: gate.status for gate in reads.list_gates(run_id)}
+    gates = {gate.key: gate for gate in reads.list_gates(run_id)}
     attempts: dict[Key, list[Attempt]] = {}
     for attempt in reads.list_attempts(run_id, open_nodes_only=True):
         attempts.setdefault(attempt.key, []).append(attempt)
-    labels = {}
-    for node in reads.list_nodes(run_id):
-        record = Record(node.state, node.last_attempt)
-        record.gate = gates.get(node.key)
-        for attempt in attempts.get(node.key, ()):
-            meta = attempt.meta
-            if not meta.get("forgiven"):
-                record.failures += attempt.state == "failed"
-                record.crashes = record.crashes + 1 if meta.get("crashed") else 0
-                record.due_at_ms = meta.get("dueAtMs", 0)
-        labels[node.key] = node.label
+    nodes = reads.list_nodes(run_id)
+    for node in nodes:
+        record = record_of(node, attempts.get(node.key, ()), gates.get(node.key))
         progress.recall(node.key, record)
     progress.loops = reads.list_loops(run_id)
-    return labels
+    return {node.key: node.label for node in nodes}
+
+
+def record_of(node: Node, attempts: Iterable[Attempt], gate: Gate | None) -> Record:
+    """Return what the rows of a node say."""
+    record = Record(node.state, node.last_attempt)
+    record.gate = None if gate is None else gate.status
+    for attempt in attempts:
+        meta = attempt.meta
+        if not meta.get("forgiven"):
+            record.failures += attempt.state == "failed"
+            record.crashes = record.crashes + 1 if meta.get("crashed") else 0
+            record.due_at_ms = meta.get("dueAtMs", 0)
+    return record
 
 
 def choose_to_retry(
@@ -5508,6 +5530,12 @@ class Engine:
     def _mount(self, tx: Tx, plan: Plan) -> None:
         """Make a rendered tree the one that runs, with its frame and its new nodes."""
         self._steps.xml = self._renderer.xml
+        for key in self._progress.unknown(plan):
+            node = tx.get_node(self.run_id, key)
+            if node is not None:
+                attempts = tx.list_attempts_of(self.run_id, key)
+                record = record_of(node, attempts, tx.get_gate(self.run_id, key))
+                self._progress.recall(key, record)
         if self._progress.plan is None:
             tx.update_run_name(plan.name)
             self._put_labels_back(tx, plan)
@@ -6150,11 +6178,6 @@ def walk_tree(element: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         found = stack.pop()
         yield found
         stack.extend(reversed(found.get("children", ())))
-
-
-def plain_id(node_id: str) -> str:
-    """Return a node's id as it is written in the workflow, without the loops around it."""
-    return node_id.partition("@@")[0]
 
 
 def list_nodes_json(
