@@ -980,6 +980,20 @@ def xml_of(element: Element) -> dict[str, Any]:
     return node
 
 
+@functools.lru_cache(maxsize=4)
+def parse_tree(xml_json: str) -> dict[str, Any]:
+    return dict(json.loads(xml_json)) if xml_json else {}
+
+
+def walk_tree(element: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield an element and everything below it, in document order."""
+    stack = [element] if element else []
+    while stack:
+        found = stack.pop()
+        yield found
+        stack.extend(reversed(found.get("children", ())))
+
+
 # ---------------------------------------------------------------------------
 # Records: rows as they cross a section, and their JSON form
 # ---------------------------------------------------------------------------
@@ -2105,7 +2119,12 @@ class Tx(Reads):
             (self.run_id, *key, output_json),
         )
 
-    def delete_output(self, key: Key) -> None:
+    def forget_past(self, key: Key) -> None:
+        """Have the earlier failures, decision and output of a node count no more."""
+        for attempt in self.list_attempts_of(self.run_id, key):
+            self.note_attempt(key, attempt.attempt, forgiven=True)
+        if self.get_gate(self.run_id, key) is not None:
+            self.close_gate(key)
         self.run(
             "delete from _smithers_outputs where run_id = ? and node_id = ? and iteration = ?",
             (self.run_id, *key),
@@ -3034,6 +3053,7 @@ class Record:
         "crashes",
         "due_at_ms",
         "gate",
+        "is_gate",
         "ready_at_ms",
         "started_at_ms",
     )
@@ -3046,6 +3066,7 @@ class Record:
         self.crashes = 0  # in a row; a suspect until it ends
         self.due_at_ms = 0  # its next attempt begins no earlier
         self.gate: str | None = None  # what the row of its gate says
+        self.is_gate: bool | None = None  # an Approval, in the tree that it was last in
         self.ready_at_ms = 0
         self.started_at_ms: int | None = None
 
@@ -3076,11 +3097,13 @@ class Progress:
         self.is_stopping = False  # cancelled or suspended: nothing new starts
         self.is_stale = True  # something that the last render has read has changed
         self._reads: set[tuple[str, str]] = set()
+        self._changes: set[tuple[str, str]] | None = None  # since a render has begun
         self._idle_renders = 0  # in a row, with nothing done in between
         self._ready: collections.deque[Key] = collections.deque()
         self._suspects: list[Key] = []  # ready, and waiting for each other
         self._suspects_running = 0
-        self._forgotten: set[str] = set()  # ids of nodes in iterations that are over
+        # Ids of nodes in iterations that are over, and whether they were Approvals.
+        self._forgotten: dict[str, bool | None] = {}
         self._counts: collections.Counter[str] = collections.Counter()
 
     @property
@@ -3132,11 +3155,17 @@ class Progress:
     def _changed(self, kind: str, id: str) -> None:
         if (kind, id) in self._reads:
             self.is_stale = True
+        if self._changes is not None:
+            self._changes.add((kind, id))
 
     def _slot(self, key: Key) -> LeafSlot | None:
         return self.plan.slots.get(key) if self.plan is not None else None
 
     # A new tree
+
+    def begin_render(self) -> None:
+        """Note what changes while the workflow function is called: it may have read it before."""
+        self._changes = set()
 
     def refuse_endless_rendering(self, plan: Plan) -> None:
         """Raise AuthoringError RENDER_LOOP when trees follow each other and nothing runs."""
@@ -3149,54 +3178,82 @@ class Progress:
             f"{MAX_RENDERS_WITHOUT_PROGRESS} renders in a row, and nothing ran{what}", "RENDER_LOOP"
         )
 
-    def rendered(self, plan: Plan, reads: set[tuple[str, str]]) -> list[Effect]:
-        """Make a rendered tree today's; return what begins and what ends with it."""
+    def rendered(self, plan: Plan, reads: set[tuple[str, str]]) -> Iterator[Effect]:
+        """Make a rendered tree today's; yield what begins and what ends with it.
+
+        The caller carries each effect out before it asks for the next.
+        """
         is_first = self.plan is None
-        self.plan, self._reads, self.is_stale = plan, reads, False
+        self.plan, self._reads = plan, reads
+        self.is_stale = not reads.isdisjoint(self._changes or ())
+        self._changes = None
         self._ready.clear()
         self._suspects.clear()
         if is_first:
             self._forget(key for key in list(self.records) if self._is_over(key))
-        effects = self._adopt(list(plan.leaves()))
-        effects += [Effect("frame", ("", 0))]
-        for key, record in self.records.items():
-            effects += self._fit(key, record, plan.slots.get(key))
+        yield from self._adopt(list(plan.leaves()))
+        yield Effect("frame", ("", 0))
+        for key, record in list(self.records.items()):
+            yield from self._fit(key, record, plan.slots.get(key))
+            if is_first and record.phase == AT_GATE:
+                yield Effect("await", key)
         plan.start()
-        return effects
 
-    def _adopt(self, slots: Iterable[LeafSlot]) -> list[Effect]:
+    def _adopt(self, slots: Seq[LeafSlot]) -> Iterator[Effect]:
         """Have a record for each slot, and those that run hold their places."""
-        effects = []
         for slot in slots:
+            if slot.key not in self.records and slot.leaf.id in self._forgotten:
+                yield Effect("recall", slot.key)  # its row may say what it was
             record = self.records.get(slot.key)
             if record is None:
-                self.recall(slot.key, Record())
-                effects.append(Effect("insert", slot.key))
+                record = Record()
+                record.is_gate = isinstance(slot.leaf, Approval)
+                self.recall(slot.key, record)
+                yield Effect("insert", slot.key)
             elif record.phase == RUNNING:
                 for group in slot.groups:
                     group.active += 1
-        return effects
 
     def _fit(self, key: Key, record: Record, slot: LeafSlot | None) -> list[Effect]:
         """Bring a record in line with what today's tree has under its key."""
-        id = key[0] if slot is None else slot.leaf.id
+        id = plain_id(key[0])
+        is_gate = record.is_gate if slot is None else isinstance(slot.leaf, Approval)
+        is_skipped = record.state == "skipped" and slot is not None and slot.leaf.skip_if
+        is_other = record.is_gate not in (None, is_gate) and not is_skipped
+        record.is_gate = is_gate
         if record.phase in (READY, BLOCKED, RETRYING):
             self._move(record, PENDING, record.state, id)  # its turn is looked at again
-        elif record.phase == RUNNING and (slot is None or not isinstance(slot.leaf, Task)):
-            return [Effect("stop", key, "no longer in the tree")]
-        elif record.phase == AT_GATE and (slot is None or not slot.leaf.asks_first):
+        elif record.phase == RUNNING and (slot is None or is_gate):
+            effects = [Effect("stop", key, "no longer in the tree")]
+            return effects + (self._renew(key, record) if is_other else [])
+        elif record.phase == AT_GATE and (slot is None or is_other or not slot.leaf.asks_first):
             record.gate = "cancelled"
             self._move(record, PENDING, "cancelled", id)
             return [Effect("close", key, "no longer in the tree")]
-        elif record.state == "finished" and slot is not None:
-            # Under an id that a gate and a task have shared: the end of one is not the other's.
-            was_decided = record.gate in ("approved", "denied")
-            is_same = (
-                was_decided if isinstance(slot.leaf, Approval) else record.last_attempt is not None
-            )
-            if not is_same:
-                self._move(record, PENDING, "finished", id)
-        return []
+        return self._renew(key, record) if is_other else []
+
+    def _renew(self, key: Key, record: Record) -> list[Effect]:
+        """Forget how a node went under whose id there is a gate for a task now, or the reverse.
+
+        The end of one is not the other's, nor is a decision.
+        """
+        effects = [Effect("renew", key)]
+        record.failures = record.due_at_ms = 0
+        record.gate = record.gate and "cancelled"
+        if record.phase == ENDED:
+            self._move(record, PENDING, "pending", plain_id(key[0]))
+            effects.append(Effect("repeat", key))
+        return effects
+
+    def _leave(self, slot: LeafSlot) -> list[Effect]:
+        """Let go of a node whose loop has gone on, perhaps without waiting for it."""
+        record = self.records[slot.key]
+        if record.phase == ENDED:
+            self._forget([slot.key])
+            return []
+        if record.phase == RUNNING:
+            self._give_places_back(slot)
+        return self._fit(slot.key, record, None)
 
     def _is_over(self, key: Key) -> bool:
         """True for a node of an iteration that is over, when its loop has gone on."""
@@ -3206,15 +3263,13 @@ class Progress:
 
     def _forget(self, keys: Iterable[Key]) -> None:
         for key in keys:
-            self._counts[self.records.pop(key).phase] -= 1
-            self._forgotten.add(plain_id(key[0]))
+            record = self.records.pop(key)
+            self._counts[record.phase] -= 1
+            self._forgotten[plain_id(key[0])] = record.is_gate
 
-    def unknown(self, plan: Plan) -> list[Key]:
-        """Return the nodes of a tree that were known once: their rows say what they were."""
-        if not self._forgotten:
-            return []
-        keys = [slot.key for slot in plan.leaves() if slot.leaf.id in self._forgotten]
-        return [key for key in keys if key not in self.records]
+    def recall_forgotten(self, key: Key, record: Record) -> None:
+        record.is_gate = self._forgotten[plain_id(key[0])]
+        self.recall(key, record)
 
     # Going on
 
@@ -3330,16 +3385,18 @@ class Progress:
             return
         self._idle_renders = 0
         self._changed("iteration", loop.id)
+        left: list[LeafSlot] = []
         for below in plan.below(slot):
             if isinstance(below, LeafSlot):
                 for kind in ("output", "state", "error"):
                     self._changed(kind, below.leaf.id)
-                if self.records[below.key].phase == ENDED:
-                    self._forget([below.key])
+                left.append(below)
             elif isinstance(below, LoopSlot):
                 self._changed("iteration", below.loop.id)
                 self.loops.pop(below.key, None)
         begun = plan.begin_loop(slot, number)
+        for leaf in left:
+            yield from self._leave(leaf)
         yield from self._adopt(begun)
         for leaf in begun:
             yield from self._fit(leaf.key, self.records[leaf.key], leaf)
@@ -3383,6 +3440,11 @@ class Progress:
                 self._wake(group)
         return False
 
+    def _give_places_back(self, slot: LeafSlot) -> None:
+        for group in slot.groups:
+            group.active -= 1
+            self._wake(group)
+
     def _wake(self, group: Group) -> None:
         while group.waiting:
             key = group.waiting.popleft()
@@ -3415,9 +3477,7 @@ class Progress:
         self._idle_renders = 0
         self._suspects_running -= bool(record.crashes)
         if slot is not None:
-            for group in slot.groups:
-                group.active -= 1
-                self._wake(group)
+            self._give_places_back(slot)
         if result == "crashed":
             record.crashes += 1
         if slot is None or not isinstance(slot.leaf, Task) or result in ("interrupted", "crashed"):
@@ -3428,7 +3488,8 @@ class Progress:
             self._conclude(slot, "finished", "")
             return "finished"
         record.failures += 1
-        if result == "unfixable" or record.failures > slot.leaf.retries or self.is_halting:
+        is_last = record.failures > slot.leaf.retries or bool(self.failed) or self.fatal is not None
+        if result == "unfixable" or is_last:
             self._conclude(slot, "failed", "")
             return "failed"
         record.due_at_ms = now_ms + round(1000 * slot.leaf.retry_delay_after(record.failures))
@@ -3447,14 +3508,14 @@ class Progress:
             self._make_ready(key, record, now_ms)
 
     def gate_decided(self, key: Key, status: str) -> None:
-        """Note a decision, or that nobody will decide any more (`cancelled`)."""
-        record = self.records.get(key)
-        if record is not None and record.phase == AT_GATE:
-            record.gate = status
-            slot = self._slot(key)
-            assert slot is not None
-            self._idle_renders = 0
-            self._move(record, PENDING, "pending", slot.leaf.id)
+        """Note a decision, also on a gate whose turn is not, or not yet, in today's tree."""
+        record, slot = self.records.get(key), self._slot(key)
+        if record is None:
+            return
+        record.gate = status
+        self._idle_renders = 0
+        if record.state == "waiting-approval":
+            self._move(record, PENDING, "pending", plain_id(key[0]))
             self._look_again(slot)
 
     def gate_expired(self, key: Key) -> None:
@@ -4736,8 +4797,18 @@ class Steps:
         tx.insert_node(key, self._leaf(key).label)
         tx.append_event("NodePending", key)
 
+    def _node_recall(self, tx: Tx, key: Key, _: Any) -> None:
+        node = tx.get_node(self._run_id, key)
+        if node is not None:
+            attempts = tx.list_attempts_of(self._run_id, key)
+            record = record_of(node, attempts, tx.get_gate(self._run_id, key))
+            self._progress.recall_forgotten(key, record)
+
     def _node_repeat(self, tx: Tx, key: Key, _: Any) -> None:
         self._node_move(tx, key, "NodePending")
+
+    def _node_renew(self, tx: Tx, key: Key, _: Any) -> None:
+        tx.forget_past(key)
 
     def _node_skip(self, tx: Tx, key: Key, with_decision: Any) -> None:
         if with_decision:
@@ -4971,7 +5042,9 @@ class Steps:
 # The method for each kind of effect.
 EFFECTS = {
     "insert": "_node_insert",
+    "recall": "_node_recall",
     "repeat": "_node_repeat",
+    "renew": "_node_renew",
     "skip": "_node_skip",
     "delay": "_node_delay",
     "crash": "_node_crash",
@@ -5011,8 +5084,13 @@ def recall_records(reads: Reads, run_id: str, progress: Progress) -> dict[Key, s
     for attempt in reads.list_attempts(run_id, open_nodes_only=True):
         attempts.setdefault(attempt.key, []).append(attempt)
     nodes = reads.list_nodes(run_id)
+    elements = walk_tree(parse_tree(reads.get_tree(run_id)))
+    is_gate = {
+        e["props"]["id"]: "approvalMode" in e["props"] for e in elements if e["tag"] == Task.tag
+    }
     for node in nodes:
         record = record_of(node, attempts.get(node.key, ()), gates.get(node.key))
+        record.is_gate = is_gate.get(plain_id(node.node_id), record.is_gate)
         progress.recall(node.key, record)
     progress.loops = reads.list_loops(run_id)
     return {node.key: node.label for node in nodes}
@@ -5022,6 +5100,10 @@ def record_of(node: Node, attempts: Iterable[Attempt], gate: Gate | None) -> Rec
     """Return what the rows of a node say."""
     record = Record(node.state, node.last_attempt)
     record.gate = None if gate is None else gate.status
+    if node.last_attempt is not None or node.state == "finished":
+        record.is_gate = node.last_attempt is None  # as far as the rows can tell
+    if record.gate == "requested" and record.state == "waiting-approval":
+        record.phase = AT_GATE
     for attempt in attempts:
         meta = attempt.meta
         if not meta.get("forgiven"):
@@ -5062,13 +5144,8 @@ def choose_to_retry(
 
 def reset_nodes(tx: Tx, records: Mapping[Key, Record], keys: set[Key]) -> None:
     """Give nodes a fresh try: their earlier failures, decisions and outputs do not count."""
-    for attempt in tx.list_attempts(tx.run_id) if keys else ():
-        if attempt.key in keys:
-            tx.note_attempt(attempt.key, attempt.attempt, forgiven=True)
     for key in sorted(keys):
-        if tx.get_gate(tx.run_id, key) is not None:
-            tx.close_gate(key)
-        tx.delete_output(key)
+        tx.forget_past(key)
         tx.update_node(key, "pending", records[key].last_attempt)
         tx.append_event("NodePending", key)
 
@@ -5149,6 +5226,7 @@ class Renderer(CtxSource):
         A mistake in it becomes the run's failure, and None is returned.
         """
         progress = self._progress
+        progress.begin_render()
         ctx = Ctx(self._run_id, json.loads(self.input_json), source=self)
         try:
             tree = workflow if isinstance(workflow, Workflow) else workflow(ctx)
@@ -5530,24 +5608,21 @@ class Engine:
     def _mount(self, tx: Tx, plan: Plan) -> None:
         """Make a rendered tree the one that runs, with its frame and its new nodes."""
         self._steps.xml = self._renderer.xml
-        for key in self._progress.unknown(plan):
-            node = tx.get_node(self.run_id, key)
-            if node is not None:
-                attempts = tx.list_attempts_of(self.run_id, key)
-                record = record_of(node, attempts, tx.get_gate(self.run_id, key))
-                self._progress.recall(key, record)
         if self._progress.plan is None:
             tx.update_run_name(plan.name)
             self._put_labels_back(tx, plan)
-        widest = max((g.limit for s in plan.leaves() for g in s.groups), default=0)
-        if widest > self._max_concurrency and self._progress.plan is None:
+            self._warn_of_narrow_run(plan)
+        for effect in self._progress.rendered(plan, self._renderer.reads):
+            self._steps.carry_out(tx, effect)
+
+    def _warn_of_narrow_run(self, plan: Plan) -> None:
+        widest = max((group.limit for slot in plan.leaves() for group in slot.groups), default=0)
+        if widest > self._max_concurrency:
             logger.warning(
                 "Parallel(max_concurrency=%d) is limited to %d: -c, or max_concurrency, raises it",
                 widest,
                 self._max_concurrency,
             )
-        for effect in self._progress.rendered(plan, self._renderer.reads):
-            self._steps.carry_out(tx, effect)
 
     def _put_labels_back(self, tx: Tx, plan: Plan) -> None:
         """Mend the labels that another program's decisions have wiped."""
@@ -6166,20 +6241,6 @@ def mounted_keys(text: str) -> dict[Key, int]:
     return {(node_id, int(iteration)): n for n, (node_id, _, iteration) in enumerate(entries)}
 
 
-@functools.lru_cache(maxsize=4)
-def parse_tree(xml_json: str) -> dict[str, Any]:
-    return dict(json.loads(xml_json)) if xml_json else {}
-
-
-def walk_tree(element: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield an element and everything below it, in document order."""
-    stack = [element]
-    while stack:
-        found = stack.pop()
-        yield found
-        stack.extend(reversed(found.get("children", ())))
-
-
 def list_nodes_json(
     reads: Reads, run_id: str, state: str | None, after: Key | None, limit: int
 ) -> list[dict[str, Any]]:
@@ -6466,7 +6527,8 @@ def _queued_nodes(reads: Reads, run: Run) -> Iterator[tuple[Node, str | None]]:
         plan = Plan(workflow_of(tree), progress.loops)
     except AuthoringError:  # another program's tree has a form of its own
         return
-    progress.rendered(plan, set())
+    for _ in progress.rendered(plan, set()):
+        pass
     for _ in progress.advance(0):
         pass
     for key, record in progress.records.items():
