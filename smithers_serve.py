@@ -981,6 +981,13 @@ def xml_of(element: Element) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=4)
+def mounted_keys(text: str) -> dict[Key, int]:
+    """Return the place of every node in document order, from a frame's mounted ids."""
+    entries = (entry.rpartition("::") for entry in json.loads(text or "[]"))
+    return {(node_id, int(iteration)): n for n, (node_id, _, iteration) in enumerate(entries)}
+
+
+@functools.lru_cache(maxsize=4)
 def parse_tree(xml_json: str) -> dict[str, Any]:
     return dict(json.loads(xml_json)) if xml_json else {}
 
@@ -2211,24 +2218,34 @@ class Watch:
     writes. All methods may be called from any thread.
     """
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, check_file: Callable[[], None]) -> None:
         # Guards the connection. Held for one statement; no other lock is taken inside it.
         self._lock = threading.Lock()
         self._connection = connection
+        self._check_file = check_file
         self._seen = -1
 
     def version(self) -> int:
-        with self._lock:
-            return int(self._connection.execute("pragma data_version").fetchone()[0])
+        """Return a number that changes with every commit.
+
+        Raises Unavailable while a rollback journal locks readers out, StorageError otherwise.
+        """
+        self._check_file()
+        try:
+            with self._lock:
+                return int(self._connection.execute("pragma data_version").fetchone()[0])
+        except sqlite3.OperationalError as error:
+            if _is_busy(error):
+                raise Unavailable("the database is locked by another process") from error
+            self._check_file()
+            raise StorageError(f"cannot read the database: {error}") from error
 
     def changed(self) -> bool:
         """Return True when there was a commit since the last call that returned True."""
         try:
             version = self.version()
-        except sqlite3.OperationalError as error:
-            if _is_busy(error):
-                return False  # a rollback journal locks readers out for a moment: look later
-            raise StorageError(f"cannot read the database: {error}") from error
+        except Unavailable:
+            return False  # look later
         if version == self._seen:
             return False
         self._seen = version
@@ -2557,7 +2574,7 @@ class SmithersDb(Reads):
     def watch(self) -> Watch:
         """Return a new Watch on this file; the caller closes it."""
         try:
-            return Watch(self._connect())
+            return Watch(self._connect(), self.check_file)
         except sqlite3.Error as error:
             raise StorageError(f"cannot read the database: {error}") from error
 
@@ -2588,6 +2605,7 @@ class SmithersDb(Reads):
             if connection is not None:
                 connection.close()
                 connection = None
+            self._checked_until = 0.0
             self.check_file()
             if _is_busy(error):
                 raise Unavailable("the database is locked by another process") from error
@@ -3102,8 +3120,7 @@ class Progress:
         self._ready: collections.deque[Key] = collections.deque()
         self._suspects: list[Key] = []  # ready, and waiting for each other
         self._suspects_running = 0
-        # Ids of nodes in iterations that are over, and whether they were Approvals.
-        self._forgotten: dict[str, bool | None] = {}
+        self._forgotten: set[str] = set()  # ids of nodes in iterations that are over
         self._counts: collections.Counter[str] = collections.Counter()
 
     @property
@@ -3219,8 +3236,9 @@ class Progress:
         id = plain_id(key[0])
         is_gate = record.is_gate if slot is None else isinstance(slot.leaf, Approval)
         is_skipped = record.state == "skipped" and slot is not None and slot.leaf.skip_if
-        is_other = record.is_gate not in (None, is_gate) and not is_skipped
-        record.is_gate = is_gate
+        is_other = not is_skipped and self._is_other(record, slot)
+        if not is_skipped:
+            record.is_gate = is_gate
         if record.phase in (READY, BLOCKED, RETRYING):
             self._move(record, PENDING, record.state, id)  # its turn is looked at again
         elif record.phase == RUNNING and (slot is None or is_gate):
@@ -3231,6 +3249,17 @@ class Progress:
             self._move(record, PENDING, "cancelled", id)
             return [Effect("close", key, "no longer in the tree")]
         return self._renew(key, record) if is_other else []
+
+    @staticmethod
+    def _is_other(record: Record, slot: LeafSlot | None) -> bool:
+        """True when a record is that of a gate and today's node a task, or the reverse."""
+        if slot is None:
+            return False
+        if record.is_gate is None:  # its rows do not tell: but who asks nobody was not denied
+            return (
+                record.state == "skipped" and record.gate == "denied" and not slot.leaf.asks_first
+            )
+        return record.is_gate != isinstance(slot.leaf, Approval)
 
     def _renew(self, key: Key, record: Record) -> list[Effect]:
         """Forget how a node went under whose id there is a gate for a task now, or the reverse.
@@ -3263,13 +3292,8 @@ class Progress:
 
     def _forget(self, keys: Iterable[Key]) -> None:
         for key in keys:
-            record = self.records.pop(key)
-            self._counts[record.phase] -= 1
-            self._forgotten[plain_id(key[0])] = record.is_gate
-
-    def recall_forgotten(self, key: Key, record: Record) -> None:
-        record.is_gate = self._forgotten[plain_id(key[0])]
-        self.recall(key, record)
+            self._counts[self.records.pop(key).phase] -= 1
+            self._forgotten.add(plain_id(key[0]))
 
     # Going on
 
@@ -3294,7 +3318,10 @@ class Progress:
         """Look at a node whose turn has come, in whatever phase it is."""
         record, leaf, key = self.records[slot.key], slot.leaf, slot.key
         if record.phase == ENDED:
-            self._end(slot, record.state)
+            if record.state == "failed" and record.gate == "denied" and leaf.on_deny != "fail":
+                yield self._deny(slot)  # another program's word; what follows is the author's
+            else:
+                self._end(slot, record.state)
             return
         if record.phase != PENDING:
             return  # what it does or waits for says later how it goes on
@@ -3550,7 +3577,7 @@ class Lines:
         *lines, self._partial = (self._partial + text).split("\n")
         whole = [line[:-1] if line.endswith("\r") else line for line in lines]
         parts = [part for line in whole for part in self._cut(line)]
-        if len(self._partial) > MAX_LOG_LINE:
+        if len(self._partial) > MAX_LOG_LINE + 1:  # the last may be half of an end of line
             *more, self._partial = self._cut(self._partial)
             parts += more
         return parts
@@ -4802,7 +4829,7 @@ class Steps:
         if node is not None:
             attempts = tx.list_attempts_of(self._run_id, key)
             record = record_of(node, attempts, tx.get_gate(self._run_id, key))
-            self._progress.recall_forgotten(key, record)
+            self._progress.recall(key, record)
 
     def _node_repeat(self, tx: Tx, key: Key, _: Any) -> None:
         self._node_move(tx, key, "NodePending")
@@ -5085,12 +5112,11 @@ def recall_records(reads: Reads, run_id: str, progress: Progress) -> dict[Key, s
         attempts.setdefault(attempt.key, []).append(attempt)
     nodes = reads.list_nodes(run_id)
     elements = walk_tree(parse_tree(reads.get_tree(run_id)))
-    is_gate = {
-        e["props"]["id"]: "approvalMode" in e["props"] for e in elements if e["tag"] == Task.tag
-    }
+    kinds = ["approvalMode" in e["props"] for e in elements if e["tag"] == Task.tag]
+    is_gate = dict(zip(mounted_keys(reads.get_mounted(run_id)), kinds))
     for node in nodes:
         record = record_of(node, attempts.get(node.key, ()), gates.get(node.key))
-        record.is_gate = is_gate.get(plain_id(node.node_id), record.is_gate)
+        record.is_gate = is_gate.get(node.key, record.is_gate)
         progress.recall(node.key, record)
     progress.loops = reads.list_loops(run_id)
     return {node.key: node.label for node in nodes}
@@ -6234,13 +6260,6 @@ EVIDENCE_CHARS = 4 << 10
 SOON_MS = 30_000  # without a heartbeat for so long an engine is said to be stale
 
 
-@functools.lru_cache(maxsize=4)
-def mounted_keys(text: str) -> dict[Key, int]:
-    """Return the place of every node in document order, from a frame's mounted ids."""
-    entries = (entry.rpartition("::") for entry in json.loads(text or "[]"))
-    return {(node_id, int(iteration)): n for n, (node_id, _, iteration) in enumerate(entries)}
-
-
 def list_nodes_json(
     reads: Reads, run_id: str, state: str | None, after: Key | None, limit: int
 ) -> list[dict[str, Any]]:
@@ -6611,7 +6630,7 @@ class RunView:
 
     def cached(self, key: tuple[Any, ...], read: Callable[[], Response]) -> Response:
         """Return the answer for `key`, read again only after a commit by anybody."""
-        version = self._version()
+        version = self._watch.version()
         found = self._answers.get(key)
         if found is not None and found[0] == version:
             return found[1]
@@ -6624,12 +6643,6 @@ class RunView:
         kept[key] = (version, response)
         self._answers = kept
         return response
-
-    def _version(self) -> int:
-        try:
-            return self._watch.version()
-        except sqlite3.OperationalError as error:
-            raise Unavailable("the database is locked by another process") from error
 
     def status(self) -> Response:
         return self.cached(("status",), self._read_status)
@@ -8396,10 +8409,26 @@ def _begin_child() -> None:
         server.close_inherited()
     for number in _own_signals:
         signal.signal(number, signal.SIG_DFL)
+    _unblock_signals()
+
+
+_fork_masks: dict[int, Any] = {}  # by thread, while it forks
+
+
+def _block_signals() -> None:
+    """Hold signals back while a child is forked: it would lose them to the parent's handler."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _own_signals)
+    _fork_masks[threading.get_ident()] = mask
+
+
+def _unblock_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _fork_masks.pop(threading.get_ident()))
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_child)
+    os.register_at_fork(
+        before=_block_signals, after_in_parent=_unblock_signals, after_in_child=_begin_child
+    )
 
 
 def is_loopback(host: str) -> bool:
@@ -9084,19 +9113,18 @@ class Process:
         kill_live_commands()
         if self._error is None:
             db.close()
-        if engine.left_call_behind or self._has_foreign_threads():
-            # The interpreter would wait for them: for calls that nobody wants any more.
-            leave(code)
+        # The interpreter would wait for them: for calls that nobody wants any more.
+        self._args.must_leave = engine.left_call_behind or self._has_foreign_threads()
         self.restore_signals()
         return code
 
     def _has_foreign_threads(self) -> bool:
-        """Return whether a thread that a task has started would keep the process."""
-        return any(
-            not thread.daemon
-            for thread in threading.enumerate()
-            if thread not in self._threads_before
-        )
+        """Return whether something that a task has started would keep the process.
+
+        Threads and pools of concurrent.futures do, whatever kind of thread they are.
+        """
+        others = [thread for thread in threading.enumerate() if thread not in self._threads_before]
+        return "concurrent.futures" in sys.modules or any(not thread.daemon for thread in others)
 
     def _say_where(self, server: ServeServer) -> None:
         is_everywhere = self._args.host in ("0.0.0.0", "::", "")
@@ -10018,17 +10046,24 @@ def run_command_line(args: argparse.Namespace) -> int:
         stream=sys.stderr, format="[smithers] %(levelname)s %(message)s", level=logging.WARNING
     )
     with result_stream() as args.out:
-        try:
-            return int(args.run(args))
-        except (ApprovalNotPending, GateChanged, RunNotActive, Forbidden) as error:
-            say(f"Error: {log_safe(error)}")
-            return EXIT_CONFLICT
-        except (AuthoringError, UsageError, StorageError, ServeError) as error:
-            say(f"Error: {log_safe(error)}")
-            is_failure = isinstance(error, (StorageError, Unavailable))
-            return EXIT_FAILURE if is_failure else EXIT_USAGE
-        except KeyboardInterrupt:
-            return EXIT_CANCELLED
+        code = run_guarded(args)
+        is_own_process = isinstance(args.out, DescriptorWriter)
+    if getattr(args, "must_leave", False) and is_own_process:
+        leave(code)
+    return code
+
+
+def run_guarded(args: argparse.Namespace) -> int:
+    try:
+        return int(args.run(args))
+    except (ApprovalNotPending, GateChanged, RunNotActive, Forbidden) as error:
+        say(f"Error: {log_safe(error)}")
+        return EXIT_CONFLICT
+    except (AuthoringError, UsageError, StorageError, ServeError) as error:
+        say(f"Error: {log_safe(error)}")
+        return EXIT_FAILURE if isinstance(error, (StorageError, Unavailable)) else EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_CANCELLED
 
 
 def main(argv: Seq[str] | None = None) -> int:
