@@ -994,11 +994,12 @@ def parse_tree(xml_json: str) -> dict[str, Any]:
 
 def walk_tree(element: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Yield an element and everything below it, in document order."""
-    stack = [element] if element else []
+    stack = [element]
     while stack:
         found = stack.pop()
-        yield found
-        stack.extend(reversed(found.get("children", ())))
+        if found.get("tag"):  # another program's tree may hold text too
+            yield found
+        stack.extend(reversed(found.get("children") or ()))
 
 
 # ---------------------------------------------------------------------------
@@ -2543,6 +2544,7 @@ class SmithersDb(Reads):
             self._begin(patience, give_up)
             tx = Tx(self._writer, run_id)
             try:
+                self._checked_until = 0.0
                 self.check_file()
                 yield tx
                 self._writer.execute("commit")
