@@ -145,6 +145,8 @@ INT64_MAX = (1 << 63) - 1
 ACTIVE_STATUSES = ("running", "waiting-approval")
 TERMINAL_STATUSES = ("finished", "failed", "cancelled", "continued")  # the last: the original's
 TERMINAL_STATES = ("finished", "failed", "cancelled", "skipped")
+NODE_STATES = ("pending", "waiting-approval", "in-progress", *TERMINAL_STATES)
+GATE_STATUSES = ("requested", "approved", "denied", "cancelled", "all")
 
 
 def start_thread(name: str, target: Callable[..., None], *args: Any) -> threading.Thread:
@@ -981,7 +983,7 @@ def xml_of(element: Element) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=4)
-def mounted_keys(text: str) -> dict[Key, int]:
+def mounted_keys(text: str) -> Mapping[Key, int]:
     """Return the place of every node in document order, from a frame's mounted ids."""
     entries = (entry.rpartition("::") for entry in json.loads(text or "[]"))
     return {(node_id, int(iteration)): n for n, (node_id, _, iteration) in enumerate(entries)}
@@ -1823,23 +1825,34 @@ class Reads:
         )
         return [Event(*row) for row in rows]
 
-    def list_newest_outputs(self, run_id: str, keys: Iterable[Key], limit: int) -> Iterator[Event]:
-        """Yield what these nodes printed, among the newest `limit` events, newest first."""
-        begins = [
-            to_json({"type": "NodeOutput", "runId": run_id, "nodeId": id, "iteration": n})[:-1]
-            + ","
-            for id, n in keys
-        ]
-        ranges = " or ".join("payload_json >= ? and payload_json < ?" for _ in begins)
-        bounds = [bound for begin in begins for bound in (begin, begin + chr(0x10FFFF))]
-        newest = self.get_newest_seq(run_id)
-        rows = self.rows(
+    def list_outputs(
+        self,
+        run_id: str,
+        key: Key | None = None,
+        node_id: str | None = None,
+        after_seq: int = -1,
+        up_to_seq: int = INT64_MAX,
+        newest: int | None = None,
+        limit: int = -1,
+    ) -> list[Event]:
+        """Return NodeOutput events, of one node if it is given, oldest first.
+
+        The first `limit` of them, or the last `newest`. Events begin alike: so sqlite finds them.
+        """
+        start: dict[str, Any] = {"type": "NodeOutput", "runId": run_id}
+        if key is not None:
+            start.update(nodeId=key[0], iteration=key[1])
+        elif node_id is not None:
+            start.update(nodeId=node_id)
+        begin = to_json(start)[:-1] + ","
+        rows = self.all(
             f"""select seq, timestamp_ms, type, payload_json from _smithers_events
-                where run_id = ? and seq > ? and type = 'NodeOutput' and ({ranges})
-                order by seq desc""",
-            (run_id, newest - limit, *bounds),
+                where run_id = ? and seq > ? and seq <= ? and type = 'NodeOutput'
+                  and payload_json >= ? and payload_json < ?
+                order by seq {"asc" if newest is None else "desc"} limit ?""",
+            (run_id, after_seq, up_to_seq, begin, begin + chr(0x10FFFF), newest or limit),
         )
-        return (Event(*row) for row in rows)
+        return [Event(*row) for row in (rows if newest is None else reversed(rows))]
 
     def list_events_of(self, run_id: str, types: Seq[str]) -> list[Event]:
         """Return the events of these types, oldest first."""
@@ -2028,6 +2041,12 @@ class Tx(Reads):
             "update _smithers_runs set config_json = ? where run_id = ?",
             (to_json({**config, **facts}), self.run_id),
         )
+
+    def note_history(self, what: str) -> None:
+        """Keep what no event tells: that an engine has left the run, or taken it up."""
+        run = self.get_run(self.run_id)
+        known = [] if run is None else run.config.get("history", [])
+        self.update_config(history=[*known[-99:], {"timestampMs": self.now_ms, "what": what}])
 
     def delete_run(self) -> None:
         """Remove everything of the run."""
@@ -2284,6 +2303,7 @@ class SmithersDb(Reads):
             self._create_private_file(create)
             self._file = os.stat(self.path)
             self._checked_until = 0.0
+            self._is_writable = create  # else not before the first write
             self._writer = self._connect()
             try:
                 self._open(create)
@@ -2313,8 +2333,11 @@ class SmithersDb(Reads):
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
 
     def _connect(self) -> sqlite3.Connection:
+        # Read-only, sqlite does not even tidy the log of an engine that was killed.
+        how = "rw" if self._is_writable else "ro"
         connection = sqlite3.connect(
-            self.path,
+            f"file:{urllib.parse.quote(self.path)}?mode={how}",
+            uri=True,
             timeout=self.BUSY_SECONDS,
             isolation_level=None,
             check_same_thread=False,
@@ -2332,7 +2355,7 @@ class SmithersDb(Reads):
         if create and (not schema or self._has_old_triggers(schema)):
             self._prepare()
         else:
-            self._is_prepared = self._is_ours and not any(self._lacks(schema))
+            self._is_prepared = create and self._is_ours and not any(self._lacks(schema))
         self._adapt_readers()
 
     def _read_schema(self) -> dict[str, str]:
@@ -2362,6 +2385,11 @@ class SmithersDb(Reads):
 
     def _prepare(self) -> None:
         """Bring the file to the form that our engine writes, once, before the first write."""
+        if not self._is_writable:
+            self._is_writable = True
+            self._writer.close()
+            self._writer = self._connect()
+            self._use_mode(self._writer.execute("pragma journal_mode").fetchone()[0])
         if self._is_ours or not self._read_schema():
             self._use_mode(self._wait_for_lock(self._use_wal))
         self._begin(LOCK_PATIENCE_SECONDS)
@@ -5143,22 +5171,22 @@ def record_of(node: Node, attempts: Iterable[Attempt], gate: Gate | None) -> Rec
 
 def choose_to_retry(
     seen: Run, records: Mapping[Key, Record], plan: Plan | None, retry: bool | Iterable[str]
-) -> tuple[set[Key], list[LoopSlot]]:
+) -> tuple[set[Key], dict[LoopSlot, bool]]:
     """Return the failed nodes; or the named ones and, of the tree, what comes after them.
 
-    Also the loops that are not over then, or have not begun. Raises InvalidRequest for a node that
-    is not there.
+    Also the loops that are not over then, with True, or have not begun, with False. Raises
+    InvalidRequest for a node that is not there.
     """
     if isinstance(retry, bool):
         failed = {key for key, record in records.items() if retry and record.state == "failed"}
         if seen.status != "failed" and plan is not None:  # a failure that may be is left alone
             slots = [plan.slots[key] for key in failed if key in plan.slots]
             failed = {slot.key for slot in slots if not slot.leaf.continue_on_fail}
-        return failed, []
+        return failed, {}
     if plan is None:
         raise InvalidRequest("nodes can be retried only in a tree that renders")
     chosen: set[Key] = set()
-    loops: dict[LoopSlot, None] = {}
+    loops: dict[LoopSlot, bool] = {}
     for id in retry:
         slot = plan.by_id.get(id.partition("@@")[0])
         if slot is None or slot.key not in records:
@@ -5166,8 +5194,9 @@ def choose_to_retry(
         ids, loops_after = plan.followers(slot)
         chosen.add(slot.key)
         chosen.update(key for key in records if key[0].partition("@@")[0] in ids)
-        loops.update(dict.fromkeys(loops_after))
-    return chosen, list(loops)
+        for loop in loops_after:
+            loops[loop] = loops.get(loop, False) or loop in slot.loops
+    return chosen, loops
 
 
 def reset_nodes(tx: Tx, records: Mapping[Key, Record], keys: set[Key]) -> None:
@@ -5178,11 +5207,10 @@ def reset_nodes(tx: Tx, records: Mapping[Key, Record], keys: set[Key]) -> None:
         tx.append_event("NodePending", key)
 
 
-def reset_loops(tx: Tx, keys: set[Key], loops: Iterable[LoopSlot], plan: Plan | None) -> None:
-    """Have loops around these nodes go on, and loops after them begin anew."""
-    slots = {} if plan is None else plan.slots
-    for loop in loops:
-        if any(loop in slots[key].loops for key in keys if key in slots):
+def reset_loops(tx: Tx, loops: Mapping[LoopSlot, bool]) -> None:
+    """Have loops around a node go on, and loops after it begin anew."""
+    for loop, is_around in loops.items():
+        if is_around:
             tx.put_loop(loop.key, loop.iteration, False)
         else:
             tx.delete_loop(loop.key)
@@ -5456,13 +5484,18 @@ class Engine:
                 )
             tx.update_run_source(path, digest)
             tx.update_config(**self._config)
+            was_alive = force and owner_life(seen) == "alive"
+            what = (
+                "taken over" if was_alive else "resumed after a crash" if has_crashed else "resumed"
+            )
+            tx.note_history("retried" if seen.is_terminal else what)
             tx.append_event("RunStatusChanged", status="running")
             for node in tx.list_open_nodes(self.run_id):
                 if node.state == "in-progress":
                     if has_crashed and node.last_attempt is not None:
                         tx.note_attempt(node.key, node.last_attempt, crashed=True)
                     node_close(tx, node, INTERRUPTED)
-            reset_loops(tx, chosen, loops, plan)
+            reset_loops(tx, loops)
             reset_nodes(tx, self._progress.records, chosen)
         self._metrics.inc("smithers_runs_resumed_total")
         self._delivered = tx.events[0].seq - 1
@@ -5693,6 +5726,8 @@ class Engine:
 
     def _run_leave(self, tx: Tx) -> None:
         """Leave the run as it is, without an owner."""
+        if self._is_suspended.is_set():
+            tx.note_history("suspended")
         tx.release_run()
         self.result = RunResult(self.run_id, self._status, None)
 
@@ -6258,8 +6293,12 @@ def follow_events(adapter: SmithersDb, run_id: str, after_seq: int) -> Iterator[
 MAX_PAGE = 1000
 MAX_SCANNED_EVENTS = 100_000  # looked through for a node's lines, newest first: some 40 ms
 MAX_PLANNED_NODES = 5000  # a larger tree is not laid out to say what waits for a place
-EVIDENCE_CHARS = 4 << 10
+MAX_EVIDENCE = 50  # nodes
+EVIDENCE_BYTES = 4 << 10
 SOON_MS = 30_000  # without a heartbeat for so long an engine is said to be stale
+
+
+MANY_NODES = 5000  # in one state: then the tree is gone through, not all of them sorted
 
 
 def list_nodes_json(
@@ -6267,16 +6306,39 @@ def list_nodes_json(
 ) -> list[dict[str, Any]]:
     """Return nodes in document order of the newest frame, then those that have left the tree."""
     places = mounted_keys(reads.get_mounted(run_id))
-    if state is None:
-        keys = list(places)
-        keys += [key for key in reads.list_keys(run_id) if key not in places]
+    counts = reads.get_summary(run_id)
+
+    def order(key: Key) -> tuple[int, Key]:
+        return places.get(key, len(places)), key
+
+    keys: Iterable[Key]
+    if state is not None and counts.get(state, 0) <= MANY_NODES:
+        keys = sorted(reads.list_keys(run_id, state), key=order)
+        keys = keys if after is None else [key for key in keys if order(key) > order(after)]
     else:
-        found = reads.list_keys(run_id, state)
-        keys = sorted(found, key=lambda key: (places.get(key, len(places)), key))
-    start = keys.index(after) + 1 if after in places or after in keys else 0
-    nodes = (reads.get_node(run_id, key) for key in keys[start:])
-    page = itertools.islice((node for node in nodes if node is not None), limit)
+        start = 0 if after is None else places.get(after, len(places)) + 1
+        keys = itertools.chain(
+            itertools.islice(places, start, None),
+            _left_keys(reads, run_id, places, counts, after),
+        )
+    nodes = (reads.get_node(run_id, key) for key in keys)
+    wanted = (node for node in nodes if node is not None and state in (None, node.state))
+    page = itertools.islice(wanted, limit)
     return [node_json(node, reads.list_attempts_of(run_id, node.key)) for node in page]
+
+
+def _left_keys(
+    reads: Reads,
+    run_id: str,
+    places: Mapping[Key, int],
+    counts: Mapping[str, int],
+    after: Key | None,
+) -> Iterator[Key]:
+    """Yield the nodes that have left the tree, in order of their keys."""
+    if sum(counts.values()) > len(places):
+        begin = after if after is not None and after not in places else ("", -1)
+        keys = reads.list_keys(run_id)
+        yield from (key for key in keys if key > begin and key not in places)
 
 
 def node_json(node: Node, attempts: Seq[Attempt]) -> dict[str, Any]:
@@ -6328,7 +6390,7 @@ def node_detail_json(
         if with_traceback:
             one["traceback"] = attempt.meta.get("traceback")
         shown.append(one)
-    log = last_lines(reads, run.run_id, {key: 100})[key]
+    log = last_lines(reads, run.run_id, key, 100)
     return {
         **node_json(node, attempts),
         "attempts": shown,
@@ -6339,58 +6401,50 @@ def node_detail_json(
     }
 
 
-def find_element(tree: Mapping[str, Any], node_id: str) -> Mapping[str, Any] | None:
-    id = plain_id(node_id)
-    elements = walk_tree(tree)
-    return next((e for e in elements if e.get("props", {}).get("id") == id), None)
+@functools.lru_cache(maxsize=4)
+def tree_index(xml_json: str) -> dict[str, tuple[Mapping[str, Any], Any]]:
+    """Return by id each node's element, and the part of the tree directly before it, or None."""
+    found: dict[str, tuple[Mapping[str, Any], Any]] = {}
+    stack: list[tuple[Mapping[str, Any], Any]] = [(parse_tree(xml_json), None)]
+    while stack:
+        element, before = stack.pop()
+        if element.get("tag") == Task.tag:
+            found[element["props"].get("id", "")] = (element, before)
+        for child in element.get("children") or ():
+            stack.append((child, before))
+            if element.get("tag") != Parallel.tag:
+                before = child
+    return found
 
 
 def needs_of(xml_json: str, node_id: str) -> list[str]:
-    element = find_element(parse_tree(xml_json), node_id)
-    text = "" if element is None else element["props"].get("dependsOn", "")
-    return [id for id in text.split(",") if id]
+    element, _ = tree_index(xml_json).get(plain_id(node_id), ({"props": {}}, None))
+    return [id for id in element["props"].get("dependsOn", "").split(",") if id]
 
 
 def before_of(xml_json: str, node_id: str) -> list[str]:
-    """Return the ids of the tasks in the part of the tree that comes directly before a node."""
-    found: list[str] = []
-
-    def visit(element: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:
-        if element.get("props", {}).get("id") == plain_id(node_id) and "children" in element:
-            leaves = walk_tree(before) if before is not None else ()
-            found.extend(e["props"]["id"] for e in leaves if e["tag"] == Task.tag)
-            return True
-        previous = before
-        for child in element.get("children", ()):
-            if visit(child, previous):
-                return True
-            if element["tag"] != Parallel.tag:
-                previous = child
-        return False
-
-    visit(parse_tree(xml_json), None)
-    return found[-10:]
+    """Return the ids of the nodes in the part of the tree that comes directly before a node."""
+    _, before = tree_index(xml_json).get(plain_id(node_id), (None, None))
+    leaves = walk_tree(before) if before is not None else ()
+    return [e["props"]["id"] for e in leaves if e["tag"] == Task.tag]
 
 
-def last_lines(
-    reads: Reads, run_id: str, wanted: Mapping[Key, int]
-) -> dict[Key, list[dict[str, Any]]]:
-    """Return the last so many lines of each node, oldest first, from the newest part of the log."""
-    found: dict[Key, list[dict[str, Any]]] = {key: [] for key in wanted}
-    left = {key for key, count in wanted.items() if count}
-    if not left:
-        return found
-    for event in reads.list_newest_outputs(run_id, sorted(left), MAX_SCANNED_EVENTS):
-        payload = event.payload
-        key = (payload["nodeId"], payload["iteration"])
-        if key in left:
-            line = {name: payload.get(name) for name in ("attempt", "stream", "text")}
-            found[key].append({**line, "timestampMs": event.timestamp_ms})
-            if len(found[key]) == wanted[key]:
-                left.discard(key)
-                if not left:
-                    break
-    return {key: lines[::-1] for key, lines in found.items()}
+def last_lines(reads: Reads, run_id: str, key: Key, count: int) -> list[dict[str, Any]]:
+    """Return the last so many lines of a node, oldest first.
+
+    They stand in the log between the begin of its attempts and their end.
+    """
+    attempts = reads.list_attempts_of(run_id, key)
+    if not attempts:
+        return []
+    end = attempts[-1].finished_at_ms
+    last = reads.get_newest_seq(run_id) if end is None else reads.first_seq_since(run_id, end + 1)
+    first = reads.first_seq_since(run_id, attempts[0].started_at_ms)
+    first = max(first, last - MAX_SCANNED_EVENTS)
+    events = reads.list_outputs(run_id, key, None, first - 1, last, newest=count)
+    lines = [(event.payload, event.timestamp_ms) for event in events]
+    names = ("attempt", "stream", "text")
+    return [{**{n: line.get(n) for n in names}, "timestampMs": at} for line, at in lines]
 
 
 def gate_json(
@@ -6422,22 +6476,26 @@ def gate_json(
         "decidedAtMs": gate.decided_at_ms,
     }
     if log:
-        shown["evidence"] = evidence_json(reads, run.run_id, gate.node_id)
+        shown["evidence"] = evidence_json(reads, run.run_id, gate.node_id, request)
     return shown
 
 
-def evidence_json(reads: Reads, run_id: str, node_id: str) -> list[dict[str, Any]]:
+def evidence_json(
+    reads: Reads, run_id: str, node_id: str, request: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """Return what a gate needs, or what ran before it: state, output and last lines."""
-    tree = reads.get_tree(run_id)
-    ids = needs_of(tree, node_id) or before_of(tree, node_id)
+    ids = request.get("needs")
+    if not ids:  # a gate of the original's does not say
+        tree = reads.get_tree(run_id)
+        ids = needs_of(tree, node_id) or before_of(tree, node_id)[-MAX_EVIDENCE:]
     nodes = [
         node for node in (reads.find_newest_node(run_id, id) for id in ids) if node is not None
     ]
-    lines = last_lines(reads, run_id, {node.key: 20 for node in nodes})
     shown: list[dict[str, Any]] = []
     for node in nodes:
         output = reads.find_output(run_id, *node.key)
-        is_long = output is not None and len(output) > EVIDENCE_CHARS
+        cut = (output or "").encode()[:EVIDENCE_BYTES].decode("utf-8", "ignore")
+        is_long = output is not None and cut != output
         detail = node_json(node, reads.list_attempts_of(run_id, node.key))
         shown.append(
             {
@@ -6445,9 +6503,9 @@ def evidence_json(reads: Reads, run_id: str, node_id: str) -> list[dict[str, Any
                 "iteration": node.iteration,
                 "state": node.state,
                 "error": detail["error"],
-                "output": output[:EVIDENCE_CHARS] if output and is_long else _loaded(output),
+                "output": cut if is_long else _loaded(output),
                 "isCut": is_long,
-                "log": lines[node.key],
+                "log": last_lines(reads, run_id, node.key, 20),
             }
         )
     return shown
@@ -6474,7 +6532,7 @@ def approvals_json(reads: Reads, run: Run, status: str | None) -> list[dict[str,
 def run_state(run: Run) -> str:
     """Return the later original's `runState`: what stands behind the status."""
     ended = {"finished": "succeeded", "continued": "succeeded"}
-    if run.is_terminal:
+    if run.is_terminal or run.status == "queued":
         return ended.get(run.status, run.status)
     life = owner_life(run)
     is_silent = now_ms() - (run.heartbeat_at_ms or 0) > SOON_MS
@@ -6502,7 +6560,10 @@ def why_json(reads: Reads, run: Run) -> dict[str, Any]:
     state = run_state(run)
     if run.is_terminal:
         return {"state": state, "blocked": blocked, "error": error}
-    if owner_life(run) == "dead":
+    is_driven = owner_life(run) != "dead"
+    if run.status == "queued":
+        add("owner", None, run.created_at_ms, "waits until a worker is free")
+    elif not is_driven:
         add("owner", None, run.heartbeat_at_ms, "no engine drives the run: resume it")
     elif state == "stale":
         add("owner", None, run.heartbeat_at_ms, "its engine gives no sign of life")
@@ -6513,17 +6574,17 @@ def why_json(reads: Reads, run: Run) -> dict[str, Any]:
         add("approval", node, gate.requested_at_ms, shown["requestTitle"] or "waits for a decision")
         if shown["deadlineAtMs"] is not None:
             left = duration_text(shown["deadlineAtMs"] - now_ms())
-            add("timeout", node, gate.requested_at_ms, f"{shown['onTimeout']} in {left}")
+            said = f"without a decision: {shown['onTimeout']} in {left}"
+            add("timeout", node, gate.requested_at_ms, said)
     running = [node for node in open_nodes.values() if node.state == "in-progress"]
-    lines = last_lines(reads, run.run_id, {node.key: 1 for node in running[:100]})
-    for node in running[:MAX_PAGE]:
-        said = lines.get(node.key)
-        detail = f"running; last line: {said[0]['text']}" if said else "running"
+    for n, node in enumerate(running[:MAX_PAGE]):
+        spoken = last_lines(reads, run.run_id, node.key, 1) if n < 100 else []
+        detail = f"last line: {spoken[0]['text']}" if spoken else "no line yet"
         add("task", node, node.updated_at_ms, detail)
     for node, attempt in reads.list_waiting_retries(run.run_id):
         left = duration_text(attempt.meta["dueAtMs"] - now_ms())
         add("retry", node, attempt.finished_at_ms, f"its next attempt is due in {left}")
-    for node, needed in _queued_nodes(reads, run):
+    for node, needed in _queued_nodes(reads, run) if is_driven else ():
         kind = "concurrency" if needed is None else "dependency"
         add(kind, node, node.updated_at_ms, needed or "ready, and waits for a free place")
     return {"state": state, "blocked": blocked, "error": error}
@@ -6775,6 +6836,8 @@ def get_nodes(app: ServeApp, request: Request) -> Response:
         node_id, _, iteration = query["after"].rpartition("::")
         after = (node_id, integer_in("after", iteration, 0))
     state = query.get("state")
+    if state is not None and state not in NODE_STATES:
+        raise InvalidRequest(f"state must be one of {', '.join(NODE_STATES)}, got {short(state)}")
     return _read_run(
         request, lambda reads, run: list_nodes_json(reads, run.run_id, state, after, limit)
     )
@@ -6789,11 +6852,15 @@ def get_node(app: ServeApp, request: Request) -> Response:
 
 def get_approvals(app: ServeApp, request: Request) -> Response:
     status = request.query("status").get("status", "requested")
-    wanted = None if status in ("", "all") else status
+    if status not in GATE_STATUSES:
+        known = ", ".join(GATE_STATUSES)
+        raise InvalidRequest(f"status must be one of {known}, got {short(status)}")
+    wanted = None if status == "all" else status
     return _read_run(request, lambda reads, run: approvals_json(reads, run, wanted))
 
 
 def get_why(app: ServeApp, request: Request) -> Response:
+    request.query()
     return _read_run(request, why_json)
 
 
@@ -6935,14 +7002,14 @@ class Tokens:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._seen: tuple[int, int, int] | None = None
+        self._seen: tuple[int, ...] | None = None
         self._known: list[tuple[bytes, Identity]] = []
         self.read()
 
     def read(self) -> None:
         """Read the file if it has changed. Raises ValueError for what it should not be."""
         found = os.stat(self._path)
-        seen = (found.st_mtime_ns, found.st_ino, found.st_size)
+        seen = (found.st_mtime_ns, found.st_ino, found.st_size, found.st_mode)
         if seen == self._seen:
             return
         self._known = []
@@ -8483,12 +8550,18 @@ class UsageError(SmithersError):
     code = "USAGE"
 
 
+# Words that other tools have for our commands.
+MEANT = {"list": "ps", "ls": "ps", "run": "up", "start": "up", "serve": "up", "log": "logs"}
+MEANT.update(tail="logs", events="logs", reject="deny", kill="cancel", resume="up", why="status")
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         unknown = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
         if unknown:
             names = [command.name for command in COMMANDS]
-            close = difflib.get_close_matches(unknown[1], names, 1, 0.5)
+            close = difflib.get_close_matches(unknown[1], names, 1, 0.6)
+            close = [MEANT[unknown[1]]] if unknown[1] in MEANT else close
             close = close or [name for name in names if name in unknown[1]][:1]
             meant = f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(names)}"
             message = f"no command {unknown[1]!r}{meant}"
@@ -8827,6 +8900,9 @@ class Notifier:
         self._argv, self._db, self._run_id, self._url = list(argv), db, run_id, url
         self._inbox: queue.SimpleQueue[tuple[str, Key | None] | None] = queue.SimpleQueue()
         self._expiring = Deadlines()
+        self._process: Any = None  # the program, while it runs
+        for gate in db.list_gates(run_id, "requested"):  # those of an earlier life
+            self._inbox.put(("gate-known", gate.key))
         self._thread = start_thread("notify", self._run)
 
     def __call__(self, event: Event) -> None:
@@ -8840,6 +8916,8 @@ class Notifier:
         """Have what has happened told, for so long at most."""
         self._inbox.put(None)
         self._thread.join(seconds)
+        if self._process is not None:
+            _signal_group(self._process.pid, signal.SIGKILL)
 
     def _run(self) -> None:
         while True:
@@ -8880,12 +8958,13 @@ class Notifier:
             timeout = request.get("timeoutMs")
             if timeout is not None and gate.requested_at_ms is not None:
                 facts["deadlineAtMs"] = deadline = gate.requested_at_ms + timeout
-                if kind == "gate-opened":
+                if kind != "gate-expiring":
                     self._expiring.set("gate-expiring", key, deadline - timeout * self.SOON_SHARE)
             if self._url is not None:
                 node = urllib.parse.quote(gate.node_id, safe="")
                 facts["url"] = f"{self._url}/ui#/node/{node}/{gate.iteration}"
-        self._start(to_json(facts).encode())
+        if kind != "gate-known":
+            self._start(to_json(facts).encode())
 
     def _start(self, data: bytes) -> None:
         import subprocess
@@ -8893,7 +8972,7 @@ class Notifier:
         why = ""
         for _ in range(self.TRIES):
             try:
-                process = subprocess.Popen(
+                process = self._process = subprocess.Popen(
                     self._argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL, start_new_session=True,
                 )  # fmt: skip
@@ -8902,6 +8981,7 @@ class Notifier:
                 except subprocess.TimeoutExpired:
                     _signal_group(process.pid, signal.SIGKILL)
                     process.wait()
+                self._process = None
                 if process.returncode == 0:
                     return
                 why = f"it ended with {process.returncode}"
@@ -8933,6 +9013,21 @@ def check_up_arguments(args: argparse.Namespace) -> None:
         check_id(args.run_id, "run")
 
 
+def check_seat_arguments(args: argparse.Namespace) -> None:
+    """Refuse a file of tokens, and words for --notify, that cannot be used."""
+    try:
+        if args.tokens is not None:
+            Tokens(args.tokens)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"--tokens {args.tokens}: {reason}") from error
+    try:
+        if args.notify is not None and not shlex.split(args.notify):
+            raise UsageError("--notify needs a program")
+    except ValueError as error:
+        raise UsageError(f"--notify {args.notify!r} cannot be split into words: {error}") from error
+
+
 def check_input_kept(db: SmithersDb, run_id: str, value: Any) -> None:
     """Refuse an input that the run, begun with another one, would not look at."""
     kept = db.get_input(run_id)
@@ -8946,6 +9041,7 @@ def run_up(args: argparse.Namespace) -> int:
     """Run a workflow, served or not, and return the exit code."""
     token = read_token(args)
     check_up_arguments(args)
+    check_seat_arguments(args)
     fix_paths(args)
     if args.detach:
         return detach(args, token)
@@ -8960,7 +9056,6 @@ def run_here(args: argparse.Namespace, workflow: Any, token: str | None) -> int:
     value = read_input(args.input)
     executor = load_executor(args.executor) if args.executor else None
     process = Process(args)
-    warn_of_idle_flags(args)
     server = bind_server(args) if args.serve else None
     try:
         db = open_database(args.db)
@@ -8984,6 +9079,7 @@ def run_here(args: argparse.Namespace, workflow: Any, token: str | None) -> int:
         process.listeners.append(Narrator(args, url, has_token))
         engine.open(args.resume, args.force, args.retry)
         say(f"Run {run_id} in {db.path}")
+        warn_of_idle_flags(args)
         if args.notify:
             process.notifier = Notifier(shlex.split(args.notify), db, run_id, url)
             process.listeners.append(process.notifier)
@@ -9333,11 +9429,12 @@ def open_existing(args: argparse.Namespace) -> SmithersDb:
         raise UsageError(f"{error}; --db names another one") from error
 
 
-def find_run(reads: Reads, text: str | None) -> Run:
+def find_run(reads: Reads, args: argparse.Namespace, text: str | None) -> Run:
     """Return the run whose id, or an unambiguous beginning of it, this is.
 
     Without one: the run that has not ended if there is just one, else the newest.
     """
+    where = os.path.abspath(args.db)
     if text is not None:
         run = reads.get_run(text)
         found = [run] if run is not None else reads.find_runs(text)
@@ -9345,30 +9442,43 @@ def find_run(reads: Reads, text: str | None) -> Run:
             return found[0]
         newest = ", ".join(run.run_id for run in (found or reads.newest_runs(10))[:10])
         what = f"several runs begin with {text!r}" if found else f"there is no run {text!r}"
-        raise UsageError(what + (f"; there are: {newest}" if newest else ": there are none"))
+        raise UsageError(f"{what} in {where}" + (f"; there are: {newest}" if newest else ""))
     active = [run for run in reads.newest_runs(1000) if not run.is_terminal]
     newest_runs = active if len(active) == 1 else reads.newest_runs(1)
     if not newest_runs:
-        raise UsageError("there is no run in this database yet")
+        raise UsageError(f"there is no run yet in {where}")
     return newest_runs[0]
 
 
-def find_run_and_node(reads: Reads, words: Seq[str]) -> tuple[Run, str | None]:
+def find_run_and_node(reads: Reads, args: argparse.Namespace) -> tuple[Run, str | None]:
     """Return what `[RUN] [NODE]` means: a single word is a node if the run has it."""
+    words = args.words
     if len(words) > 2:
-        raise UsageError(f"expected [RUN] [NODE], got {' '.join(words)!r}")
+        raise UsageError(f"expected [RUN] [NODE], got {short(' '.join(words))}")
     if len(words) == 2:
-        return find_run(reads, words[0]), words[1]
+        return find_run(reads, args, words[0]), words[1]
     if not words:
-        return find_run(reads, None), None
+        return find_run(reads, args, None), None
     with contextlib.suppress(UsageError):
-        run = find_run(reads, None)
+        run = find_run(reads, args, None)
         if reads.find_newest_node(run.run_id, words[0]) is not None:
             return run, words[0]
     try:
-        return find_run(reads, words[0]), None
+        return find_run(reads, args, words[0]), None
     except UsageError as error:
         raise UsageError(f"{words[0]!r} is neither a node of the run nor a run: {error}") from error
+
+
+class Whole(str):
+    """A line that is never cut: it is there to be pasted."""
+
+
+def run_and_node(reads: Reads, args: argparse.Namespace) -> tuple[Run, str]:
+    """Return what `[RUN] NODE` means."""
+    if not 1 <= len(args.words) <= 2:
+        raise UsageError(f"expected [RUN] NODE, got {short(' '.join(args.words))}")
+    run = find_run(reads, args, args.words[0] if len(args.words) == 2 else None)
+    return run, str(args.words[-1])
 
 
 def tell(args: argparse.Namespace, value: Any, lines: Iterable[str]) -> int:
@@ -9376,10 +9486,9 @@ def tell(args: argparse.Namespace, value: Any, lines: Iterable[str]) -> int:
     if args.json:
         args.out.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
         return 0
-    is_terminal = os.isatty(1) if sys.__stdout__ is not None else False
-    width = shutil.get_terminal_size().columns if is_terminal else 1 << 16
+    width = shutil.get_terminal_size().columns if args.out.isatty() else None
     for line in lines:
-        args.out.write(line[:width].rstrip() + "\n")
+        args.out.write((line if isinstance(line, Whole) else line[:width].rstrip()) + "\n")
     return 0
 
 
@@ -9417,7 +9526,7 @@ def run_row(reads: Reads, run: Run) -> dict[str, Any]:
         "nodes": sum(summary.values()),
         "createdAtMs": run.created_at_ms,
         "finishedAtMs": run.finished_at_ms,
-        "engine": run.config.get("pid") if life == "alive" else None,
+        "engine": process_of(run.runtime_owner_id or "")[1] if life == "alive" else None,
         "waitsFor": f"{waits} approval{'s' * (waits > 1)}" if waits else None,
         "url": run.config.get("url") if life == "alive" else None,
         "logFile": run.config.get("logFile"),
@@ -9430,14 +9539,14 @@ def run_ps(args: argparse.Namespace) -> int:
         found = [run_row(reads, run) for run in runs]
 
     def lines() -> Iterator[str]:
-        form = "{:<26} {:<16} {:<17} {:>9} {:>8} {:>8}  {:<12} {}"
-        heads = ("RUN", "WORKFLOW", "STATE", "DONE", "AGE", "ENGINE", "WAITS FOR", "URL")
+        form = "{:<20} {:<16} {:>9} {:>8}  {:<12} {:>7}  {:<16} {}"
+        heads = ("RUN", "STATE", "DONE", "AGE", "WAITS FOR", "ENGINE", "WORKFLOW", "URL")
         yield form.format(*heads)
         for row in found:
             yield form.format(
-                row["runId"], row["workflowName"][:16], row["state"],
-                f"{row['done']}/{row['nodes']}", ago(row["createdAtMs"]), row["engine"] or "none",
-                row["waitsFor"] or "", row["url"] or "",
+                row["runId"], row["state"], f"{row['done']}/{row['nodes']}",
+                ago(row["createdAtMs"]), row["waitsFor"] or "", row["engine"] or "none",
+                row["workflowName"][:16], row["url"] or "",
             )  # fmt: skip
         if not found:
             yield "No run has still to end; -a lists all."
@@ -9451,6 +9560,7 @@ def status_json(reads: Reads, run: Run) -> dict[str, Any]:
         **run_row(reads, run),
         "status": run.status,
         "why": why_json(reads, run),
+        "resume": None if run.is_terminal or owner_life(run) == "alive" else _resume_hint(run),
         "failed": failed,
         "summary": reads.get_summary(run.run_id),
     }
@@ -9465,14 +9575,16 @@ def status_lines(args: argparse.Namespace, shown: dict[str, Any]) -> Iterator[st
         by_kind.setdefault(item["kind"], []).append(item)
     for item in by_kind.get("owner", ()):
         yield f"! {item['detail']}"
+        if shown["resume"]:
+            yield Whole(f"    {shown['resume']}")
     for item in by_kind.get("approval", ()):
         name = node_name(item["nodeId"], item["iteration"])
         title, since = log_safe(item["detail"]), ago(item["sinceMs"])
         yield f"! {name} waits for approval since {since}: {title}"
         words = ["approve", shown["runId"], item["nodeId"], "--iteration", str(item["iteration"])]
-        yield f"    {hint(args, *words)}"
+        yield Whole(f"    {hint(args, *words)}")
     words_of = {
-        "timeout": "time is up",
+        "timeout": "has a deadline",
         "task": "runs since",
         "retry": "is tried again",
         "concurrency": "is queued since",
@@ -9500,13 +9612,13 @@ def run_status(args: argparse.Namespace) -> int:
         with contextlib.closing(watch):
             while True:
                 with db.snapshot() as reads:
-                    run = find_run(reads, args.run_id)
+                    run = find_run(reads, args, args.run_id)
                     before, shown = shown, status_json(reads, run)
-                if args.watch and os.isatty(1):
+                if args.watch and args.out.isatty():
                     args.out.write(
                         "\x1b[H\x1b[J"
                     )  # from the top; what is left of before is cleared
-                if before is None or shown["why"] != before["why"] or os.isatty(1):
+                if before is None or shown["why"] != before["why"] or args.out.isatty():
                     tell(args, shown, status_lines(args, shown))
                 if not args.watch or run.is_terminal:
                     break
@@ -9529,7 +9641,7 @@ def show_lines(shown: Mapping[str, Any]) -> Iterator[str]:
     if shown["needs"]:
         yield "  needs " + ", ".join(shown["needs"])
     if shown["output"] is not None:
-        yield "  output: " + to_json(shown["output"])[:EVIDENCE_CHARS]
+        yield "  output: " + to_json(shown["output"])[:EVIDENCE_BYTES]
     for line in shown["log"]:
         yield f"  | {log_safe(line['text'])}"
 
@@ -9539,7 +9651,9 @@ def gate_lines(args: argparse.Namespace, gate: Mapping[str, Any]) -> Iterator[st
     yield f"{node_name(gate['nodeId'], gate['iteration'])}: {log_safe(gate['requestTitle'] or '')}"
     if gate["requestSummary"]:
         yield f"  {log_safe(gate['requestSummary'])}"
-    for name, value in (gate["metadata"] or {}).items():
+    metadata = gate["metadata"]
+    table = metadata if isinstance(metadata, dict) else {"metadata": metadata}
+    for name, value in table.items() if metadata is not None else ():
         yield f"  {log_safe(name)}: {log_safe(value if isinstance(value, str) else to_json(value))}"
     if gate["status"] != "requested":
         note = f": {log_safe(gate['note'])}" if gate["note"] else ""
@@ -9562,12 +9676,12 @@ def gate_lines(args: argparse.Namespace, gate: Mapping[str, Any]) -> Iterator[st
         yield "  may be decided by " + ", ".join(gate["approvers"])
     for verb in ("approve", "deny"):
         words = [verb, gate["runId"], gate["nodeId"], "--iteration", str(gate["iteration"])]
-        yield f"  {hint(args, *words)}"
+        yield Whole(f"  {hint(args, *words)}")
 
 
 def run_show(args: argparse.Namespace) -> int:
     with open_existing(args) as db, db.snapshot() as reads:
-        run, node_id = find_run_and_node(reads, args.words)
+        run, node_id = find_run_and_node(reads, args)
         if node_id is None:
             gates = approvals_json(reads, run, "requested")
             if gates:
@@ -9579,26 +9693,31 @@ def run_show(args: argparse.Namespace) -> int:
         lines = list(show_lines(detail))
         gate = reads.get_gate(run.run_id, (detail["nodeId"], detail["iteration"]))
         if gate is not None:
-            lines += gate_lines(args, gate_json(reads, run, gate, detail["label"]))
+            detail["gate"] = gate_json(reads, run, gate, detail["label"])
+            lines += gate_lines(args, detail["gate"])
         return tell(args, detail, lines)
 
 
 def run_logs(args: argparse.Namespace) -> int:
     """Write what tasks printed, or with --events the log itself as NDJSON."""
-    since = now_ms() - parse_duration(args.since) if args.since else 0
+    since = now_ms() - parse_duration(args.since) if args.since else None
     with open_existing(args) as db, contextlib.closing(db.watch()) as watch:
         with db.snapshot() as reads:
-            run, node_id = find_run_and_node(reads, args.words)
-            failed = {key for key in reads.list_keys(run.run_id, "failed")}
-        after = db.first_seq_since(run.run_id, since) - 1 if since else -1
-        if args.tail is not None:
-            kept: collections.deque[str] = collections.deque(maxlen=args.tail)
-            after = _write_logs(db, run.run_id, after, args, node_id, failed, kept.append)
-            for line in kept:
-                args.out.write(line)
+            run, node_id = find_run_and_node(reads, args)
+            failed = set(reads.list_keys(run.run_id, "failed")) if args.failed else None
+            after = -1 if since is None else reads.first_seq_since(run.run_id, since) - 1
+            if args.tail is not None and failed is None:
+                newest = reads.get_newest_seq(run.run_id)
+                if args.events:
+                    after = max(after, newest - args.tail)
+                else:
+                    last = reads.list_outputs(
+                        run.run_id, None, node_id, after, newest, newest=args.tail
+                    )
+                    after = last[0].seq - 1 if last else newest
         while True:
             run = db.get_run(run.run_id) or run
-            after = _write_logs(db, run.run_id, after, args, node_id, failed, args.out.write)
+            after = _write_logs(db, run.run_id, after, args, node_id, failed)
             if not args.follow or run.is_terminal:
                 return 0
             while not watch.changed():
@@ -9611,27 +9730,32 @@ def _write_logs(
     after: int,
     args: argparse.Namespace,
     node_id: str | None,
-    failed: set[Key],
-    write: Callable[[str], Any],
+    failed: set[Key] | None,
 ) -> int:
     """Write the events after a seq that are asked for; return the seq reached."""
+    kept: collections.deque[str] = collections.deque(maxlen=args.tail if failed else None)
+    newest = db.get_newest_seq(run_id)
     while True:
-        events = db.list_events(run_id, after, 1000)
+        if args.events:
+            events = db.list_events(run_id, after, 1000)
+        else:
+            events = db.list_outputs(run_id, None, node_id, after, newest, limit=1000)
         for event in events:
             after = event.seq
             if args.events:
-                write(event.payload_json + "\n")
-            elif event.type == "NodeOutput":
-                payload = event.payload
-                key = (payload["nodeId"], payload["iteration"])
-                if node_id not in (None, key[0]) or args.failed and key not in failed:
-                    continue
+                kept.append(event.payload_json + "\n")
+                continue
+            payload = event.payload
+            key = (payload["nodeId"], payload["iteration"])
+            if failed is None or key in failed:
                 at = time.strftime("%H:%M:%S", time.localtime(event.timestamp_ms / 1000))
-                line = {"timestampMs": event.timestamp_ms, **payload}
                 text = f"{at} {node_name(*key)} | {log_safe(payload['text'])}"
-                write((to_json(line) if args.json else text) + "\n")
+                kept.append((event.payload_json if args.json else text) + "\n")
+        if not failed or args.tail is None or not events:
+            args.out.write("".join(kept))
+            kept.clear()
         if not events:
-            return after
+            return max(after, newest)
 
 
 def parse_duration(text: str) -> int:
@@ -9656,14 +9780,16 @@ HISTORY = {
 
 def run_history(args: argparse.Namespace) -> int:
     with open_existing(args) as db, db.snapshot() as reads:
-        run = find_run(reads, args.run_id)
+        run = find_run(reads, args, args.run_id)
         events = reads.list_events_of(run.run_id, tuple(HISTORY))
     found = []
     for event in events:
         payload = event.payload
-        named = ("nodeId", "iteration", "status", "decidedBy", "by", "note", "reason", "error")
+        named = "nodeId iteration status decidedBy bySource by note reason error".split()
         said = {name: payload[name] for name in named if name in payload}
         found.append({"timestampMs": event.timestamp_ms, "what": HISTORY[event.type], **said})
+    found += run.config.get("history", [])
+    found.sort(key=lambda item: int(item["timestampMs"]))
 
     def lines() -> Iterator[str]:
         for item in found:
@@ -9674,6 +9800,7 @@ def run_history(args: argparse.Namespace) -> int:
             yield (
                 f"{clock_text(item['timestampMs'])}  {node}{what}"
                 + (f" by {log_safe(by)}" if by else "")
+                + (" (claimed)" if item.get("bySource") == "claimed" else "")
                 + (f": {log_safe(why)}" if why else "")
             )
 
@@ -9694,8 +9821,7 @@ def run_decision(args: argparse.Namespace) -> int:
     verdict = "approved" if args.command == "approve" else "denied"
     with open_existing(args) as db:
         with db.snapshot() as reads:
-            words = args.words if len(args.words) == 2 else [None, *args.words]
-            run, node_id = find_run(reads, words[0]), words[1]
+            run, node_id = run_and_node(reads, args)
             waiting = approvals_json(reads, run, "requested")
             gates = [gate for gate in waiting if gate["nodeId"] == node_id]
             if args.iteration is not None:
@@ -9746,7 +9872,7 @@ def _resume_hint(run: Run) -> str:
 def run_stop(args: argparse.Namespace) -> int:
     """Suspend a run: tell its engine's process to stop, and wait until it has left."""
     with open_existing(args) as db:
-        run = find_run(db, args.run_id)
+        run = find_run(db, args, args.run_id)
         if run.is_terminal:
             raise RunNotActive(f"run {run.run_id} is {run.status} already")
         life = owner_life(run)
@@ -9763,7 +9889,7 @@ def run_stop(args: argparse.Namespace) -> int:
 
 def run_cancel(args: argparse.Namespace) -> int:
     with open_existing(args) as db:
-        run = find_run(db, args.run_id)
+        run = find_run(db, args, args.run_id)
         cancel_run(db, run.run_id, args.by or login_name(), args.note)
         return tell(args, {"runId": run.run_id}, [f"Run {run.run_id} is being cancelled"])
 
@@ -9771,13 +9897,16 @@ def run_cancel(args: argparse.Namespace) -> int:
 def run_retry(args: argparse.Namespace) -> int:
     """Go on with a run that has ended, here and with the flags that it began with."""
     with open_existing(args) as db:
-        run = find_run(db, args.words[0] if args.words else None)
+        run = find_run(db, args, args.words[0] if args.words else None)
     options = run.config.get("options")
     if not options:
         raise UsageError(
             f"run {run.run_id} was not begun by this program's `up`: use up FILE --resume --retry"
         )
     again = argparse.Namespace(**options)
+    args.db = os.path.abspath(args.db)
+    with contextlib.suppress(OSError):  # the folder that the run began in may have gone
+        os.chdir(again.folder)
     again.out, again.db, again.run_id, again.input = args.out, args.db, run.run_id, None
     again.resume, again.retry, again.detach = True, args.words[1:] or True, False
     return run_up(again)
@@ -9785,10 +9914,10 @@ def run_retry(args: argparse.Namespace) -> int:
 
 def run_wait(args: argparse.Namespace) -> int:
     """Wait until a run has ended, or for a gate, and exit by how it stands."""
-    deadline = time.monotonic() + args.timeout if args.timeout else math.inf
+    deadline = math.inf if args.timeout is None else time.monotonic() + args.timeout
     with open_existing(args) as db, contextlib.closing(db.watch()) as watch:
         while True:
-            run = find_run(db, args.run_id)
+            run = find_run(db, args, args.run_id)
             args.run_id = run.run_id
             if run.is_terminal or args.until == "gate" and db.count_open_gates(run.run_id):
                 break
@@ -9803,8 +9932,7 @@ def run_wait(args: argparse.Namespace) -> int:
 
 def run_output(args: argparse.Namespace) -> int:
     with open_existing(args) as db, db.snapshot() as reads:
-        words = args.words if len(args.words) == 2 else [None, *args.words]
-        run, node_id = find_run(reads, words[0]), words[1]
+        run, node_id = run_and_node(reads, args)
         output = reads.find_output(run.run_id, node_id, args.iteration)
         if output is None:
             raise NodeNotFound(f"node {node_id!r} of run {run.run_id} has no output")
@@ -9816,7 +9944,14 @@ def run_graph(args: argparse.Namespace) -> int:
     """Render a workflow without running anything: its tree, or Mermaid text."""
     workflow = load_workflow(args.workflow)
     ctx = Ctx("graph", read_input(args.input) or {})
-    tree = workflow if isinstance(workflow, Workflow) else workflow(ctx)
+    try:
+        tree = workflow if isinstance(workflow, Workflow) else workflow(ctx)
+    except AuthoringError:
+        raise
+    except Exception as error:  # user code: what it raises, in one line
+        path = os.path.realpath(split_workflow(args.workflow)[0])
+        what = f"{type(error).__name__}: {error}"
+        raise UsageError(f"the workflow function raised{_line_in(error, path)}: {what}") from error
     if not isinstance(tree, Workflow):
         raise UsageError(f"a workflow function must return a Workflow, got {short(tree)}")
     Plan(tree, {})
@@ -9858,6 +9993,9 @@ def run_gc(args: argparse.Namespace) -> int:
         old = [run for run in ended if (run.finished_at_ms or run.created_at_ms) < before]
         for run in () if args.dry_run else old:
             with db.transaction(run.run_id) as tx:
+                found = tx.get_run(run.run_id)
+                if found is None or not found.is_terminal:
+                    continue  # somebody has it retried
                 tx.delete_run()
             log_file = run.config.get("logFile")
             with contextlib.suppress(OSError):
@@ -9979,6 +10117,9 @@ class DescriptorWriter(io.TextIOBase):
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
     def write(self, text: str) -> int:
         data = text.encode("utf-8")
         while data:
@@ -10044,8 +10185,9 @@ def result_stream() -> Iterator[Any]:
 
 def run_command_line(args: argparse.Namespace) -> int:
     """Run a parsed command and return its exit code; every mistake is one line on stderr."""
+    at = "%(asctime)s " if _has_time else ""
     logging.basicConfig(
-        stream=sys.stderr, format="[smithers] %(levelname)s %(message)s", level=logging.WARNING
+        stream=sys.stderr, format=at + "[smithers] %(levelname)s %(message)s", level=logging.WARNING
     )
     with result_stream() as args.out:
         code = run_guarded(args)
@@ -10063,7 +10205,10 @@ def run_guarded(args: argparse.Namespace) -> int:
         return EXIT_CONFLICT
     except (AuthoringError, UsageError, StorageError, ServeError) as error:
         say(f"Error: {log_safe(error)}")
-        return EXIT_FAILURE if isinstance(error, (StorageError, Unavailable)) else EXIT_USAGE
+        if isinstance(error, (StorageError, Unavailable)):
+            return EXIT_FAILURE
+        is_conflict = isinstance(error, RunOwned) and args.command != "up"
+        return EXIT_CONFLICT if is_conflict else EXIT_USAGE
     except KeyboardInterrupt:
         return EXIT_CANCELLED
 
