@@ -1,7 +1,7 @@
 """The specification of smithers_serve as tests: real sockets, real processes, real databases.
 
 python3 -m unittest                      every test, nothing to install
-python3 test_smithers_serve.py bench     measure (also: crash N, fuzz SECONDS)
+python3 test_smithers_serve.py bench     measure (also: crash N, restart N, fuzz SECONDS)
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextlib
+import contextvars
 import dataclasses
+import decimal
 import functools
 import hashlib
 import http.client
@@ -517,6 +519,20 @@ def child_environment(**extra: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": path, "PYTHONPYCACHEPREFIX": compiled, **extra}
 
 
+def is_process(pid: int) -> bool:
+    """Return whether a process lives; where there is /proc, a zombie does not."""
+    if os.path.isdir("/proc/self"):
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:
+                return stat.read().rpartition(")")[2].split()[0] not in "ZX"
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 class Child:
     """A process of Python: the lines of its stderr as they come, its stdout on demand."""
 
@@ -606,6 +622,9 @@ class Child:
 
     def finish(self, number: int | None = None, said: str = "") -> tuple[int, str]:
         """Send a signal or a text, if any, and return (exit code, stdout) at the end."""
+        watchdog = threading.Timer(3 * PATIENCE, self.process.kill)
+        watchdog.daemon = True
+        watchdog.start()
         if number is not None:
             self.process.send_signal(number)
         with contextlib.suppress(BrokenPipeError):
@@ -613,6 +632,7 @@ class Child:
             self.stdin.close()
         out = self.stdout.read()
         code = self.process.wait(PATIENCE)
+        watchdog.cancel()
         self._reader.join(PATIENCE)
         return code, out
 
@@ -1781,13 +1801,22 @@ class RunningTest(RunCase):
     def test_output_that_is_not_json_fails(self) -> None:
         ring: list[Any] = []
         ring.append(ring)
-        wrong = (object(), {1, 2}, float("nan"), b"bytes", "\ud800", {(1, 2): 3}, ring)
+        wrong = (
+            object(),
+            {1, 2},
+            float("nan"),
+            b"bytes",
+            "\ud800",
+            {(1, 2): 3},
+            {1: "a", "1": "b"},
+            ring,
+        )
         for number, value in enumerate(wrong):
             with self.subTest(value=repr(value)):
                 self.play(
-                    Task("a", lambda value=value: value),
+                    Task("a", lambda value=value: value, retries=3),
                     ends="failed",
-                    tells="NodeFailed a 0 0 OUTPUT_NOT_JSON",
+                    tells="NodeFailed a 0 0 OUTPUT_NOT_JSON, no NodeRetrying",
                     run_id=f"r{number}",
                 )
 
@@ -1797,7 +1826,7 @@ class RunningTest(RunCase):
             [
                 Task("fits", lambda: "x" * fits),
                 Task("big", lambda: "x" * (fits + 1), continue_on_fail=True),
-                Task("wide", lambda: "ä" * (fits // 2 + 1)),
+                Task("wide", lambda: "ä" * (fits // 2 + 1), retries=3),
             ],
             ends="failed",
             tells="NodeFailed big 0 0 OUTPUT_TOO_LARGE, wide 0 0 OUTPUT_TOO_LARGE",
@@ -1819,13 +1848,15 @@ class RunningTest(RunCase):
         with open(fifo, "w") as pipe:
             pipe.write("more\n")
         live.end()
-        self.assertEqual(self.output("a")["stdout"], "begun\nmore\n")
+        self.assertEqual(self.output("a"), {"exitCode": 0, "stdout": "begun\nmore\n", "stderr": ""})
 
     def test_command_output_keeps_last_64_kib(self) -> None:
         script = "head -c 200000 /dev/zero | tr '\\0' x; echo end"
         self.drive(Task("a", ["sh", "-c", script]))
-        kept = self.output("a")["stdout"]
+        found = self.output("a")
+        kept = found["stdout"]
         self.assertEqual((len(kept), kept[-6:]), (ss.COMMAND_TAIL_BYTES, "xxend\n"))
+        self.assertEqual(found["truncated"], {"stdout": 200004 - ss.COMMAND_TAIL_BYTES})
         log = self.db.list_events("r")
         told = "".join(event.payload["text"] for event in log if event.type == "NodeOutput")
         self.assertEqual(told, "x" * 200000 + "end")
@@ -2580,6 +2611,9 @@ class DurabilityTest(RunCase):
         os.mkdir(path + "-shm")  # sqlite cannot make its shared memory here
         with contextlib.closing(ss.SmithersDb(path)) as db:
             self.play_in(db, "run")
+            # Of a rollback journal the removal is the commit: its folder has to be synced.
+            self.assertEqual(db._writer.execute("pragma journal_mode").fetchone(), ("delete",))
+            self.assertEqual(db._writer.execute("pragma synchronous").fetchone(), (3,))
 
 
 def check_integrity(path: str) -> None:
@@ -2915,6 +2949,9 @@ BAD_BODIES: tuple[tuple[bytes, str], ...] = (
         b'{"note":"\xff"}', b'{"note":"\\ud800"}', b'{"x":NaN}', b'{"iteration":-Infinity}',
         b'{"note":"a","note":"b"}', b'{"note":"a\nb"}', b"[" * 100_000,
         b'{"x":' * 50_000 + b"1" + b"}" * 50_000,
+    )),
+    *((b'{"' + key.encode() + b'":"a"}', key) for key in (
+        "decided_by", "Note", "itteration", "verdict",
     )),
     *((body, "object") for body in (b"null", b"[]", b'"x"', b"1", b"true")),
     *((b'{"iteration":' + value + b"}", "iteration") for value in (
@@ -4502,6 +4539,12 @@ number = 7
 
 
 MODULE = ("-m", "smithers_serve")
+# The same, with less patience for tasks that are deaf.
+HASTY = (
+    "-c",
+    "import sys, smithers_serve as ss; ss.HURRY_SECONDS = ss.SUSPEND_SECONDS = 0.3; "
+    "sys.exit(ss.main())",
+)
 
 
 class CommandCase(RunCase):
@@ -4522,7 +4565,7 @@ class CommandCase(RunCase):
     def main(self, *argv: str, said: str = "", **env: str) -> tuple[int, str, str]:
         """Call main() in the folder and return (exit code, stdout, stderr)."""
         out, err = io.StringIO(), io.StringIO()
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         kept, modules, handlers = os.getcwd(), set(sys.modules), logging.root.handlers[:]
         signals = [signal.getsignal(number) for number in numbers]
         try:
@@ -4723,12 +4766,14 @@ class MistakeTest(CommandCase):
     def test_a_file_that_cannot_be_loaded(self) -> None:
         self.write("broken.py", "x = 1\ndef f(:\n")
         self.write("raises.py", "x = 1\n\n1 / 0\n")
+        self.write("exits.py", "import sys\nsys.exit(0)\n")
         self.write("notes.txt", "hello")
         self.assert_mistakes(
             ("missing.py", "missing.py"),
             ("missing.py", "missing.py:workflow"),
             ("broken.py, line 2.*SyntaxError", "broken.py"),
             ("raises.py, line 3.*ZeroDivisionError", "raises.py"),
+            ("exits.py", "exits.py"),
             ("notes.txt", "notes.txt"),
             ("nothing", "flow.py:nothing"),
             ("number", "flow.py:number"),
@@ -4738,6 +4783,9 @@ class MistakeTest(CommandCase):
         self.assert_mistakes(
             ("--input", "flow.py -i {"),
             ("--input", "flow.py -i NaN"),
+            *(("--input", f"flow.py -i '{text}'") for text in ("[1]", '"text"', "1", "null")),
+            ("1e400", "flow.py -i '{\"x\": 1e400}'"),
+            ("--input", 'flow.py -i \'{"a": 1, "a": 2}\''),
             ("missing.json", "flow.py -i @missing.json"),
             ("--input", "flow.py -d -i {"),
         )
@@ -4754,8 +4802,10 @@ class MistakeTest(CommandCase):
 
     def test_run_ids_that_do_not_fit(self) -> None:
         self.assertEqual(self.main("up", "flow.py:other", "-r", "r1")[0], 0)
+        self.assertEqual(self.main("up", "flow.py", "-r", "r2")[0], 3)
         self.assert_mistakes(
             ("r1 exists", "flow.py:other -r r1"),
+            ("'bugfix'.*'other'.*--force", "flow.py:other -r r2 --resume"),
             ("--run-id", "flow.py:other --resume"),
             ("a b", "flow.py:other -r 'a b'"),
             ("--force", "flow.py:other --force"),
@@ -4832,6 +4882,10 @@ class SignalTest(CommandCase):
             self.assertEqual(child.finish(signal.SIGINT)[0], 2)
             reader.rest()
             self.assertTrue(reader.has_ended)
+        before = rows(self.path)
+        code, out, err = self.main("up", "flow.py", "--resume", "-r", "r")
+        self.assertEqual((code, json.loads(out)["status"]), (2, "cancelled"), err)
+        self.assertEqual(rows(self.path), before)
         self.finished()
         self.assertEqual(self.gate().status, "cancelled")
 
@@ -4846,24 +4900,12 @@ class SignalTest(CommandCase):
         self.assertEqual(self.attempts(), told)
 
     def test_a_deaf_task_holds_no_signal_up(self) -> None:
-        hasty = "import sys, smithers_serve as ss; ss.HURRY_SECONDS = 0.3; sys.exit(ss.main())"
         argv = ("up", "flow.py:ignoring", "-r", "r", "--serve", "--port", "0")
-        with Child("-c", hasty, *argv, folder=self.folder) as child:
+        with Child(*HASTY, *argv, folder=self.folder) as child:
             child.wait_for("deaf . deaf")
             self.assertEqual(child.finish(signal.SIGINT)[0], 2)
         self.finished()
         self.assertEqual(self.status(), "cancelled")
-
-    def test_a_second_signal_leaves_at_once(self) -> None:
-        with self.up("ignoring") as child:
-            child.wait_for("deaf . deaf")
-            child.process.send_signal(signal.SIGINT)
-            child.wait_for("Stopping")
-            with self.assertRaises(subprocess.TimeoutExpired):
-                child.process.wait(2 * ss.SAME_SIGNAL_SECONDS)
-            self.assertEqual(child.finish(signal.SIGINT), (2, ""))
-        self.finished()
-        self.assertNotIn(self.status(), ss.TERMINAL_STATUSES)
 
 
 class DetachTest(CommandCase):
@@ -4871,18 +4913,7 @@ class DetachTest(CommandCase):
         """End a detached process and wait until it has gone."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
-        eventually(lambda: not self.is_alive(pid))
-
-    @staticmethod
-    def is_alive(pid: int) -> bool:
-        with contextlib.suppress(OSError):  # where there is /proc, an orphan may stay a zombie
-            with open(f"/proc/{pid}/stat") as stat:
-                return stat.read().rpartition(")")[2].split()[0] != "Z"
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-        return not os.path.isdir("/proc/self")
+        eventually(lambda: not is_process(pid))
 
     def detach(self, *argv: str) -> tuple[int, str, str]:
         argv = ("up", *argv, "--serve", "--port", "0", "-d")
@@ -4987,7 +5018,1444 @@ class ReadmeTest(RunCase):
 
 
 # ---------------------------------------------------------------------------
-# Commands: bench, crash and fuzz
+# Faults: a rig of processes that die, locks that are held, clocks that step, readers that leave
+# ---------------------------------------------------------------------------
+
+# Tasks write what they do to the file that EFFECTS names, a line each: node, attempt, word.
+FAULT_FLOWS = r"""
+import asyncio, contextvars, decimal, os, signal, subprocess, sys, threading, time
+from smithers_serve import Approval, Loop, Parallel, Sequence, Task, Workflow, current_task
+
+EFFECTS = os.environ.get("EFFECTS", os.devnull)
+
+def note(word):
+    task = current_task()
+    with open(EFFECTS, "ab", buffering=0) as out:
+        out.write(f"{task.node_id} {task.attempt} {word}\n".encode())
+
+def step():
+    note("done")
+    return {"attempt": current_task().attempt}
+
+def hold():
+    note("begin")
+    current_task().log("holding")
+    if current_task().attempt == 0:
+        current_task().cancelled.wait(60)
+        raise RuntimeError("told to stop")
+    note("done")
+
+COMMAND = ["sh", "-c", 'echo "$SMITHERS_NODE_ID $SMITHERS_ATTEMPT begin $$" >> "$EFFECTS"; '
+           'echo holding; if [ "$SMITHERS_ATTEMPT" = 0 ]; then sleep 60; fi; '
+           'echo "$SMITHERS_NODE_ID $SMITHERS_ATTEMPT done" >> "$EFFECTS"']
+
+def deaf():
+    note("begin")
+    current_task().log("holding")
+    time.sleep(60)
+
+def ignoring(ctx):
+    return Workflow("ignoring", Task("deaf", deaf), Task("after", step))
+
+def gated(ctx):
+    return Workflow("gated", Task("before", step), Approval("ok"), Task("after", step))
+
+def held(ctx):
+    return Workflow("held", Task("before", step), Task("hold", hold), Task("after", step))
+
+def commanded(ctx):
+    return Workflow("commanded", Task("command", COMMAND), Task("after", step))
+
+def grandchild(ctx):
+    script = ('env -i sh -c "echo child \\$\\$; exec sleep 60" >> "$EFFECTS" & '
+              'echo holding; [ "$SMITHERS_ATTEMPT" = 0 ] && wait; true')
+    return Workflow("grandchild", Task("command", ["sh", "-c", script]))
+
+def fail_once():
+    note("begin")
+    if current_task().attempt == 0:
+        raise RuntimeError("not yet")
+
+def delayed(ctx):
+    delay = float(os.environ.get("DELAY", "30"))
+    return Workflow("delayed", Task("flaky", fail_once, retries=1, retry_delay=delay))
+
+def broken():
+    note("begin")
+    raise RuntimeError("it broke")
+
+failing = Workflow("failing", Task("broken", broken))
+
+def poison():
+    note("begin")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def good():
+    note("begin")
+    current_task().log("good begins")
+    time.sleep(float(os.environ.get("GOOD", "0.3")))
+    note("done")
+
+def poisoned(ctx):
+    return Workflow("poisoned",
+        Parallel(Task("poison", poison, retries=2, continue_on_fail=True),
+                 Task("good", good), Task("other", good)),
+        Task("after", step))
+
+def pooled(ctx):
+    tasks = [Task(f"good{n}", good) for n in range(3)]
+    return Workflow("pooled",
+        Parallel(Task("poison", poison, retries=2, continue_on_fail=True), *tasks),
+        Task("after", step))
+
+def pool_hold():
+    note("begin " + str(os.getpid()))
+    time.sleep(60)
+
+def pool_held(ctx):
+    run = pool_hold if ctx.state("held") is None else pool_hold
+    return Workflow("pool_held", Task("held", run))
+
+def make_pool():
+    import concurrent.futures, multiprocessing
+    context = multiprocessing.get_context("fork")
+    return concurrent.futures.ProcessPoolExecutor(3, mp_context=context)
+
+def exiting(ctx):
+    sys.exit("usage")
+
+def to_thread(ctx):
+    async def wait():
+        current_task().log("holding")
+        await asyncio.to_thread(time.sleep, 60)
+    return Workflow("to_thread", Task("wait", wait))
+
+def thread(ctx):
+    def wait():
+        threading.Thread(target=time.sleep, args=(60,), daemon=False).start()
+        current_task().log("holding")
+        current_task().cancelled.wait(60)
+    return Workflow("thread", Task("wait", wait))
+
+def printing(ctx):
+    def say():
+        for number in range(50):
+            print("line", number)
+            print("error", number, file=sys.stderr)
+    return Workflow("printing", Task("say", say), Task("after", step))
+
+def lose_folder():
+    note("begin")
+    os.rmdir(os.getcwd())
+    raise RuntimeError("no folder")
+
+def homeless(ctx):
+    return Workflow("homeless", Task("lose", lose_folder, timeout=30, continue_on_fail=True),
+                    Approval("ok"), Task("after", step))
+
+def moving(ctx):
+    return Workflow("moving", Task("move", lambda: os.chdir("/")), Approval("ok"),
+                    Task("after", step))
+
+def cooperative():
+    note("begin")
+    current_task().log("holding")
+    done = 0
+    while done < 3 and not current_task().cancelled.is_set():
+        if current_task().attempt == 0:
+            current_task().cancelled.wait(60)
+        else:
+            done += 1
+    return {"done": done}
+
+def polite(ctx):
+    return Workflow("polite", Task("work", cooperative))
+
+def fork():
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(60)
+        os._exit(0)
+    note("child " + str(pid))
+    current_task().log("holding")
+    current_task().cancelled.wait(60)
+
+def forking(ctx):
+    return Workflow("forking", Task("fork", fork))
+
+def return_twice():
+    pid = os.fork()
+    if pid:
+        os.waitpid(pid, 0)
+    return {"is_child": pid == 0}
+
+def returning(ctx):
+    return Workflow("returning", Task("twice", return_twice), Task("after", step))
+
+def fork_and_wait():
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+def waiting(ctx):
+    return Workflow("waiting", Task("status", fork_and_wait))
+
+def make_forked():
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(60)
+        os._exit(0)
+    with open(EFFECTS, "a") as out:
+        out.write(f"child {pid}\n")
+    import concurrent.futures
+    return concurrent.futures.ThreadPoolExecutor(2)
+
+def stubborn(ctx):
+    script = 'trap "" TERM; echo "cmd $$" >> "$EFFECTS"; echo holding; while :; do sleep 1; done'
+    return Workflow("stubborn", Task("command", ["sh", "-c", script]))
+"""
+
+
+class Clock:
+    """The wall clock, and steps of it."""
+
+    def __init__(self) -> None:
+        self.offset_ms = 0
+
+    def now_ms(self) -> int:
+        return time.time_ns() // 1_000_000 + self.offset_ms
+
+
+@contextlib.contextmanager
+def stepping_clock() -> Iterator[Clock]:
+    clock = Clock()
+    with mock.patch.object(ss, "now_ms", clock.now_ms):
+        yield clock
+
+
+class FaultCase(CommandCase):
+    """A folder with FAULT_FLOWS, lives of their runs, and what these have done."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.write("flows.py", FAULT_FLOWS)
+        self.run_id = "r"
+        self.effects_path = self.in_folder("effects")
+
+    def words(self, flow: str, *extra: str) -> list[str]:
+        """Return the line that begins the run, or goes on with it when it has begun."""
+        resume = ["--resume"] if self.has_begun else []
+        return ["up", f"flows.py:{flow}", *resume, "--run-id", self.run_id, *extra]
+
+    @property
+    def has_begun(self) -> bool:
+        if not os.path.exists(self.path):
+            return False
+        with contextlib.suppress(sqlite3.OperationalError):  # the tables are not there yet
+            return bool(self.read("select 1 from _smithers_runs where run_id = ?", self.run_id))
+        return False
+
+    def life(self, flow: str, *extra: str, start: Seq[str] = MODULE, **env: str) -> Child:
+        """Start one life of a served run, in a process of its own."""
+        env.setdefault("EFFECTS", self.effects_path)
+        words = self.words(flow, "--serve", "--port", "0", *extra)
+        return Child(*start, *words, folder=self.folder, **env)
+
+    def live(self, flow: str, *extra: str) -> tuple[int, str, str]:
+        """Live one life in this process, without a server, to its end."""
+        return self.main(*self.words(flow, *extra), EFFECTS=self.effects_path)
+
+    def live_apart(self, flow: str, *extra: str) -> tuple[int, str, str]:
+        """Live one life in a process of its own, without a server, to its end."""
+        words = self.words(flow, *extra)
+        return run_child(*MODULE, *words, folder=self.folder, EFFECTS=self.effects_path)
+
+    def end_life(self, flow: str, until: str, number: int) -> int:
+        """Live until a line has come, then send a signal; return the exit code."""
+        with self.life(flow) as child:
+            child.wait_for(until)
+            code, _ = child.finish(number)
+        self.said = child.text()
+        return code
+
+    def effects(self) -> list[str]:
+        if not os.path.exists(self.effects_path):
+            return []
+        with open(self.effects_path, encoding="utf-8") as file:
+            return file.read().splitlines()
+
+    def read(self, sql: str, *parameters: Any) -> list[Any]:
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            return db.execute(sql, parameters).fetchall()
+
+    def row(self) -> tuple[str, str | None]:
+        """Return status and owner of the run."""
+        sql = "select status, runtime_owner_id from _smithers_runs where run_id = ?"
+        return self.read(sql, self.run_id)[0]
+
+    def ends(self, node_id: str) -> list[str]:
+        """Return the states of a node's attempts."""
+        sql = "select state from _smithers_attempts where run_id = ? and node_id = ?"
+        return [row[0] for row in self.read(sql + " order by attempt", self.run_id, node_id)]
+
+    def approve(self) -> None:
+        self.decide("approved", "ok", self.run_id)
+
+    def assert_status(self, code: int, status: str, flow: str) -> None:
+        """Assert how one more life of the run ends."""
+        found, out, err = self.live(flow)
+        self.assertEqual((found, json.loads(out)["status"]), (code, status), err)
+
+    def paste(self, said: str, folder: str = "/") -> None:
+        """Run the line that was printed in a shell of another folder, to the run's end."""
+        line = re.search(r"Go on with: (.*)", said)
+        assert line is not None, said
+        done = subprocess.run(
+            ["sh", "-c", line[1].replace(" --serve", "")],
+            cwd=folder,
+            env=child_environment(EFFECTS=self.effects_path, PYTHONPATH=""),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(json.loads(done.stdout)["status"], "finished")
+
+
+class SuspendTest(FaultCase):
+    """SIGTERM and SIGHUP are the machine's: the run goes on later, as if nothing had been."""
+
+    def test_signals_of_machine_suspend(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            self.run_id = f"run-{number}"
+            with self.subTest(number=number):
+                self.assertEqual(self.end_life("gated", "ok waits", number), 3)
+                self.assertEqual(self.row(), ("waiting-approval", None))
+                sql = "select status from _smithers_approvals where run_id = ?"
+                self.assertEqual(self.read(sql, self.run_id), [("requested",)])
+                self.approve()
+                self.paste(self.said)
+
+    def test_suspended_attempts_run_again(self) -> None:
+        for flow, node in (("held", "hold"), ("commanded", "command")):
+            self.run_id = flow
+            with self.subTest(flow=flow):
+                self.assertEqual(self.end_life(flow, "holding", signal.SIGTERM), 3)
+                self.assertEqual(self.row(), ("running", None))
+                self.assertEqual(self.ends(node), ["cancelled"])
+                self.assert_status(0, "finished", flow)
+                self.assertEqual(self.ends(node), ["cancelled", "finished"])
+        self.assertEqual(self.effects().count("before 0 done"), 1)
+
+    def test_function_told_to_stop_runs_again(self) -> None:
+        """A function that looks at its flag and returns early has not done its work."""
+        self.assertEqual(self.end_life("polite", "holding", signal.SIGTERM), 3)
+        self.assertEqual(self.ends("work"), ["cancelled"])
+        self.assert_status(0, "finished", "polite")
+        output = self.read("select output_json from _smithers_outputs")
+        self.assertEqual(output, [('{"done":3}',)])
+
+    def test_three_suspended_lives_are_no_crash(self) -> None:
+        for _ in range(4):
+            with self.life("pool_held", start=HASTY) as child:
+                child.wait_for("held.* started")
+                self.assertEqual(child.finish(signal.SIGTERM)[0], 3)
+        self.assertEqual(self.ends("held"), ["cancelled"] * 4)
+
+    def test_printed_line_goes_on_from_anywhere(self) -> None:
+        """Also when it was started with relative files, and a module of the working folder."""
+        os.mkdir(self.in_folder("sub"))
+        shutil.move(self.in_folder("flows.py"), self.in_folder("sub"))
+        source = "from concurrent.futures import ThreadPoolExecutor\nmake = ThreadPoolExecutor\n"
+        self.write("pools.py", source)
+        self.write("token", "secret\n")
+        words = ["up", "sub/flows.py:gated", "--run-id", self.run_id, "--serve", "--port", "0"]
+        words += ["--executor", "pools:make", "--auth-token-file", "token"]
+        with Child(*MODULE, *words, folder=self.folder, PYTHONPATH=HERE) as child:
+            child.wait_for("ok waits")
+            self.assertEqual(child.finish(signal.SIGTERM)[0], 3)
+        self.approve()
+        for folder in (self.folder, "/"):
+            self.paste(child.text(), folder)
+
+    def test_line_is_printed_without_working_folder(self) -> None:
+        home = self.in_folder("home")
+        os.mkdir(home)
+        words = ["up", "../flows.py:gated", "--run-id", self.run_id, "--serve", "--port", "0"]
+        with Child(*MODULE, *words, "--db", "../smithers.db", folder=home) as child:
+            child.wait_for("ok waits")
+            os.rmdir(home)
+            self.assertEqual(child.finish(signal.SIGTERM)[0], 3, child.text())
+        self.assertNotIn("Traceback", child.text())
+        self.approve()
+        self.paste(child.text())
+
+    def test_line_is_right_after_task_has_moved(self) -> None:
+        self.assertEqual(self.end_life("moving", "ok waits", signal.SIGTERM), 3)
+        self.approve()
+        self.paste(self.said)
+
+
+class ResumeTest(FaultCase):
+    def test_looking_at_ended_run_changes_nothing(self) -> None:
+        self.assertEqual(self.live("failing")[0], 1)
+        before = rows(self.path)
+        self.assert_status(1, "failed", "failing")
+        self.assertEqual((rows(self.path), self.effects()), (before, ["broken 0 begin"]))
+        self.assertEqual(self.live("failing", "--retry")[0], 1)
+        self.assertEqual(self.effects(), ["broken 0 begin", "broken 1 begin"])
+
+    def test_acknowledged_cancel_survives_kill(self) -> None:
+        with self.life("ignoring") as child:
+            child.wait_for("holding")
+            self.assertEqual(ask(child.port, "POST", "/cancel").status, 200)
+            child.finish(signal.SIGKILL)
+        self.assert_status(2, "cancelled", "ignoring")
+        self.assertEqual(self.effects(), ["deaf 0 begin"])
+
+    def test_rest_of_retry_delay_is_kept(self) -> None:
+        with self.life("delayed", DELAY="3600") as child:
+            child.wait_for("will be tried again in 60 min: 2nd attempt")
+            child.finish(signal.SIGKILL)
+        with self.life("delayed", DELAY="3600") as child:
+            self.assertEqual(ask(child.port, "GET", "/").body["status"], "running")
+            self.assertEqual(child.finish(signal.SIGTERM)[0], 3)
+        self.assertEqual(self.effects(), ["flaky 0 begin"])
+
+    def test_cancel_of_suspended_run_is_final(self) -> None:
+        self.assertEqual(self.end_life("held", "holding", signal.SIGTERM), 3)
+        self.cancel(self.run_id, self.adapter())
+        self.assertEqual(self.live("held")[0], 2)
+        self.assertEqual(self.effects(), ["before 0 done", "hold 0 begin"])
+
+
+class LeftoverTest(FaultCase):
+    """No work without an engine."""
+
+    def commands_pid(self) -> int:
+        return int(self.effects()[0].split()[-1])
+
+    def test_command_is_ended_before_new_attempt(self) -> None:
+        for number in (signal.SIGKILL, signal.SIGHUP):
+            self.run_id = f"run-{number}"
+            self.effects_path = self.in_folder(self.run_id)
+            with self.subTest(number=number):
+                self.end_life("commanded", "holding", number)
+                pid = self.commands_pid()
+                self.assert_status(0, "finished", "commanded")
+                self.assertFalse(is_process(pid))
+                self.assertEqual(
+                    self.effects()[1:],
+                    [f"command 1 begin {self.effects()[1].split()[-1]}", "command 1 done",
+                     "after 0 done"],
+                )  # fmt: skip
+
+    def test_whole_group_of_command_is_ended(self) -> None:
+        """Also processes in it that have cleared their environment."""
+        self.end_life("grandchild", "holding", signal.SIGKILL)
+        eventually(lambda: any(line.startswith("child") for line in self.effects()))
+        pid = self.commands_pid()
+        self.assertTrue(is_process(pid))
+        self.assert_status(0, "finished", "grandchild")
+        self.assertFalse(is_process(pid))
+
+    def test_same_run_id_elsewhere_is_left_alone(self) -> None:
+        """A run of another database has its own commands."""
+        other = self.in_folder("other.effects")
+        with self.life("commanded", "--db", "other.db", EFFECTS=other) as neighbour:
+            neighbour.wait_for("holding")
+            self.assertFalse(self.has_begun)
+            self.end_life("commanded", "holding", signal.SIGKILL)
+            with open(other, encoding="utf-8") as file:
+                pid = int(file.readline().split()[-1])
+            self.assertEqual(self.live("commanded")[0], 0)
+            self.assertTrue(is_process(pid), "the neighbour's command was killed")
+            neighbour.finish(signal.SIGTERM)
+
+    def test_pool_workers_end_with_engine(self) -> None:
+        flags = ("--executor", "flows:make_pool")
+        with self.life("pool_held", *flags) as child:
+            eventually(lambda: bool(self.effects()))
+            workers = children_of(child.pid)
+            self.assertTrue(workers)
+            child.process.kill()
+            child.process.wait(PATIENCE)
+            try:
+                eventually(lambda: not any(is_process(pid) for pid in workers))
+            finally:
+                for pid in filter(is_process, workers):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def children_of(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+        direct = [int(word) for word in file.read().split()]
+    every = set(direct)
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{task}/children") as file:
+            every.update(int(word) for word in file.read().split())
+    return sorted(every)
+
+
+def pool_context() -> None:
+    CONTEXT_LEFT.set("dirty")
+    decimal.getcontext().prec = 3
+
+
+def pool_context_seen() -> list[Any]:
+    return [CONTEXT_LEFT.get(), decimal.getcontext().prec]
+
+
+CONTEXT_LEFT: contextvars.ContextVar[str] = contextvars.ContextVar("left", default="clean")
+
+
+def fork_line() -> None:
+    current_task().log("a line")
+
+
+class IsolationTest(RunCase):
+    """No attempt reaches into the next one."""
+
+    def pools(self) -> Iterator[tuple[str, Any]]:
+        fork = multiprocessing.get_context("fork")
+        yield "own threads", None
+        for name, pool in (
+            ("threads", concurrent.futures.ThreadPoolExecutor(1)),
+            ("processes", concurrent.futures.ProcessPoolExecutor(1, mp_context=fork)),
+        ):
+            with pool:
+                yield name, pool
+
+    def test_context_of_attempt_ends_with_it(self) -> None:
+        for name, pool in self.pools():
+            with self.subTest(executor=name):
+                tree = [Task("a", pool_context), Task("b", pool_context_seen)]
+                self.drive(tree, name.replace(" ", "-"), executor=pool)
+                seen = self.output("b", run_id=name.replace(" ", "-"))
+                self.assertEqual(seen, ["clean", 28])
+
+    def test_forked_workers_lines_arrive(self) -> None:
+        """Also those of the attempt whose submission has forked the worker."""
+        for name, pool in self.pools():
+            run_id = name.replace(" ", "-")
+            with self.subTest(executor=name):
+                self.drive([Task("a", fork_line)], run_id, executor=pool)
+                told = self.told("NodeOutput", run_id=run_id)
+                self.assertEqual(told, ["NodeOutput a 0 0 a line stdout"])
+
+
+class PoisonTest(FaultCase):
+    def lives(self, *extra: str) -> list[int]:
+        """Live on until a life ends by itself; return the exit codes."""
+        codes: list[int] = []
+        while len(codes) < 12 and (not codes or codes[-1] == -signal.SIGKILL):
+            codes.append(self.live_apart(*extra)[0])
+        return codes
+
+    def test_task_that_kills_its_process_fails(self) -> None:
+        self.assertEqual(self.lives("poisoned"), [-signal.SIGKILL] * 3 + [0])
+        effects = self.effects()
+        self.assertEqual(sum(line.startswith("poison ") for line in effects), 3)
+        self.assertTrue(all(any(f"{node} {n} done" in effects for n in range(4))
+                            for node in ("good", "other")))  # fmt: skip
+        self.assertIn("after 0 done", effects)
+        error = self.read("select error_json from _smithers_attempts where node_id = 'poison'")
+        self.assertIn("TASK_CRASHED", str(error[-1][0]))
+
+    def test_broken_pool_is_made_anew(self) -> None:
+        code, out, err = self.live_apart("pooled", "--executor", "flows:make_pool")
+        self.assertEqual(code, 0, err)
+        effects = self.effects()
+        self.assertEqual(sum(line.startswith("poison ") for line in effects), 3)
+        for number in range(3):
+            self.assertEqual(
+                len([e for e in effects if re.fullmatch(rf"good{number} \d done", e)]), 1
+            )
+
+
+class TaskEndTest(RunCase):
+    """The end of a task is told when it has come, with all that was said before."""
+
+    def test_last_output_of_command_is_kept(self) -> None:
+        """Also when it has exited between the last look at its pipe and the look at itself."""
+        poll = subprocess.Popen.poll
+
+        def poll_late(process: subprocess.Popen[bytes]) -> int | None:
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            return poll(process)
+
+        command = ["sh", "-c", "sleep 0.15; echo RESULT; echo REASON >&2; exit $1", "sh"]
+        with mock.patch.object(subprocess.Popen, "poll", poll_late):
+            tree = [Task("good", [*command, "0"]), Task("bad", [*command, "1"])]
+            self.drive(tree)
+        found = self.output("good")
+        self.assertEqual((found["stdout"], found["stderr"]), ("RESULT\n", "REASON\n"))
+        self.assertTrue(self.error_of("bad")["message"].endswith(": REASON"))
+
+    def test_writing_grandchild_holds_no_task_open(self) -> None:
+        script = "(for n in $(seq 4000); do echo tick; sleep 0.01; done) & echo started"
+        live = self.start([Task("command", ["sh", "-c", script])])
+        self.assertEqual(live.end().status, "finished")
+        self.assertTrue(self.output("command")["stdout"].startswith("started\n"))
+
+    def test_last_words_of_stopped_command_arrive(self) -> None:
+        script = 'trap "echo bye; exit 1" TERM; echo ready; while :; do sleep 0.01; done'
+        live = self.start([Task("command", ["sh", "-c", script])])
+        live.wait("NodeOutput command 0 0 ready")
+        self.cancel()
+        self.assertEqual(live.end().status, "cancelled")
+        self.assertIn("NodeOutput command 0 0 bye stdout", self.told("NodeOutput"))
+
+
+class LeavingTest(FaultCase):
+    """Whatever a task or a workflow file does, the process tells its end and leaves."""
+
+    def test_error_without_folder_is_told(self) -> None:
+        home = self.in_folder("home")
+        os.mkdir(home)
+        words = ("up", "../flows.py:homeless", "--run-id", self.run_id, "--db", self.path)
+        code, _, err = run_child(*MODULE, *words, folder=home)
+        self.assertEqual(code, 3, err)
+        errors = self.read("select error_json from _smithers_attempts where node_id = 'lose'")
+        self.assertEqual(json.loads(errors[0][0])["message"], "no folder")
+
+    def test_workflow_that_exits_fails_run(self) -> None:
+        _, _, err = self.live("exiting")
+        self.assertIn("SystemExit: usage", err)
+        self.assertEqual(self.row(), ("failed", None))
+
+    def test_foreign_threads_hold_no_process(self) -> None:
+        for flow in ("to_thread", "thread"):
+            for number, expected in ((signal.SIGINT, 2), (signal.SIGTERM, 3)):
+                self.run_id = f"{flow}-{number}"
+                with self.subTest(flow=flow, number=number):
+                    with self.life(flow, start=HASTY) as child:
+                        child.wait_for("holding")
+                        child.process.send_signal(number)
+                        self.assertEqual(child.process.wait(PATIENCE), expected)
+
+
+class SecondSignalTest(FaultCase):
+    """A second signal within the grace: the process leaves at once, and nothing is forgotten."""
+
+    def twice(self, flow: str, first: int, second: int) -> tuple[int, str]:
+        """Send two signals, the other after the first was told; return exit code and stdout."""
+        with self.life(flow) as child:
+            child.wait_for("holding")
+            child.process.send_signal(first)
+            child.wait_for("Stopping")
+            with self.assertRaises(subprocess.TimeoutExpired):
+                child.process.wait(2 * ss.SAME_SIGNAL_SECONDS)
+            return child.finish(second)
+
+    def test_second_signal_leaves_at_once(self) -> None:
+        self.assertEqual(self.twice("ignoring", signal.SIGTERM, signal.SIGTERM), (3, ""))
+        self.assertEqual(self.ends("deaf"), ["in-progress"])
+        self.assertEqual(self.row()[0], "running")
+
+    def test_cancel_counts_after_second_signal(self) -> None:
+        for second in (signal.SIGINT, signal.SIGTERM):
+            self.run_id = f"run-{second}"
+            with self.subTest(second=second):
+                self.assertEqual(self.twice("ignoring", signal.SIGINT, second), (2, ""))
+                self.assert_status(2, "cancelled", "ignoring")
+        self.assertEqual(self.effects(), ["deaf 0 begin"] * 2)
+
+    def test_second_signal_leaves_no_command(self) -> None:
+        self.twice("stubborn", signal.SIGTERM, signal.SIGTERM)
+        self.assertFalse(is_process(int(self.effects()[0].split()[1])))
+
+
+class ClockTest(RunCase):
+    """One clock decides a deadline, and it is looked at again and again."""
+
+    def gate(self, timeout: float) -> Approval:
+        return Approval("gate", timeout=timeout, on_timeout="deny", on_deny="continue")
+
+    def test_gate_expires_though_clock_steps_back(self) -> None:
+        with stepping_clock() as clock:
+            live = self.start([self.gate(0.3)])
+            live.wait("NodeWaitingApproval")
+            clock.offset_ms -= 20
+            self.assertEqual(live.end().status, "finished")
+
+    def test_retry_comes_though_clock_steps_back(self) -> None:
+        def flaky() -> None:
+            if current_task().attempt == 0:
+                raise ValueError("not yet")
+
+        with stepping_clock() as clock:
+            live = self.start([Task("flaky", flaky, retries=1, retry_delay=0.3)])
+            live.wait("NodeRetrying")
+            clock.offset_ms -= 20
+            self.assertEqual(live.end().status, "finished")
+
+    def test_sleep_past_deadline_expires_gate(self) -> None:
+        """The machine slept: the wall clock has gone on, the other one has not."""
+        with stepping_clock() as clock:
+            live = self.start([self.gate(3600)])
+            live.wait("NodeWaitingApproval")
+            clock.offset_ms += 3_600_000
+            self.assertEqual(live.end().status, "finished")
+
+    def test_gates_expire_beside_chatty_task(self) -> None:
+        gates = [
+            Approval(f"gate{n}", timeout=0.2 + n / 100, on_timeout="deny", on_deny="continue")
+            for n in range(20)
+        ]
+        decided: list[ss.Event] = []
+        is_over = threading.Event()
+
+        def see(event: ss.Event) -> None:
+            if event.type == "ApprovalDenied":
+                decided.append(event)
+            if len(decided) == len(gates):
+                is_over.set()
+
+        def chat() -> None:
+            for _ in range(20_000):
+                current_task().log("and another thing")
+                if is_over.is_set():
+                    return
+
+        tree = Workflow("test", Parallel(Task("chat", chat), *gates))
+        ss.run_workflow(tree, adapter=self.db, run_id="r", on_event=see)
+        seen = [words.split()[0] for words in self.told("ApprovalDenied", "NodeOutput")]
+        self.assertEqual(seen.count("ApprovalDenied"), len(gates))
+        after_last = seen[::-1].index("ApprovalDenied")
+        self.assertLess(after_last, len(seen) - 20, "they were decided when the talk was over")
+
+
+class OwnerTest(FaultCase):
+    """Who lives is what the kernel says, whatever a clock or a heartbeat says."""
+
+    def write_row(self, **values: Any) -> None:
+        with contextlib.closing(sqlite3.connect(self.path, timeout=PATIENCE)) as db:
+            for name, value in values.items():
+                db.execute(f"update _smithers_runs set {name} = ?", (value,))
+            db.commit()
+
+    def test_living_owner_with_old_heartbeat_is_kept(self) -> None:
+        with self.life("gated") as child:
+            child.wait_for("ok waits")
+            child.process.send_signal(signal.SIGSTOP)
+            try:
+                self.write_row(heartbeat_at_ms=1)
+                code, _, err = self.live("gated")
+            finally:
+                child.process.send_signal(signal.SIGCONT)
+            self.assertEqual(code, 4, err)
+            self.assertIn("living process", err)
+            self.approve()
+            child.wait_for("Workflow finished")
+        self.assertEqual(self.effects(), ["before 0 done", "after 0 done"])
+
+    def test_dead_owner_with_new_heartbeat_is_dead(self) -> None:
+        self.end_life("gated", "ok waits", signal.SIGKILL)
+        self.write_row(heartbeat_at_ms=2**45)
+        self.approve()
+        self.assert_status(0, "finished", "gated")
+
+    def test_other_process_with_owners_number_is_nobody(self) -> None:
+        """A process id is given anew; the time of its start tells."""
+        with self.life("gated") as child:
+            child.wait_for("ok waits")
+            owner = self.row()[1]
+            assert owner is not None
+            child.finish(signal.SIGKILL)
+        host, _, start, token = owner.rsplit("|", 3)
+        self.write_row(runtime_owner_id="|".join([host, str(os.getpid()), start, token]))
+        self.approve()
+        self.assert_status(0, "finished", "gated")
+
+    def test_unseen_owner_lives_by_its_heart(self) -> None:
+        """Not by what its clock says: by whether the heartbeat moves."""
+        self.assertEqual(self.live("gated")[0], 3)
+        far = ss.now_ms() + 7_200_000
+        stop = threading.Event()
+
+        def beat() -> None:
+            beats = 0
+            while not stop.wait(0.2):
+                beats += 1
+                self.write_row(heartbeat_at_ms=beats)
+
+        owner = "elsewhere/boot/pid:[1]|1|1|token"
+        self.write_row(runtime_owner_id=owner, heartbeat_at_ms=1, status="running")
+        heart = threading.Thread(target=beat)
+        brief = mock.patch.object(ss, "watch_owner", functools.partial(ss.watch_owner, seconds=1.0))
+        brief.start()
+        self.addCleanup(brief.stop)
+        heart.start()
+        try:
+            code, _, err = self.live("gated")
+        finally:
+            stop.set()
+            heart.join()
+        self.assertEqual(code, 4, err)
+        self.write_row(heartbeat_at_ms=far)
+        self.cancel(self.run_id, self.adapter())
+        self.assertEqual(self.row(), ("cancelled", None))
+
+
+class FileTest(FaultCase):
+    """The file under the run."""
+
+    def test_removed_or_moved_file_ends_engine(self) -> None:
+        for how in ("removed", "moved", "replaced"):
+            self.run_id = how
+            self.effects_path = self.in_folder("effects." + how)
+            with self.subTest(how=how), self.life("held") as child:
+                child.wait_for("holding")
+                os.rename(self.path, self.path + ".old")
+                if how == "removed":
+                    os.remove(self.path + ".old")
+                elif how == "replaced":
+                    ss.SmithersDb(self.path).close()
+                line = child.wait_for("Engine stopped: (.*)")
+                self.assertIn("removed or replaced", line)
+                self.assertEqual(child.finish()[0], 1)
+                self.assertEqual(self.effects(), ["before 0 done", "hold 0 begin"])
+            for name in os.listdir(self.folder):
+                if name.startswith("smithers.db"):
+                    os.remove(self.in_folder(name))
+
+    def test_many_processes_open_one_new_file(self) -> None:
+        script = """
+import multiprocessing, os, sys
+import smithers_serve as ss
+def open_one(path, barrier, failures):
+    barrier.wait()
+    try:
+        ss.SmithersDb(path).close()
+    except Exception as error:
+        failures.put(str(error))
+context = multiprocessing.get_context("fork")
+failures = context.SimpleQueue()
+for round in range(8):
+    barrier = context.Barrier(6)
+    every = [context.Process(target=open_one, args=(f"{sys.argv[1]}/{round}.db", barrier, failures))
+             for _ in range(6)]
+    for process in every: process.start()
+    for process in every: process.join()
+while not failures.empty(): print(failures.get())
+"""
+        self.assertEqual(run_child("-c", script, self.folder), (0, "", ""))
+
+    def test_log_shrinks_when_reader_has_left(self) -> None:
+        output = ss.to_json("x" * 1_000_000)
+
+        def write(db: ss.SmithersDb, count: int) -> None:
+            for number in range(count):
+                with db.transaction("r") as tx:
+                    tx.put_output((f"node{number}", 0), output)
+
+        with contextlib.closing(ss.SmithersDb(self.path)) as db:
+            write(db, 1)
+            with contextlib.closing(sqlite3.connect(self.path)) as reader:
+                reader.execute("begin")
+                reader.execute("select count(*) from _smithers_outputs").fetchone()
+                write(db, 12)
+                self.assertGreater(os.path.getsize(self.path + "-wal"), 10_000_000)
+            write(db, 3)
+            self.assertLess(os.path.getsize(self.path + "-wal"), 6_000_000)
+
+    def test_file_behind_dangling_link_is_private(self) -> None:
+        link = self.in_folder("link.db")
+        os.symlink("target.db", link)
+        ss.SmithersDb(link).close()
+        mode = os.stat(self.in_folder("target.db")).st_mode
+        self.assertEqual(stat.S_IMODE(mode), 0o600)
+
+
+class ForkTest(FaultCase):
+    """Children keep nothing that is ours."""
+
+    def end_children(self) -> None:
+        for line in self.effects():
+            pid = line.split()[-1]
+            if pid.isdecimal() and is_process(int(pid)):
+                os.kill(int(pid), signal.SIGKILL)
+
+    def test_children_hold_no_sockets(self) -> None:
+        """Neither the port nor a client's connection outlives the process that listened."""
+        for flow, extra in (("forking", ()), ("pool_held", ("--executor", "flows:make_pool"))):
+            self.run_id = flow
+            self.effects_path = self.in_folder("effects." + flow)
+            self.addCleanup(self.end_children)
+            with self.subTest(flow=flow), self.life(flow, *extra) as child:
+                port = child.port
+                with EventReader(port) as before:
+                    eventually(lambda: bool(self.effects()))
+                    with EventReader(port) as after:
+                        child.process.kill()
+                        child.process.wait(PATIENCE)
+                        for reader in (before, after):
+                            with contextlib.suppress(ConnectionError):
+                                receive(reader.socket)  # to the end, which comes
+                with contextlib.closing(socket.socket()) as sock:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    sock.bind((LOOPBACK, port))
+                    sock.listen(1)
+                self.end_children()  # they hold what reads our stderr
+
+    def test_child_that_returns_is_no_engine(self) -> None:
+        code, out, err = self.live_apart("returning")
+        self.assertEqual((code, out.count("runId")), (0, 1), err)
+        self.assertEqual(self.ends("twice"), ["finished"])
+        found = self.read("select output_json from _smithers_outputs where node_id = 'twice'")
+        self.assertEqual(found, [('{"is_child":false}',)])
+        self.assertEqual(self.effects(), ["after 0 done"])
+
+    def test_signal_at_fork_ends_child(self) -> None:
+        """A pool that broke ends workers as young as that; a deaf one is waited for for ever."""
+        script = """
+import os, signal, sys
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
+import smithers_serve
+sys.exit(smithers_serve.main(sys.argv[1:]))
+"""
+        code, _, err = run_child("-c", script, *self.words("waiting"), folder=self.folder)
+        self.assertEqual(code, 0, err)
+        found = self.read("select output_json from _smithers_outputs")
+        self.assertEqual(found, [(str(int(signal.SIGTERM)),)])
+
+    def test_detaching_returns_though_factory_has_forked(self) -> None:
+        self.addCleanup(self.end_children)
+        words = self.words("gated", "--serve", "--port", "0", "--executor", "flows:make_forked")
+        options = {"folder": self.folder, "EFFECTS": self.effects_path}
+        with Child(*MODULE, *words, "-d", **options) as child:  # its stderr is the children's too
+            self.assertEqual(child.process.wait(PATIENCE), 0)
+            pid = child.read()["pid"]
+            self.end_children()
+        os.kill(pid, signal.SIGTERM)
+        eventually(lambda: not is_process(pid))
+        self.end_children()
+
+
+class StandardStreamTest(FaultCase):
+    """Standard streams that are closed, full or left cost no run."""
+
+    def shell(self, redirection: str, *extra: str) -> tuple[int, str]:
+        """Run `printing` with a redirection; return the exit code and what was said."""
+        line = shlex.join([sys.executable, "-m", "smithers_serve", *self.words("printing"), *extra])
+        done = subprocess.run(
+            ["sh", "-c", f"exec {line} {redirection}"],
+            cwd=self.folder, env=child_environment(EFFECTS=self.effects_path), text=True,
+            stdin=subprocess.DEVNULL, capture_output=True, timeout=60,
+        )  # fmt: skip
+        return done.returncode, done.stdout + done.stderr
+
+    def test_missing_and_full_streams_are_borne(self) -> None:
+        for number, redirection in enumerate(
+            ("<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full")
+        ):
+            self.run_id = f"run-{number}"
+            with self.subTest(redirection=redirection):
+                code, said = self.shell(redirection)
+                self.assertNotIn("Traceback", said)
+                self.assertEqual(code, 0, said)
+                status = self.read(
+                    "select status from _smithers_runs where run_id = ?", self.run_id
+                )
+                self.assertEqual(status, [("finished",)])
+
+    def test_lost_result_is_told(self) -> None:
+        self.assertIn("The result could not be written: No space left", self.shell(">/dev/full")[1])
+
+    def test_served_run_needs_no_stderr(self) -> None:
+        words = [*self.words("printing"), "--serve", "--port", "0"]
+        line = shlex.join([sys.executable, "-m", "smithers_serve", *words])
+        process = subprocess.Popen(
+            ["sh", "-c", f"exec {line} 2>&-"],
+            cwd=self.folder, env=child_environment(EFFECTS=self.effects_path),
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            eventually(lambda: self.has_begun and self.row()[0] == "finished")
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(PATIENCE), 0)
+        finally:
+            process.kill()
+            process.wait()
+
+    def test_reader_may_leave_early(self) -> None:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "smithers_serve", *self.words("printing")],
+            cwd=self.folder, env=child_environment(EFFECTS=self.effects_path),
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stdout is not None and process.stderr is not None
+        with process, process.stdout:
+            with process.stderr:
+                process.stderr.readline()
+            self.assertEqual(json.loads(process.stdout.read())["status"], "finished")
+            self.assertEqual(process.wait(PATIENCE), 0)
+
+
+class ScaleTest(RunCase):
+    """What waits costs nothing."""
+
+    def work_of_decisions(self, gates: int) -> int:
+        """Return how many hundreds of sqlite's steps 20 decisions among open gates take."""
+        run_id, steps = f"run-{gates}", [0]
+        connect = sqlite3.connect
+
+        def connect_counted(*args: Any, **options: Any) -> sqlite3.Connection:
+            def count() -> int:
+                steps[0] += 1
+                return 0
+
+            connection = connect(*args, **options)
+            connection.set_progress_handler(count, 100)
+            return connection
+
+        every = [Approval(f"gate{n}", on_deny="continue") for n in range(gates)]
+        with mock.patch.object(ss.sqlite3, "connect", connect_counted):
+            db = self.adapter()
+            live = self.start([Parallel(*every)], run_id, adapter=db)
+            live.wait(PARKS)
+            steps[0] = 0
+            for number in range(20):
+                ss.decide(db, run_id, f"gate{number}", ss.Decision("approved"))
+                live.wait(f"NodeFinished gate{number}")
+            counted = steps[0]
+            self.cancel(run_id)
+            live.end()
+        return counted
+
+    def test_decision_reads_no_other_gates(self) -> None:
+        with mock.patch.object(ss, "HEARTBEAT_SECONDS", 3600):
+            few, many = self.work_of_decisions(30), self.work_of_decisions(2000)
+        self.assertLess(many, 3 * few + 100)
+
+    def test_parked_run_reads_no_gates(self) -> None:
+        """Beside its heartbeat a parked run asks how many wait, in one statement."""
+        statements: list[str] = []
+        connect = sqlite3.connect
+
+        def connect_traced(*args: Any, **options: Any) -> sqlite3.Connection:
+            connection = connect(*args, **options)
+            connection.set_trace_callback(statements.append)
+            return connection
+
+        every = [Approval(f"gate{n}") for n in range(300)]
+        with (
+            mock.patch.object(ss.sqlite3, "connect", connect_traced),
+            mock.patch.object(ss, "HEARTBEAT_SECONDS", 0.05),
+        ):
+            db = self.adapter()
+            live = self.start([Parallel(*every)], adapter=db)
+            live.wait(PARKS)
+            statements.clear()
+
+            def beats() -> int:
+                return sum("heartbeat_at_ms = " in text for text in tuple(statements))
+
+            eventually(lambda: beats() >= 5)
+            seen = tuple(statements)
+            ss.cancel_run(db, "r")
+            live.end()
+        listed = [text for text in seen if "_smithers_approvals" in text and "count" not in text]
+        self.assertEqual(listed, [])
+        self.assertLess(len(seen), 30 * (beats() + 1))
+
+
+# The tables of the original's 0.12.8 that both programs know, as it makes them.
+ORIGINAL_SCHEMA = """
+CREATE TABLE _smithers_runs (run_id TEXT PRIMARY KEY, workflow_name TEXT NOT NULL,
+  workflow_path TEXT, workflow_hash TEXT, status TEXT NOT NULL, created_at_ms INTEGER NOT NULL,
+  started_at_ms INTEGER, finished_at_ms INTEGER, heartbeat_at_ms INTEGER, runtime_owner_id TEXT,
+  cancel_requested_at_ms INTEGER, hijack_requested_at_ms INTEGER, hijack_target TEXT,
+  vcs_type TEXT, vcs_root TEXT, vcs_revision TEXT, error_json TEXT, config_json TEXT);
+CREATE TABLE _smithers_nodes (run_id TEXT NOT NULL, node_id TEXT NOT NULL,
+  iteration INTEGER NOT NULL DEFAULT 0, state TEXT NOT NULL, last_attempt INTEGER,
+  updated_at_ms INTEGER NOT NULL, output_table TEXT NOT NULL, label TEXT,
+  PRIMARY KEY (run_id, node_id, iteration));
+CREATE TABLE _smithers_attempts (run_id TEXT NOT NULL, node_id TEXT NOT NULL,
+  iteration INTEGER NOT NULL DEFAULT 0, attempt INTEGER NOT NULL, state TEXT NOT NULL,
+  started_at_ms INTEGER NOT NULL, finished_at_ms INTEGER, error_json TEXT, jj_pointer TEXT,
+  response_text TEXT, jj_cwd TEXT, cached INTEGER DEFAULT 0, meta_json TEXT,
+  PRIMARY KEY (run_id, node_id, iteration, attempt));
+CREATE TABLE _smithers_frames (run_id TEXT NOT NULL, frame_no INTEGER NOT NULL,
+  created_at_ms INTEGER NOT NULL, xml_json TEXT NOT NULL, xml_hash TEXT NOT NULL,
+  mounted_task_ids_json TEXT, task_index_json TEXT, note TEXT, PRIMARY KEY (run_id, frame_no));
+CREATE TABLE _smithers_approvals (run_id TEXT NOT NULL, node_id TEXT NOT NULL,
+  iteration INTEGER NOT NULL DEFAULT 0, status TEXT NOT NULL, requested_at_ms INTEGER,
+  decided_at_ms INTEGER, note TEXT, decided_by TEXT, PRIMARY KEY (run_id, node_id, iteration));
+CREATE TABLE _smithers_events (run_id TEXT NOT NULL, seq INTEGER NOT NULL,
+  timestamp_ms INTEGER NOT NULL, type TEXT NOT NULL, payload_json TEXT NOT NULL,
+  PRIMARY KEY (run_id, seq));
+CREATE TABLE _smithers_ralph (run_id TEXT NOT NULL, ralph_id TEXT NOT NULL,
+  iteration INTEGER NOT NULL DEFAULT 0, done INTEGER NOT NULL DEFAULT 0,
+  updated_at_ms INTEGER NOT NULL, PRIMARY KEY (run_id, ralph_id));
+CREATE TABLE input (run_id TEXT PRIMARY KEY, payload TEXT);
+INSERT INTO _smithers_runs (run_id, workflow_name, status, created_at_ms, started_at_ms)
+  VALUES ('r', 'deploy', 'waiting-approval', 1000, 1000);
+INSERT INTO _smithers_nodes VALUES ('r', 'lint', 0, 'finished', 1, 1000, 'a', NULL),
+  ('r', 'gate', 0, 'waiting-approval', NULL, 1000, 'c', 'Ship it?');
+INSERT INTO _smithers_attempts (run_id, node_id, attempt, state, started_at_ms, finished_at_ms)
+  VALUES ('r', 'lint', 1, 'finished', 1000, 1000);
+INSERT INTO _smithers_approvals VALUES ('r', 'gate', 0, 'requested', 1000, NULL, NULL, NULL);
+INSERT INTO _smithers_frames VALUES ('r', 1, 1000, '{"kind":"element"}', 'hash', NULL, NULL, NULL);
+INSERT INTO _smithers_events VALUES ('r', 0, 1000, 'RunStarted',
+  '{"type":"RunStarted","runId":"r","timestampMs":1000}');
+"""
+
+# How the original writes a node.
+ORIGINAL_UPSERT = """
+insert into _smithers_nodes
+  (run_id, node_id, iteration, state, last_attempt, updated_at_ms, output_table, label)
+values ('r', ?, 0, ?, ?, 2000, 'c', null)
+on conflict (run_id, node_id, iteration) do update set
+  state = excluded.state, last_attempt = excluded.last_attempt,
+  updated_at_ms = excluded.updated_at_ms, output_table = excluded.output_table,
+  label = excluded.label
+"""
+
+
+class TwoProgramsTest(CommandCase):
+    """The original's program on the same file."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.db = self.adapter()
+
+    def theirs(self, *statements: tuple[Any, ...]) -> None:
+        """Write as another program does: on its own connection, in one transaction."""
+        with contextlib.closing(sqlite3.connect(self.path, timeout=PATIENCE)) as db:
+            for sql, *parameters in statements:
+                db.execute(sql, parameters)
+            db.commit()
+
+    def original_file(self) -> str:
+        path = self.in_folder("original.db")
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.executescript(ORIGINAL_SCHEMA)
+        return path
+
+    def deny_like_original(self) -> None:
+        """What its `deny` writes when no engine runs."""
+        self.theirs(
+            ("update _smithers_approvals set status = 'denied', decided_at_ms = 2000,"
+             " requested_at_ms = null where run_id = 'r' and node_id = 'gate'",),
+            (ORIGINAL_UPSERT, "gate", "failed", None),
+            ("insert into _smithers_events select 'r', max(seq) + 1, 2000, 'ApprovalDenied',"
+             """ '{"type":"ApprovalDenied","runId":"r","nodeId":"gate","iteration":0,"""
+             """"timestampMs":2000}' from _smithers_events where run_id = 'r'""",),
+        )  # fmt: skip
+
+    def test_upserts_of_nodes_are_counted(self) -> None:
+        """Also where sqlite turns `insert or ignore` in a trigger into an error."""
+        self.drive([Task("a", answer), Approval("gate")], park=False)
+        for state in ("in-progress", "finished", "finished"):
+            self.theirs((ORIGINAL_UPSERT, "theirs", state, 1), (ORIGINAL_UPSERT, "gate", state, 1))
+        self.assertEqual(self.db.get_summary("r"), {"finished": 3})
+
+    def test_denial_without_engine_is_not_asked_again(self) -> None:
+        tree = [Approval("gate", on_deny="fail"), Task("after", answer)]
+        self.drive(tree, park=False)
+        self.deny_like_original()
+        result = self.drive(tree, resume=True, park=False)
+        self.assertEqual(result.status, "failed")
+        self.assertEqual(len(self.told("ApprovalRequested")), 1)
+        self.assertEqual(self.starts(), "")
+
+    def test_denial_without_engine_may_continue(self) -> None:
+        tree = [Approval("gate", on_deny="continue"), Task("after", answer)]
+        self.drive(tree, park=False)
+        self.deny_like_original()
+        result = self.drive(tree, resume=True, park=False)
+        self.assertEqual((result.status, self.starts()), ("finished", "after"))
+        self.assertEqual(self.output("gate")["approved"], False)
+
+    def test_wiped_labels_come_back(self) -> None:
+        tree = [Approval("gate", title="Ship it?"), Task("after", answer, label="After")]
+        self.drive(tree, park=False)
+
+        def labels() -> list[str | None]:
+            return [node.label for node in self.db.list_nodes("r")]
+
+        before = labels()
+        self.assertNotIn(None, before)
+        self.theirs(
+            ("update _smithers_approvals set status = 'approved', decided_at_ms = 2000",),
+            (ORIGINAL_UPSERT, "gate", "pending", None),
+        )
+        self.assertEqual(self.drive(tree, resume=True, park=False).status, "finished")
+        self.assertEqual(labels(), before)
+
+    def test_run_ended_by_other_program_stops(self) -> None:
+        for status in ("cancelled", "failed", "continued"):
+            run_id = f"run-{status}"
+            with self.subTest(status=status):
+                stopped = threading.Event()
+
+                def hold(stopped: threading.Event = stopped) -> None:
+                    if current_task().cancelled.wait(PATIENCE):
+                        stopped.set()
+
+                live = self.start([Task("hold", hold), Task("after", answer)], run_id)
+                live.wait("NodeStarted")
+                self.theirs(
+                    ("update _smithers_runs set status = ? where run_id = ?", status, run_id)
+                )
+                self.assertEqual(live.end().status, status)
+                self.assertTrue(stopped.is_set())
+                self.assertEqual(self.status(run_id), status)
+                self.assertEqual(self.states(run_id), {"hold": "cancelled", "after": "pending"})
+                # Its log has no end that we know.
+                self.theirs(("delete from _smithers_runs where run_id = ?", run_id))
+
+    def test_watching_leaves_file_as_it_is(self) -> None:
+        path = self.original_file()
+        with open(path, "rb") as file:
+            before = file.read()
+        with contextlib.closing(ss.SmithersDb(path)) as db:
+            app = ss.create_serve_app(adapter=db, run_id="r", abort=threading.Event())
+            for route in ("/", "/events", "/frames", "/metrics", "/nodes", "/nodes/gate",
+                          "/approvals", "/why"):  # fmt: skip
+                with self.subTest(route=route):
+                    if route != "/events":
+                        self.assertEqual(app.request("GET", route).status, 200)
+            self.assertEqual(app.request("GET", "/").json()["summary"],
+                             {"finished": 1, "waiting-approval": 1})  # fmt: skip
+            app.close()
+        for words in (["ps"], ["status", "r"], ["show", "r"], ["logs", "r"], ["history", "r"],
+                      ["output", "r", "lint"]):  # fmt: skip
+            _, _, err = self.main(*words, "--db", path)
+            self.assertNotIn("Traceback", err)
+        with open(path, "rb") as file:
+            self.assertTrue(file.read() == before, "the file was changed")
+        self.assertEqual(
+            sorted(name for name in os.listdir(self.folder) if name.startswith("original")),
+            ["original.db"],
+        )
+
+    def test_decision_is_written_into_originals_file(self) -> None:
+        path = self.original_file()
+        with contextlib.closing(ss.SmithersDb(path)) as db:
+            ss.decide(db, "r", "gate", ss.Decision("approved", note="go"))
+        with contextlib.closing(sqlite3.connect(path)) as theirs:
+            row = theirs.execute("select status, requested_at_ms, note from _smithers_approvals")
+            self.assertEqual(row.fetchall(), [("approved", 1000, "go")])
+            theirs.execute(ORIGINAL_UPSERT, ("gate", "finished", 1))
+            theirs.execute(ORIGINAL_UPSERT, ("next", "pending", None))
+            theirs.commit()
+        with contextlib.closing(ss.SmithersDb(path)) as db:
+            self.assertEqual(db.get_summary("r"), {"finished": 2, "pending": 1})
+
+    def test_old_triggers_are_mended_on_open(self) -> None:
+        self.db.close()
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            db.execute("drop trigger _smithers_nodes_moved")
+            db.execute(
+                """create trigger _smithers_nodes_moved after update of state on _smithers_nodes
+                   when old.state <> new.state begin
+                     insert or ignore into _smithers_summary values (new.run_id, new.state, 0);
+                     update _smithers_summary set nodes = nodes + 1
+                       where run_id = new.run_id and state = new.state;
+                   end"""
+            )
+        self.db = self.adapter()
+        self.drive([Approval("gate"), Task("a", answer)], park=False)
+        for state in ("finished", "pending", "finished"):
+            self.theirs((ORIGINAL_UPSERT, "gate", state, 1))
+        self.assertEqual(self.db.get_summary("r"), {"finished": 1, "pending": 1})
+
+    def test_frames_that_are_deltas_are_no_trees(self) -> None:
+        path = self.original_file()
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute("alter table _smithers_frames add column encoding text default 'full'")
+            db.execute(
+                """insert into _smithers_frames (run_id, frame_no, created_at_ms, xml_json,
+                     xml_hash, encoding)
+                   values ('r', 2, 2000, '{"version":1,"ops":[]}', 'hash', 'delta')"""
+            )
+            db.commit()
+        with contextlib.closing(ss.SmithersDb(path)) as db:
+            app = ss.create_serve_app(adapter=db, run_id="r", abort=threading.Event())
+            frames = app.request("GET", "/frames").json()
+            self.assertNotIn("ops", "".join(frame["xmlJson"] for frame in frames))
+            self.assertEqual(frames[-1]["frameNo"], 1)
+            app.close()
+
+    def test_unknown_statuses_are_what_they_say(self) -> None:
+        """`continued` is an end; `paused` and other ways to wait are none."""
+        path = self.original_file()
+        for status, is_ended in (("continued", True), ("paused", False), ("waiting-timer", False)):
+            with self.subTest(status=status):
+                with contextlib.closing(sqlite3.connect(path)) as db:
+                    db.execute("update _smithers_runs set status = ?", (status,))
+                    db.execute("update _smithers_approvals set status = 'requested'")
+                    db.commit()
+                with contextlib.closing(ss.SmithersDb(path)) as db:
+                    app = ss.create_serve_app(adapter=db, run_id="r", abort=threading.Event())
+                    self.assertEqual(app.request("GET", "/").json()["status"], status)
+                    answer = app.request("POST", "/approve/gate")
+                    self.assertEqual(answer.status, 409 if is_ended else 200)
+                    if is_ended:
+                        tree = Workflow("deploy", Task("never", fail))
+                        result = ss.run_workflow(tree, adapter=db, run_id="r", resume=True)
+                        self.assertEqual(result.status, status)
+                    app.close()
+
+
+class AccidentTest(ServerCase):
+    """Nothing is decided or told by accident."""
+
+    def test_late_repetition_decides_no_other_iteration(self) -> None:
+        self.served = self.fresh()
+        tree = loop(Approval("ok", on_deny="continue"), turns=3)
+        live = self.served.start(tree, "NodeWaitingApproval ok 0")
+        self.assert_ask(200, "POST", "/deny/ok")
+        live.wait("NodeWaitingApproval ok 1")
+        reply = self.assert_ask(400, "POST", "/deny/ok")
+        self.assert_error(reply, 400, "INVALID_REQUEST", "0, 1")
+        self.assert_ask(200, "POST", "/deny/ok", {"iteration": 0})
+        gates = {gate.iteration: gate.status for gate in self.db.list_gates(self.served.run_id)}
+        self.assertEqual(gates, {0: "denied", 1: "requested"})
+
+    def test_event_id_of_another_run_begins_anew(self) -> None:
+        headers = {"Last-Event-ID": str(self.served.newest() + 50)}
+        with self.served.listen(headers=headers) as reader:
+            self.assertEqual((reader.status, reader.until(0)), (200, 0))
+
+    def test_answers_say_that_file_has_gone(self) -> None:
+        served = self.serve(db=self.foreign_database())
+        served.run_to_gate()
+        os.rename(served.path, served.path + ".old")
+        for method, path in (("GET", "/"), ("POST", "/approve/deploy"), ("POST", "/cancel")):
+            with self.subTest(path=path):
+                reply = served.ask(method, path)
+                self.assertGreaterEqual(reply.status, 500)
+                self.assertNotIn("locked", reply.body["error"]["message"])
+
+
+class LineTest(RunCase):
+    """What a task says arrives, whole, in order, with its cause."""
+
+    def texts(self) -> list[str]:
+        return [e.payload["text"] for e in self.db.list_events("r") if e.type == "NodeOutput"]
+
+    @unittest.skipUnless(hasattr(asyncio, "TaskGroup"), "asyncio has no TaskGroup here")
+    def test_group_errors_name_their_causes(self) -> None:
+        async def work() -> None:
+            async def break_down() -> None:
+                raise ValueError("the disk is full")
+
+            async with asyncio.TaskGroup() as group:
+                group.create_task(break_down())
+                group.create_task(asyncio.sleep(PATIENCE))
+
+        self.drive([Task("work", work)])
+        self.assertIn("ValueError: the disk is full", self.error_of("work")["message"])
+
+    def test_errors_name_what_caused_them(self) -> None:
+        def work() -> None:
+            try:
+                raise KeyError("host")
+            except KeyError as error:
+                raise RuntimeError("no settings") from error
+
+        self.drive([Task("work", work)])
+        self.assertEqual(
+            self.error_of("work")["message"], "no settings (caused by KeyError: 'host')"
+        )
+
+    def test_blank_lines_and_rests_arrive(self) -> None:
+        ways = {
+            "command": ["printf", r"a\n\nb\r\n\n  c"],
+            "printed": lambda: print("a\n\nb\r\n\n  c", end=""),
+            "logged": lambda: current_task().log("a\n\nb\r\n\n  c"),
+        }
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.drive([Task(name, way) for name, way in ways.items()])
+        self.assertEqual(self.texts(), ["a", "", "b", "", "  c"] * len(ways))
+
+    def test_characters_at_edges_stay_whole(self) -> None:
+        """Of a read, of a kept tail, of a long line."""
+        text = "aé€😀" * 30_000
+        script = "import sys; sys.stdout.buffer.write(('aé€😀' * 30_000).encode())"
+        self.drive([Task("command", [sys.executable, "-c", script])])
+        self.assertEqual("".join(self.texts()), text)
+        self.assertLessEqual(max(map(len, self.texts())), ss.MAX_LOG_LINE)
+        kept = self.output("command")["stdout"]
+        self.assertTrue(text.endswith(kept))
+        self.assertGreater(len(kept.encode()), ss.COMMAND_TAIL_BYTES - 4)
+
+    def test_lines_are_the_same_in_any_pieces(self) -> None:
+        limit = ss.MAX_LOG_LINE
+        for text in ("a\r\nb\n\nc\r", "x" * limit + "\r\ny\n", "x" * (limit - 1) + "\r\ny\n",
+                     "x" * (2 * limit) + "\n", "x" * (limit + 1) + "\r\n\r\n"):  # fmt: skip
+            whole = ss.Lines()
+            expected = whole.feed(text) + whole.rest()
+            for size in (1, 2, 7, limit, limit + 1):
+                with self.subTest(text=f"{len(text)} characters", size=size):
+                    lines, found = ss.Lines(), []
+                    for at in range(0, len(text), size):
+                        found += lines.feed(text[at : at + size])
+                    self.assertEqual(found + lines.rest(), expected)
+
+
+class MinorFaultTest(FaultCase):
+    def test_no_thread_left_fails_tasks(self) -> None:
+        start = threading.Thread.start
+
+        def refuse(thread: threading.Thread) -> None:
+            if thread.name.startswith("smithers-task"):
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        tasks = [Task(f"t{number}", answer, continue_on_fail=True) for number in range(20)]
+        with contextlib.closing(ss.SmithersDb(self.path)) as db:
+            with mock.patch.object(threading.Thread, "start", refuse):
+                tree = Workflow("w", Parallel(*tasks))
+                result = ss.run_workflow(tree, adapter=db, run_id="r")
+            self.assertEqual(result.status, "finished")
+            self.assertEqual(db.get_summary("r"), {"failed": 20})
+
+    def test_adapter_must_be_an_open_one(self) -> None:
+        with self.assertRaisesRegex(ss.AuthoringError, "SmithersDb"):
+            ss.run_workflow(Workflow("w"), adapter="x.db")  # type: ignore[arg-type]
+        self.assertFalse(os.path.exists("x.db"))
+
+    def test_database_in_memory_is_refused(self) -> None:
+        for name in (":memory:", "", "file:x.db"):
+            with self.subTest(name=name), self.assertRaises(ss.StorageError):
+                ss.SmithersDb(name)
+            self.assertFalse(os.path.exists(name))
+
+    def test_linked_workflow_finds_its_siblings(self) -> None:
+        os.mkdir(self.in_folder("real"))
+        self.write("real/sibling.py", "def work():\n    return 7\n")
+        self.write(
+            "real/flow.py",
+            "from sibling import work\nfrom smithers_serve import Task, Workflow\n"
+            'workflow = Workflow("w", Task("a", work))\n',
+        )
+        os.symlink("real/flow.py", self.in_folder("link.py"))
+        code, _, err = self.main("up", "link.py")
+        self.assertEqual(code, 0, err)
+
+    def test_detaching_a_living_run_is_refused(self) -> None:
+        with self.life("gated") as child:
+            child.wait_for("ok waits")
+            log = self.write(f"smithers-{self.run_id}.log", "what was said before\n")
+            for extra in ((), ("--resume",)):
+                words = ["up", "flows.py:gated", "--run-id", self.run_id, "--serve", "--port", "0"]
+                code, out, err = run_child(*MODULE, *words, *extra, "-d", folder=self.folder)
+                self.assertEqual((code, out), (4, ""), err)
+                self.assertRegex(err, r"\A\[smithers\] Error: .*\n\Z")
+                with open(log, encoding="utf-8") as file:
+                    self.assertEqual(file.read(), "what was said before\n")
+            child.finish(signal.SIGTERM)
+
+
+# ---------------------------------------------------------------------------
+# Commands: bench, crash, restart and fuzz
 # ---------------------------------------------------------------------------
 
 
@@ -6174,7 +7642,7 @@ def inspect_effects(db: sqlite3.Connection, effects: str) -> list[str]:
             finished[(node, iteration)] = attempt
             if done.get((node, iteration, attempt)) != ["start", "end"]:
                 wrong.append(f"{node} {iteration} {attempt} finished without its effects")
-        elif state == "failed" and node != "flaky":
+        elif state == "failed" and node not in ("flaky", "later"):
             wrong.append(f"{node} {iteration} {attempt} failed")
     return wrong
 
@@ -6183,6 +7651,8 @@ class Crash:
     """One workflow run, killed at random moments until it finishes."""
 
     ENDED = "Server still running"
+    FLOW = CRASH_FLOW
+    NODES = 20
 
     def __init__(self, folder: str, chance: random.Random) -> None:
         self.folder = folder
@@ -6206,7 +7676,7 @@ class Crash:
     def _live_once(self, may_kill: bool) -> bool:
         """One life of the run; True when it has finished and everything was checked."""
         resume = ["--resume"] if self._has_run() else []
-        with serve_child(self.folder, CRASH_FLOW, *resume, CRASH_EFFECTS=self.effects) as run:
+        with serve_child(self.folder, self.FLOW, *resume, CRASH_EFFECTS=self.effects) as run:
             try:
                 if self._run_until_moment(run, may_kill):
                     run.process.kill()
@@ -6261,8 +7731,8 @@ class Crash:
             self.wrong.append(f"the client has {len(self.watcher.seen)} events of {len(log)}")
         if run_row is None or run_row.status != "finished":
             self.wrong.append(f"the run is {run_row and run_row.status}")
-        if [node for node in nodes if node.state != "finished"] or len(nodes) != 20:
-            self.wrong.append(f"{len(nodes)} nodes, not 20, or some not finished")
+        if [node for node in nodes if node.state != "finished"] or len(nodes) != self.NODES:
+            self.wrong.append(f"{len(nodes)} nodes, not {self.NODES}, or some not finished")
 
 
 def crash_command(arguments: argparse.Namespace) -> int:
@@ -6287,6 +7757,165 @@ def crash_command(arguments: argparse.Namespace) -> int:
     print(f"{kills} kills ({said}) over {runs} runs in {time.monotonic() - began:.0f} s: every run "
           f"finished, {events} events, {reconnects} connections of the client, seed "
           f"{arguments.seed}: no violation")  # fmt: skip
+    return 0
+
+
+# ---------------------------------------------------------------------------
+# Restart: SIGTERM and the same line again, as a service manager does, with a kill -9 at times
+# ---------------------------------------------------------------------------
+
+RESTART_FLOW = (
+    CRASH_FLOW
+    + """
+import asyncio
+
+def polite():
+    note("start")
+    if not current_task().cancelled.wait(0.02):
+        note("end")
+
+async def wait():
+    note("start")
+    await asyncio.sleep(0.02)
+    note("end")
+
+def later():
+    note("start")
+    if current_task().attempt == 0:
+        note("fail")
+        raise TaskFailed("not yet")
+    note("end")
+
+crash = workflow
+
+def workflow(ctx):
+    return Workflow("restart",
+        Parallel(Task("polite", polite), Task("wait", wait),
+                 Task("later", later, retries=1, retry_delay=0.5)),
+        Loop(Task("turn", polite), Task("told", ["sh", "-c", COMMAND]),
+             id="turns", until=False, max_iterations=5),
+        *crash(ctx).children)
+"""
+)
+
+
+class Restart(Crash):
+    """One run of a service, stopped at random moments and started by the same line."""
+
+    FLOW = RESTART_FLOW
+    NODES = 33
+    MAX_KILLS = 2  # a node that is in flight at a third one may be failed as a crasher
+
+    def __init__(self, folder: str, chance: random.Random) -> None:
+        super().__init__(folder, chance)
+        self.stops = 0
+        self._port = str(free_port())
+
+    def _live_once(self, may_stop: bool) -> bool:
+        with self._serve() as run:
+            try:
+                if not self._run_until_moment(run, self.stops + self.kills < self.rounds):
+                    self._check_end(run)
+                    self._stop(run)
+                    self._look_again()
+                    return True
+                if self.kills < self.MAX_KILLS and self.chance.random() < 0.2:
+                    run.process.kill()
+                    run.process.wait()
+                    self.kills += 1
+                else:
+                    self._stop(run)
+            finally:
+                self.watcher.port = 0
+        if self._has_run():
+            self.wrong += inspect(self.path, self.effects, list(self.watcher.seen))
+            self.wrong += inspect_waits(self.path)
+        return False
+
+    def _serve(self) -> Child:
+        words = ("--resume", "--port", self._port)
+        return serve_child(self.folder, self.FLOW, *words, CRASH_EFFECTS=self.effects)
+
+    def stop_often(self, rounds: int) -> None:
+        self.rounds = rounds
+        self.drive(rounds)
+
+    def _stop(self, run: Child) -> None:
+        """Send SIGTERM, and see that the run is left as a suspended one."""
+        self.stops += 1
+        try:
+            code, _ = run.finish(signal.SIGTERM)
+        except subprocess.TimeoutExpired:
+            self.wrong.append("does not leave at SIGTERM: " + run.text()[-800:])
+            return
+        if code == -signal.SIGTERM and not run.text():
+            return  # so early that nobody has asked to hear signals yet
+        said = run.text()[-800:]
+        if code not in (0, 3) or code == 3 and "Go on with: " not in said:
+            self.wrong.append(f"SIGTERM: exit code {code}: {said}")
+        if not self._has_run():
+            return
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            row = db.execute("select status, runtime_owner_id from _smithers_runs").fetchone()
+            busy = db.execute(
+                "select node_id from _smithers_attempts where state = 'in-progress'"
+            ).fetchall()
+        wanted = ("finished",) if code == 0 else ss.ACTIVE_STATUSES
+        if row[0] not in wanted or row[1] is not None or busy:
+            self.wrong.append(f"after SIGTERM, code {code}: row {row}, in progress {busy}: {said}")
+
+    def _look_again(self) -> None:
+        """The same line on the finished run serves it and changes nothing."""
+        before = rows(self.path)
+        with self._serve() as run:
+            if not run.wait_until(lambda: self.ENDED in run.text(), 30):
+                self.wrong.append("a finished run is not served: " + run.text()[-800:])
+            self._stop(run)
+        if rows(self.path) != before:
+            self.wrong.append("looking at the finished run has changed it")
+
+
+def inspect_waits(path: str) -> list[str]:
+    """Return what was cancelled, or tried again before its delay was over."""
+    wrong = []
+    due: dict[str, int] = {}
+    with contextlib.closing(sqlite3.connect(path, timeout=10)) as db:
+        log = db.execute("select payload_json from _smithers_events order by seq").fetchall()
+        gates = db.execute("select * from _smithers_approvals where status = 'cancelled'")
+        wrong += [f"a gate was closed: {gate}" for gate in gates]
+    for (payload,) in log:
+        event = json.loads(payload)
+        if event["type"] == "NodeRetrying":
+            due[event["nodeId"]] = event["dueAtMs"]
+        elif event["type"] == "NodeStarted":
+            early = due.pop(event["nodeId"], 0) - event["timestampMs"]
+            wrong += [f"{event['nodeId']} was tried {early} ms too early"] if early > 0 else []
+        elif event["type"] == "RunCancelled" or (
+            event["type"] == "NodeCancelled"
+            and event["reason"] not in ("the engine was stopped", "the run was interrupted")
+        ):
+            wrong.append(f"cancelled: {payload}")
+    return wrong
+
+
+def restart_command(arguments: argparse.Namespace) -> int:
+    """Stop and start again N times, over as many runs as that takes."""
+    chance = random.Random(arguments.seed)
+    stops = kills = runs = 0
+    began = time.monotonic()
+    while stops + kills < arguments.count:
+        folder = tempfile.mkdtemp(prefix="smithers-restart-")
+        restart = Restart(folder, chance)
+        restart.stop_often(arguments.count - stops - kills)
+        stops, kills, runs = stops + restart.stops, kills + restart.kills, runs + 1
+        if restart.wrong:
+            print(f"seed {arguments.seed}, run {runs}, after {restart.stops} stops and "
+                  f"{restart.kills} kills; kept: {folder}")  # fmt: skip
+            print("\n".join(f"VIOLATION {text}" for text in restart.wrong))
+            return 1
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"{stops} stops and {kills} kills over {runs} runs in {time.monotonic() - began:.0f} s: "
+          f"every run finished, seed {arguments.seed}: no violation")  # fmt: skip
     return 0
 
 
@@ -6532,6 +8161,10 @@ def make_arguments() -> argparse.ArgumentParser:
     crash.add_argument("count", type=int, metavar="N")
     crash.add_argument("--seed", type=int, default=random.randrange(10**6))
     crash.set_defaults(run=crash_command)
+    restart = commands.add_parser("restart", help="stop and go on with a run N times")
+    restart.add_argument("count", type=int, metavar="N")
+    restart.add_argument("--seed", type=int, default=random.randrange(10**6))
+    restart.set_defaults(run=restart_command)
     fuzz = commands.add_parser("fuzz", help="throw mutated requests at a server")
     fuzz.add_argument("seconds", type=float, metavar="SECONDS")
     fuzz.add_argument("--seed", type=int, default=random.randrange(10**6))
@@ -6547,6 +8180,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and sys.argv[1] in (*CHILDREN, "bench", "crash", "fuzz"):
+    if len(sys.argv) > 1 and sys.argv[1] in (*CHILDREN, "bench", "crash", "restart", "fuzz"):
         raise SystemExit(main(sys.argv[1:]))
     unittest.main()
