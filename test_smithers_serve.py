@@ -1,7 +1,8 @@
 """The specification of smithers_serve as tests: real sockets, real processes, real databases.
 
 python3 -m unittest                      every test, nothing to install
-python3 test_smithers_serve.py bench     measure (also: crash N, restart N, fuzz SECONDS)
+python3 test_smithers_serve.py bench     measure
+                                         (also: crash N, restart N, fuzz SECONDS, model SECONDS)
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import unittest
 import urllib.error
 import urllib.parse
@@ -6455,7 +6457,1361 @@ class MinorFaultTest(FaultCase):
 
 
 # ---------------------------------------------------------------------------
-# Commands: bench, crash, restart and fuzz
+# Model: random trees that change while they run, held against rules of their own
+# ---------------------------------------------------------------------------
+
+# What a twig may be like; a value that stands twice is drawn twice as often.
+TWIG_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "limit": (None, None, 1, 1, 2, 3),
+    "until": (False, False, True),
+    "max_iterations": (1, 2, 3),
+    "on_max": ("return-last",) * 9 + ("fail",),
+    "on_deny": ("fail", "continue", "skip"),
+    "skip_if": (False,) * 8 + (True,),
+    "continue_on_fail": (False, True),
+    "needs_approval": (False,) * 5 + (True,),
+    "retries": (0, 1, 2, 2),
+    "retry_delay": (0, 0, 1),
+    "timeout": (None, None, 9),
+    "on_timeout": ("fail", "approve", "deny"),
+    "is_static": (False,) * 6 + (True,),
+}
+NESTS = ("sequence", "parallel", "loop")
+
+
+@dataclasses.dataclass(eq=False)
+class Twig:
+    """An element of a tree that changes. Every twig could become each kind of element."""
+
+    id: str
+    kind: str  # one of NESTS, "task" or "approval"
+    options: dict[str, Any]
+    needs: list[str] = dataclasses.field(default_factory=list)
+    below: list[Twig] = dataclasses.field(default_factory=list)
+
+    def walk(self) -> Iterator[tuple[Twig, Twig]]:
+        """Yield everything below, each with what it hangs on."""
+        for twig in self.below:
+            yield twig, self
+            yield from twig.walk()
+
+
+class Wood:
+    """A tree that changes at random: twigs are dropped, come back, move, turn into others."""
+
+    MOST_TWIGS = 16
+
+    def __init__(self, chance: random.Random, run: Callable[[], Any], unit: float = 1.0) -> None:
+        self.root = Twig("root", "sequence", {})
+        self.dropped: list[tuple[Twig, Twig]] = []  # each with what it hung on
+        self._run = run
+        self._unit = unit  # seconds that delays and timeouts are counted in
+        self._count = 0
+        # Some woods are full of loops: much of what can go wrong needs several around a node.
+        self._nests = chance.choice((NESTS, NESTS, ("parallel", *("loop",) * 4)))
+        for _ in range(chance.choice((1, 2, 2, 3, 3, 4, 6, 9))):
+            self._sprout(chance)
+
+    # As a tree
+
+    def tree(self) -> Workflow:
+        """Return the tree; without its needs, where they form a cycle."""
+        ids = {twig.id for twig, _ in self.root.walk() if twig.kind not in NESTS}
+        try:
+            tree = Workflow("wood", *[self._build(twig, ids) for twig in self.root.below])
+            ss.Plan(tree, {})
+        except ss.AuthoringError:
+            tree = Workflow("wood", *[self._build(twig, set()) for twig in self.root.below])
+        return tree
+
+    def _build(self, twig: Twig, ids: set[str]) -> ss.Element:
+        below, options = [self._build(one, ids) for one in twig.below], twig.options
+        some = {name: options[name] for name in ("on_deny", "skip_if")}
+        some["needs"] = [id for id in twig.needs if id in ids]
+        if twig.kind == "sequence":
+            return Sequence(*below)
+        if twig.kind == "parallel":
+            return Parallel(*below, max_concurrency=options["limit"])
+        if twig.kind == "loop":
+            some = {name: options[name] for name in ("until", "max_iterations", "on_max")}
+            return Loop(*below, id=twig.id, **some)
+        if twig.kind == "approval":
+            timeout = options["timeout"] and options["timeout"] * self._unit
+            return Approval(twig.id, timeout=timeout, on_timeout=options["on_timeout"], **some)
+        for name in ("retries", "continue_on_fail", "needs_approval"):
+            some[name] = options[name]
+        run = {} if options["is_static"] else self._run
+        return Task(twig.id, run, retry_delay=options["retry_delay"] * self._unit, **some)
+
+    # Changes
+
+    def _new(self, chance: random.Random, kind: str) -> Twig:
+        self._count += 1
+        options = {name: chance.choice(values) for name, values in TWIG_OPTIONS.items()}
+        return Twig(f"{kind[0]}{self._count}", kind, options)
+
+    def _sprout(self, chance: random.Random) -> None:
+        twig = self._new(chance, chance.choice(("task", "task", "task", "approval")))
+        if chance.random() < 0.3:
+            twig.needs = self._some_ids(chance)
+        for _ in range(chance.choice((0, 0, 1, 1, 2))):
+            nest = self._new(chance, chance.choice(self._nests))
+            nest.below, twig = [twig], nest
+        self._insert(chance, twig)
+
+    def _some_ids(self, chance: random.Random) -> list[str]:
+        ids = [twig.id for twig, _ in self.root.walk() if twig.kind not in NESTS]
+        return chance.sample(ids, min(len(ids), chance.choice((0, 1, 1, 2))))
+
+    def _insert(self, chance: random.Random, twig: Twig, kinds: Seq[str] = NESTS) -> None:
+        nests = [one for one, _ in self.root.walk() if one.kind in kinds]
+        below = chance.choice([*nests, self.root] if kinds is NESTS else nests or [self.root]).below
+        below.insert(chance.randint(0, len(below)), twig)
+
+    def change(self, chance: random.Random, busy: set[str]) -> None:
+        """Change one thing, rather often at or around a node that is busy."""
+        pairs = list(self.root.walk())
+        near = [(twig, on) for twig, on in pairs if twig.id in busy]
+        if near and chance.random() < 0.5:
+            pairs = near
+        changes = [self._return, self._return, self._grow]
+        if pairs:
+            changes += [self._drop, self._move, self._gate, self._turn, self._wrap, self._alter] * 2
+        chance.choice(changes)(chance, *(chance.choice(pairs) if pairs else (self.root, self.root)))
+
+    def _return(self, chance: random.Random, *_: Twig) -> None:
+        """Bring one back, most often to where it was."""
+        if not self.dropped:
+            return
+        twig, on = self.dropped.pop(chance.randrange(len(self.dropped)))
+        if chance.random() < 0.3 or on not in [self.root, *(one for one, _ in self.root.walk())]:
+            self._insert(chance, twig)
+        else:
+            on.below.insert(chance.randint(0, len(on.below)), twig)
+
+    def _grow(self, chance: random.Random, *_: Twig) -> None:
+        if sum(1 for _ in self.root.walk()) < self.MOST_TWIGS:
+            self._sprout(chance)
+
+    def _drop(self, chance: random.Random, twig: Twig, on: Twig) -> None:
+        on.below.remove(twig)
+        self.dropped.append((twig, on))
+
+    def _move(self, chance: random.Random, twig: Twig, on: Twig) -> None:
+        on.below.remove(twig)
+        self._insert(chance, twig, chance.choice((NESTS, NESTS, ("loop",))))
+
+    def _gate(self, chance: random.Random, twig: Twig, on: Twig) -> None:
+        """Put a gate before a node."""
+        gate, at = self._new(chance, "approval"), on.below.index(twig)
+        if on.kind == "parallel":
+            both = self._new(chance, "sequence")
+            both.below, on.below[at] = [gate, twig], both
+        else:
+            on.below.insert(at, gate)
+
+    def _turn(self, chance: random.Random, twig: Twig, _: Twig) -> None:
+        if twig.kind in NESTS:
+            twig.kind = chance.choice(self._nests)
+        else:
+            twig.kind = "task" if twig.kind == "approval" else "approval"
+
+    def _wrap(self, chance: random.Random, twig: Twig, on: Twig) -> None:
+        at = on.below.index(twig)
+        if twig.kind in NESTS:
+            on.below[at : at + 1] = twig.below
+        else:
+            nest = self._new(chance, chance.choice(self._nests))
+            nest.below, on.below[at] = [twig], nest
+
+    def _alter(self, chance: random.Random, twig: Twig, _: Twig) -> None:
+        if chance.random() < 0.15:
+            twig.needs = self._some_ids(chance)
+        name = chance.choice(list(TWIG_OPTIONS))
+        twig.options[name] = chance.choice(TWIG_OPTIONS[name])
+
+
+def sketch(element: dict[str, Any]) -> str:
+    """Return a frame in one line: t1 is a task, a2? a gate, [..] a Sequence, (..) a Parallel."""
+    props, kind = dict(element["props"]), element["tag"].partition(":")[2]
+    inner = " ".join(map(sketch, element["children"]))
+    name = props.pop("id", "") + "?" * (props.pop("approvalMode", None) is not None)
+    props.pop("name", None)
+    if name.endswith("?"):
+        props.pop("needsApproval")
+    shown = ",".join(f"{key}={value}" for key, value in props.items() if key != "onMaxReached")
+    shown = f"{{{shown}}}" if shown else ""
+    if kind == "task":
+        return name + shown
+    left, right = {"parallel": "()", "ralph": "<>"}.get(kind, "[]")
+    return f"{name}{shown}{left}{inner}{right}"
+
+
+# The rules
+
+
+class Broken(AssertionError):
+    """A rule does not hold: which, and at what."""
+
+    def __init__(self, rule: str, detail: object = "") -> None:
+        super().__init__(f"{rule}: {detail}" if detail != "" else rule)
+        self.rule = rule
+
+
+def hold(condition: object, rule: str, detail: object = "") -> None:
+    if not condition:
+        raise Broken(rule, detail)
+
+
+@dataclasses.dataclass
+class NodeRow:
+    """What is stored of one node: what a driver keeps, or a log tells."""
+
+    state: str = "pending"
+    attempts: list[ss.Attempt] = dataclasses.field(default_factory=list)
+    gate: str | None = None
+    ended_as: str = ""  # "task" or "approval": what its id stood for when it ended
+    crashes: int = 0  # in a row
+    due_at_ms: int = 0  # its next attempt begins no earlier
+
+    @property
+    def is_running(self) -> bool:
+        return self.state == "in-progress"
+
+
+class Place:
+    """An element of the newest frame, with the key that its loops give it."""
+
+    def __init__(self, element: dict[str, Any], on: Place | None, loops: tuple[Place, ...]) -> None:
+        props = element["props"]
+        self.kind = {"ralph": "loop"}.get(kind := element["tag"].partition(":")[2], kind)
+        if "approvalMode" in props:
+            self.kind = "approval"
+        self.props: dict[str, str] = props
+        self.on = on
+        self.loops = loops
+        self.key: Any = None  # (node id, iteration) of a node, the scoped id of a loop
+        self.below: list[Place] = []
+        self.limit = int(props.get("maxConcurrency", 10**9))
+        self.needs = [id for id in props.get("dependsOn", "").split(",") if id]
+        self.is_skipped = "skipIf" in props
+        self.may_fail = "continueOnFail" in props
+        self.asks_first = "needsApproval" in props
+
+
+class Rules:
+    """What may happen, and what must: from the newest frame, the rows and the loops alone.
+
+    A question may be asked in two ways. `surely` is for what must happen: a node that ended before
+    its turn has come lets nothing go on yet. The other way is for what must not.
+    """
+
+    def __init__(
+        self,
+        frame: dict[str, Any],
+        rows: dict[ss.Key, NodeRow],
+        loops: dict[str, tuple[int, bool]],
+    ) -> None:
+        self.rows = rows
+        self.loops = loops
+        self.by_id: dict[str, Place] = {}
+        self.root = self._mount(frame, None, ())
+        self.places = {place.key: place for place in self.by_id.values()}
+        self.nodes = [place for place in self.by_id.values() if place.kind != "loop"]
+        self.running = [key for key, row in rows.items() if row.is_running]
+
+    def _mount(self, element: dict[str, Any], on: Place | None, loops: tuple[Place, ...]) -> Place:
+        place = Place(element, on, loops)
+        id = place.props.get("id")
+        if id is not None:
+            self.by_id[id] = place
+            rounds = [f"{loop.props['id']}={self.iteration(loop)}" for loop in loops]
+            if place.kind == "loop":
+                place.key = id + (f"@@{','.join(rounds)}" if rounds else "")
+            else:
+                scope = f"@@{','.join(rounds[:-1])}" if rounds[:-1] else ""
+                place.key = (id + scope, self.iteration(loops[-1]) if loops else 0)
+        inner = (*loops, place) if place.kind == "loop" else loops
+        place.below = [self._mount(child, place, inner) for child in element["children"]]
+        return place
+
+    def iteration(self, loop: Place) -> int:
+        return self.loops.get(loop.key, (0, False))[0]
+
+    # What has ended, and whose turn has come
+
+    def has_ended(self, place: Place) -> bool:
+        """True for a node that lets what follows it go on: under the id that it now has."""
+        row = self.rows.get(place.key, NodeRow())
+        if row.is_running:
+            return False
+        is_same = row.ended_as == place.kind
+        if row.state == "finished":
+            return is_same or place.kind == "approval" and row.gate in DECIDED
+        if row.state == "skipped":
+            return is_same or place.is_skipped or place.asks_first and row.gate == "denied"
+        return row.state == "failed" and is_same and place.may_fail
+
+    def passed(self, place: Place, surely: bool = False) -> bool:
+        if place.kind == "loop":
+            return self.loops.get(place.key, (0, False))[1]
+        if place.kind in ("task", "approval"):
+            return self.has_ended(place) and (not surely or self.has_turn(place, surely))
+        return all(self.passed(below, surely) for below in place.below)
+
+    def has_turn(self, place: Place, surely: bool = False) -> bool:
+        on = place.on
+        if on is None:
+            return True
+        if not self.has_turn(on, surely):
+            return False
+        if on.kind == "loop" and not self.is_going(on):
+            return False
+        before = [] if on.kind == "parallel" else on.below[: on.below.index(place)]
+        return all(self.passed(one, surely) for one in before) and all(
+            self.passed(self._awaited(self.by_id[id], place), surely) for id in place.needs
+        )
+
+    def is_going(self, loop: Place) -> bool:
+        """True for a loop that has begun and is not over."""
+        return loop.key in self.loops and not self.loops[loop.key][1]
+
+    @staticmethod
+    def _awaited(target: Place, place: Place) -> Place:
+        return next((loop for loop in target.loops if loop not in place.loops), target)
+
+    def _around(self, place: Place) -> Iterator[Place]:
+        while place.on is not None:
+            place = place.on
+            yield place
+
+    def has_room(self, place: Place, limit: int) -> bool:
+        """True when the run and every Parallel around a node have a free place."""
+        taken = Counter(
+            around
+            for key in self.running
+            for around in self._around(self.places.get(key, self.root))
+        )
+        is_alone = not any(self.rows[key].crashes for key in self.running)
+        return (
+            len(self.running) < limit
+            and all(taken[around] < around.limit for around in self._around(place))
+            and (is_alone or not self.rows[place.key].crashes)
+        )
+
+    def can_start(self, place: Place, now_ms: int, surely: bool) -> bool:
+        """True for a node that needs nothing but a free place."""
+        row = self.rows[place.key]
+        return (
+            place.kind == "task"
+            and not row.is_running
+            and not self.has_ended(place)
+            and not place.is_skipped
+            and (not place.asks_first or row.gate == "approved")
+            and row.due_at_ms <= now_ms
+            and row.crashes < ss.MAX_CRASHES
+            and self.has_turn(place, surely)
+        )
+
+    def check_start(self, key: ss.Key, now_ms: int, limit: int) -> None:
+        """Hold a start against the rules; the rows are as they were before it."""
+        place = self.places.get(key)
+        if place is None or place.kind != "task":
+            raise Broken("a node starts that is not in the tree", key)
+        row = self.rows[key]
+        hold(not row.is_running, "a node runs twice at once", key)
+        hold(not self.has_ended(place), "finished work runs again", key)
+        hold(self.has_turn(place), "a node starts before its turn", key)
+        hold(not place.asks_first or row.gate == "approved", "a gate of its own is passed", key)
+        hold(row.due_at_ms <= now_ms, "a retry starts too early", key)
+        hold(self.can_start(place, now_ms, False), "a node starts that should not", key)
+        hold(self.has_room(place, limit), "more run at once than may", key)
+
+    def check_end(self, place: Place, state: str, on_deny: str | None = None) -> None:
+        """Hold an end without an attempt against the rules: a skip, a decision, a denial."""
+        row = self.rows[place.key]
+        hold(self.has_turn(place), f"a node is {state} before its turn", place.key)
+        if state == "finished":
+            rights = {"approved"} if on_deny not in (None, "continue") else DECIDED
+            hold(
+                place.kind == "approval" and row.gate in rights,
+                "a gate passes without a decision",
+                place.key,
+            )
+        elif state == "failed":
+            hold(row.gate == "denied" and on_deny in (None, "fail"), "fails undenied", place.key)
+        else:
+            is_denied = row.gate == "denied" and on_deny != "fail"
+            hold(place.is_skipped or is_denied, "a node is skipped without a reason", place.key)
+
+    def check_loop(self, key: str, iteration: int, is_done: bool) -> None:
+        """Hold the begin, the next iteration or the end of a loop against the rules."""
+        loop = self.places[key]
+        begun = key in self.loops
+        known, was_done = self.loops.get(key, (-1, False))
+        hold(self.has_turn(loop) and not was_done, "a loop moves out of turn", key)
+        hold(not begun or all(map(self.passed, loop.below)), "a loop leaves its body early", key)
+        is_last = loop.props["until"] == "true" or known + 1 >= int(loop.props["maxIterations"])
+        hold(is_last == is_done, "a loop goes on or ends against `until`", key)
+        hold(iteration == (max(known, 0) if is_done else known + 1), "a loop miscounts", key)
+
+    def check_rest(self, now_ms: int, limit: int) -> None:
+        """When nothing is left to do now, nothing may be left undone."""
+        for place in self.nodes:
+            row = self.rows.get(place.key)
+            hold(row is not None, "a node has no row", place.key)
+            assert row is not None
+            if row.is_running or self.has_ended(place) or not self.has_turn(place, True):
+                continue
+            hold(not place.is_skipped or row.gate == "requested", "is not skipped", place.key)
+            if place.asks_first:
+                known = (row.gate, row.state)
+                hold(row.gate in DECIDED or known == ASKED, "a gate is not asked", place.key)
+                is_wanted = place.kind == "task" and row.gate == "approved"
+                hold(is_wanted or row.gate == "requested", "a decision is not heard", place.key)
+                if row.gate == "requested":
+                    continue
+            is_bad = place.kind == "task" and row.crashes >= ss.MAX_CRASHES
+            hold(not is_bad or place.is_skipped, "a node crashes on and on", place.key)
+            if self.can_start(place, now_ms, True):
+                hold(not self.has_room(place, limit), "a free place stays empty", place.key)
+        for loop in self.by_id.values():
+            if loop.kind == "loop" and self.has_turn(loop, True) and not self.passed(loop):
+                hold(loop.key in self.loops, "a loop does not begin", loop.key)
+                is_over = all(self.passed(below, True) for below in loop.below)
+                hold(not is_over, "a loop neither ends nor goes on", loop.key)
+
+
+DECIDED = ("approved", "denied")
+ASKED = ("requested", "waiting-approval")
+
+
+# The pure core, driven without an engine
+
+
+class StoredRows:
+    """The rows of a model run, read as an engine reads those of its file."""
+
+    def __init__(
+        self, rows: dict[ss.Key, NodeRow], loops: dict[str, tuple[int, bool]], frame: Any
+    ) -> None:
+        self.rows = sorted(rows.items())
+        self.loops = loops
+        self.frame = frame
+
+    def list_nodes(self, _: str) -> list[ss.Node]:
+        return [
+            ss.Node(*key, row.state, len(row.attempts) - 1 if row.attempts else None, 0, None)
+            for key, row in self.rows
+        ]
+
+    def list_attempts(self, _: str, open_nodes_only: bool) -> list[ss.Attempt]:
+        over = ("finished", "skipped") if open_nodes_only else ()
+        return [a for _, row in self.rows if row.state not in over for a in row.attempts]
+
+    def list_gates(self, _: str) -> list[ss.Gate]:
+        gates = [(key, row.gate) for key, row in self.rows if row.gate is not None]
+        return [ss.Gate(*key, status, 0, None, None, None, None) for key, status in gates]
+
+    def list_loops(self, _: str) -> dict[str, tuple[int, bool]]:
+        return dict(self.loops)
+
+    def get_tree(self, _: str) -> str:
+        return ss.to_json(self.frame[0]) if self.frame else ""
+
+    def get_mounted(self, _: str) -> str:
+        keys = self.frame[1] if self.frame else []
+        return ss.to_json([f"{node_id}::{iteration}" for node_id, iteration in keys])
+
+
+class Case(NamedTuple):
+    """What a model run depends on: each step draws from a generator of its own."""
+
+    seed: str
+    steps: tuple[int, ...]
+    pruned: tuple[int, ...] = ()  # twigs of the first tree that are left out
+
+
+class PureModel:
+    """Drives `Progress` as an engine would, with a clock of its own, and dies now and then."""
+
+    MOST_STEPS = 3000
+
+    def __init__(self, case: Case) -> None:
+        chance = random.Random(f"{case.seed} tree")
+        self.case = case
+        self.limit = chance.choice((1, 2, 2, 3, 4))
+        self.wood = Wood(chance, answer)
+        for index, (twig, on) in enumerate(list(self.wood.root.walk())):
+            if index in case.pruned and twig in on.below:
+                on.below.remove(twig)
+        self.trace: list[str] = [f"max_concurrency={self.limit}"]
+        self.now = 1000
+        self.rows: dict[ss.Key, NodeRow] = {}
+        self.loops: dict[str, tuple[int, bool]] = {}
+        self.begin()
+
+    def note(self, *words: object) -> None:
+        self.trace.append(" ".join(map(str, words)))
+
+    def run(self) -> None:
+        """Carry out the steps, then let everything come to its end."""
+        chance = random.Random(f"{self.case.seed} start")
+        self.settle(chance, 0)
+        for number in self.case.steps:
+            chance = random.Random(f"{self.case.seed} {number}")
+            if self.is_over:
+                self.close()
+                if not self.retry(chance):
+                    return
+            self.act(chance)
+            self.settle(chance, chance.choice((0, 0, 1, 3)))
+        for _ in range(self.MOST_STEPS):
+            if self.is_over:
+                self.close()
+                return
+            self.act_towards_the_end(chance)
+            self.settle(chance, 0)
+        raise Broken("the run does not end")
+
+    # Lives
+
+    def begin(self) -> None:
+        """Begin a life: recall what the rows say, as an engine does."""
+        self.progress = ss.Progress(self.limit)
+        self.retries: dict[ss.Key, int] = {}  # when they are due
+        self.stopped: set[ss.Key] = set()
+        self.seen: dict[str, tuple[ss.Key, str]] = {}  # what the newest render has read of states
+        reads: Any = StoredRows(self.rows, self.loops, getattr(self, "stored", None))
+        self.frame: dict[str, Any] = ss.xml_of(Workflow("wood"))
+        self.leaves: dict[str, ss.Leaf] = {}
+        ss.recall_records(reads, "model", self.progress)
+        for key, row in self.rows.items():
+            if row.state in ("finished", "skipped"):  # what it had failed before counts no more
+                row.due_at_ms = 0
+                row.attempts = [a._replace(meta_json='{"forgiven": true}') for a in row.attempts]
+            row.crashes = self.progress.records[key].crashes
+
+    def die(self, has_crashed: bool) -> None:
+        self.note("the process", "crashes" if has_crashed else "ends", "and resumes")
+        for key in self.running:
+            self.end_attempt(key, "cancelled", **({"crashed": True} if has_crashed else {}))
+            self.rows[key].state = "cancelled"
+        self.begin()
+
+    def suspend(self, chance: random.Random) -> None:
+        self.note("the run is suspended")
+        self.progress.is_stopping = True
+        for key in self.running:
+            self.finish(key, chance.choice(("interrupted", "interrupted", "finished", "failed")))
+        self.settle(chance, 0)
+        if not self.progress.failed:
+            self.die(False)
+
+    @property
+    def is_over(self) -> bool:
+        return self.progress.standing() == "ended"
+
+    def close(self) -> None:
+        """Close a run that has ended, as an engine does."""
+        for row in self.rows.values():
+            if row.state == "waiting-approval":
+                row.state, row.gate = "cancelled", "cancelled"
+        left = [key for key, row in self.rows.items() if row.gate == "requested" or row.is_running]
+        hold(not left, "something is open after the end", left)
+
+    def retry(self, chance: random.Random) -> bool:
+        """Give what failed a fresh try; False when the run is over."""
+        if not self.progress.failed or chance.random() < 0.5:
+            return False
+        self.note("the failed nodes get a fresh try")
+        for row in self.rows.values():
+            if row.state == "failed":
+                row.attempts = [a._replace(meta_json='{"forgiven": true}') for a in row.attempts]
+                row.state, row.ended_as, row.due_at_ms = "pending", "", 0
+                row.gate = row.gate and "cancelled"
+        self.begin()
+        self.settle(chance, 1)
+        return not self.is_over
+
+    # Steps
+
+    def act(self, chance: random.Random) -> None:
+        """Let one thing happen, or several before the core is asked to go on."""
+        acts: list[Callable[[random.Random], None]] = [self.change, self.change]
+        acts += [self.end_one] * 3 * bool(self.running)
+        acts += [self.decide_one] * 2 * bool(self.open_gates)
+        acts += [self.wait] * 2 * bool(self.retries)
+        if chance.random() < 0.08:
+            acts = [self.suspend, lambda chance: self.die(chance.random() < 0.7)]
+        chance.choice(acts)(chance)
+        if chance.random() < 0.2 and not self.is_over:
+            self.act(chance)
+
+    def act_towards_the_end(self, chance: random.Random) -> None:
+        if self.running:
+            self.end_one(chance, "finished")
+        elif self.retries:
+            self.wait(chance)
+        elif self.open_gates:
+            self.decide_one(chance)
+        else:
+            raise Broken("the run hangs", self.progress.standing())
+
+    @property
+    def running(self) -> list[ss.Key]:
+        return sorted(key for key, row in self.rows.items() if row.is_running)
+
+    @property
+    def open_gates(self) -> list[ss.Key]:
+        return sorted(key for key, row in self.rows.items() if row.gate == "requested")
+
+    def change(self, chance: random.Random) -> None:
+        for _ in range(chance.choice((1, 1, 2, 3))):
+            busy = {key[0].partition("@@")[0] for key in (*self.running, *self.retries)}
+            self.wood.change(chance, busy)
+        if not self.progress.is_halting:
+            self.render(chance)
+
+    def wait(self, chance: random.Random) -> None:
+        self.now = max(self.now, min(self.retries.values()))
+        self.note("time passes:", self.now)
+        for key in [key for key, due in self.retries.items() if due <= self.now]:
+            del self.retries[key]
+            self.progress.retry_is_due(key, self.now)
+
+    def decide_one(self, chance: random.Random, in_time: bool = False) -> None:
+        key = chance.choice(self.open_gates)
+        verdict, leaf = chance.choice(("approved", "approved", "denied")), self.leaf(key)
+        is_timed = isinstance(leaf, Approval) and leaf.timeout is not None
+        is_timed = is_timed and not in_time and not self.progress.is_halting
+        if is_timed and self.progress.records[key].phase == ss.AT_GATE and chance.random() < 0.3:
+            assert isinstance(leaf, Approval)
+            if leaf.on_timeout == "fail":
+                self.note(*key, "is not decided in time")
+                self.progress.gate_expired(key)
+                row = self.rows[key]
+                row.gate, row.state, row.ended_as = "cancelled", "failed", "approval"
+                return
+            verdict = "approved" if leaf.on_timeout == "approve" else "denied"
+        self.note(*key, "is", verdict)
+        row = self.rows[key]
+        row.gate = verdict
+        if row.state == "waiting-approval":
+            row.state = "pending"
+        self.progress.gate_decided(key, verdict)
+
+    def end_one(self, chance: random.Random, result: str | None = None) -> None:
+        key = chance.choice(self.running)
+        results = ("finished",) * 5 + ("failed",) * 3 + ("unfixable", "crashed")
+        result = result or chance.choice(results)
+        self.finish(key, "interrupted" if key in self.stopped else result)
+
+    def finish(self, key: ss.Key, result: str) -> None:
+        """End an attempt, and see what becomes of its node."""
+        row, leaf = self.rows[key], self.leaf(key)
+        is_failing = bool(self.progress.failed or self.progress.fatal)
+        became = self.progress.attempt_ended(key, result, self.now)
+        self.note(*key, result, "->", became)
+        expected = "cancelled"
+        if isinstance(leaf, Task) and result not in ("interrupted", "crashed"):
+            failed = [a for a in row.attempts if a.state == "failed" and "forgiven" not in a.meta]
+            is_last = result == "unfixable" or len(failed) >= leaf.retries or is_failing
+            expected = "finished" if result == "finished" else "failed" if is_last else "retrying"
+        hold(became == expected, f"an attempt should be {expected}", f"{key} is {became}")
+        record = self.progress.records[key]
+        self.stopped.discard(key)
+        if became in ("finished", "failed"):
+            self.end_attempt(key, became)
+            row.state, row.ended_as, row.crashes = became, "task", 0
+        elif became == "retrying":
+            assert isinstance(leaf, Task)
+            row.due_at_ms = self.now + round(1000 * leaf.retry_delay)
+            hold(record.due_at_ms == row.due_at_ms, "a retry is due at the wrong time", key)
+            self.end_attempt(key, "failed", dueAtMs=row.due_at_ms)
+            row.state = "pending"
+        else:
+            is_crash = result == "crashed"
+            self.end_attempt(key, "cancelled", **({"crashed": True} if is_crash else {}))
+            row.crashes += is_crash
+            row.state = "cancelled"
+        if became == "failed" and leaf is not None and not leaf.continue_on_fail:
+            hold(self.progress.is_halting, "the run goes on after a failure", key)
+
+    def end_attempt(self, key: ss.Key, state: str, **meta: Any) -> None:
+        attempts = self.rows[key].attempts
+        attempts[-1] = attempts[-1]._replace(state=state, meta_json=ss.to_json(meta))
+
+    def leaf(self, key: ss.Key) -> ss.Leaf | None:
+        """Return what the newest tree has under a key."""
+        place = self.rules().places.get(key)
+        return None if place is None else self.leaves[place.props["id"]]
+
+    def rules(self) -> Rules:
+        return Rules(self.frame, self.rows, self.loops)
+
+    # What the engine does
+
+    def settle(self, chance: random.Random, changes: int) -> None:
+        """Go on until nothing is left to do now; render when what was read has changed."""
+        while True:
+            for effect in self.progress.advance(self.now):
+                self.carry_out(effect)
+            self.check()
+            if not self.progress.is_stale or self.progress.is_halting:
+                return
+            if changes and chance.random() < 0.5:
+                changes -= 1
+                self.wood.change(chance, {key[0].partition("@@")[0] for key in self.running})
+                if chance.random() < 0.03:
+                    self.die(True)
+            self.progress.refuse_endless_rendering(ss.Plan(self.wood.tree(), self.loops))
+            self.render(chance)
+
+    def render(self, chance: random.Random) -> None:
+        tree = self.wood.tree()
+        self.progress.begin_render()
+        plan = ss.Plan(tree, self.progress.loops)
+        places = self.rules().by_id
+        share = chance.choice((0, 0.5, 1))
+        reads = {("state", id) for id in plan.by_id if chance.random() < share}
+        self.seen = {
+            id: (place.key, self.rows[place.key].state)
+            for id, place in places.items()
+            if ("state", id) in reads and place.key in self.rows
+        }
+        if self.open_gates and chance.random() < 0.1:
+            self.decide_one(chance, in_time=True)
+        self.frame = ss.xml_of(tree)
+        self.leaves = {slot.leaf.id: slot.leaf for slot in plan.leaves()}
+        self.note("tree:", sketch(self.frame))
+        for effect in self.progress.rendered(plan, reads):
+            self.carry_out(effect)
+
+    def carry_out(self, effect: ss.Effect) -> None:
+        if effect.kind == "frame":
+            assert self.progress.plan is not None
+            self.stored = (self.frame, [slot.key for slot in self.progress.plan.leaves()])
+        if effect.kind != "frame":
+            self.note(" ", effect.kind, *effect.key, "" if effect.detail is None else effect.detail)
+            getattr(self, "on_" + effect.kind)(effect.key, effect.detail)
+
+    def at(self, key: ss.Key) -> tuple[Rules, Place]:
+        """Return the rules, and the place in today's tree that something happens at."""
+        rules = self.rules()
+        if key not in rules.places:
+            raise Broken("something happens to a node that is not in the tree", key)
+        return rules, rules.places[key]
+
+    def on_insert(self, key: ss.Key, _: object) -> None:
+        hold(key not in self.rows, "a row is inserted twice", key)
+        self.rows[key] = NodeRow()
+
+    def on_repeat(self, key: ss.Key, _: object) -> None:
+        rules, place = self.at(key)
+        # A gate whose node has had attempts may be asked anew: they were a task's of its id.
+        was_task = place.kind == "approval" and bool(self.rows[key].attempts)
+        hold(was_task or not rules.has_ended(place), "an ended node begins again", key)
+        self.rows[key].state = "pending"
+
+    def on_recall(self, key: ss.Key, _: object) -> None:
+        if key in self.rows:
+            stored = StoredRows({key: self.rows[key]}, {}, None)
+            gate = next(iter(stored.list_gates("")), None)
+            record = ss.record_of(stored.list_nodes("")[0], self.rows[key].attempts, gate)
+            self.progress.recall(key, record)
+
+    def on_renew(self, key: ss.Key, _: object) -> None:
+        row = self.rows[key]
+        row.attempts = [a._replace(meta_json='{"forgiven": true}') for a in row.attempts]
+        row.gate = row.gate and "cancelled"
+        row.due_at_ms = 0
+
+    def on_skip(self, key: ss.Key, _: object) -> None:
+        self.end_node(key, "skipped")
+
+    def on_pass(self, key: ss.Key, _: object) -> None:
+        self.end_node(key, "finished")
+
+    def on_deny(self, key: ss.Key, _: object) -> None:
+        self.end_node(key, "failed")
+
+    def end_node(self, key: ss.Key, state: str) -> None:
+        rules, place = self.at(key)
+        rules.check_end(place, state, self.leaves[place.props["id"]].on_deny)
+        self.rows[key].state, self.rows[key].ended_as = state, place.kind
+        self.rows[key].crashes = 0
+
+    def on_crash(self, key: ss.Key, _: object) -> None:
+        row = self.rows[key]
+        hold(row.crashes >= ss.MAX_CRASHES, "a node fails that did not crash", key)
+        row.state, row.ended_as, row.crashes = "failed", "task", 0
+
+    def on_delay(self, key: ss.Key, due_at_ms: int) -> None:
+        hold(due_at_ms == self.rows[key].due_at_ms > self.now, "a wrong delay", key)
+        self.retries[key] = due_at_ms
+
+    def on_start(self, key: ss.Key, attempt: int) -> None:
+        hold(not self.progress.is_halting, "a node starts in a run that halts", key)
+        self.rules().check_start(key, self.now, self.limit)
+        row = self.rows[key]
+        hold(attempt == len(row.attempts), "a wrong attempt number", key)
+        row.attempts.append(ss.Attempt(*key, attempt, "in-progress", self.now, None, None, None))
+        row.state = "in-progress"
+        leaf = self.leaf(key)
+        if isinstance(leaf, Task) and isinstance(leaf.run, dict):
+            self.finish(key, "finished")
+
+    def on_stop(self, key: ss.Key, _: object) -> None:
+        hold(self.rows[key].is_running, "something is stopped that does not run", key)
+        place = self.rules().places.get(key)
+        hold(place is None or place.kind != "task", "a task of the tree is stopped", key)
+        self.stopped.add(key)
+
+    def on_open(self, key: ss.Key, _: object) -> None:
+        row, (rules, place) = self.rows[key], self.at(key)
+        hold(rules.has_turn(place), "a gate is asked before its turn", key)
+        hold(row.gate not in ("requested", *DECIDED), "a gate is asked twice", key)
+        row.gate, row.state = "requested", "waiting-approval"
+
+    def on_await(self, key: ss.Key, _: object) -> None:
+        row = self.rows[key]
+        hold((row.gate, row.state) == ASKED, "a gate is awaited that is not open", key)
+
+    def on_close(self, key: ss.Key, _: object) -> None:
+        hold(self.rows[key].gate == "requested", "a gate is closed that is not open", key)
+        self.rows[key].gate = self.rows[key].state = "cancelled"
+
+    def on_loop(self, key: tuple[str, int], is_done: bool) -> None:
+        self.rules().check_loop(*key, is_done)
+        self.loops[key[0]] = (key[1], is_done)
+
+    # What must hold after each step
+
+    def check(self) -> None:
+        progress, rules = self.progress, self.rules()
+        for key, record in progress.records.items():
+            row = self.rows[key]
+            last = row.attempts[-1].attempt if row.attempts else None
+            told = (record.state, record.last_attempt, record.phase == ss.RUNNING)
+            known = (row.state, last, row.is_running)
+            hold(told == known, "a record is not what was done", f"{key} {told} {known}")
+        hold(progress.running == len(rules.running), "running is miscounted", progress.running)
+        if progress.is_halting:
+            for place in rules.nodes:
+                if place.key[0] in progress.failed:
+                    is_same = rules.rows[place.key].ended_as == place.kind
+                    hold(is_same and not place.may_fail, "the run fails of nothing", place.key)
+            expected = "busy" if rules.running else "ended"
+            hold(progress.standing() == expected, "a halting run is not", expected)
+            return
+        if progress.is_stale:
+            hold(progress.standing() == "stale", "a stale run is not", progress.standing())
+            return
+        gates = len(self.open_gates)
+        hold(progress.open_gates == gates, "gates are miscounted", (progress.open_gates, gates))
+        outside = [key for key in rules.running if key not in rules.places]
+        hold(self.stopped.issuperset(outside), "what left the tree runs on", outside)
+        outside = [key for key in self.open_gates if key not in rules.places]
+        hold(not outside, "a gate that left the tree stays open", outside)
+        rules.check_rest(self.now, self.limit)
+        queued = [
+            sum(rules.can_start(place, self.now, surely) for place in rules.nodes)
+            for surely in (True, False)
+        ]
+        is_right = queued[0] <= progress.queued <= queued[1]
+        hold(is_right, "queued is miscounted", f"{progress.queued}, not {queued}")
+        for id, (key, state) in self.seen.items():
+            if id in rules.by_id and rules.by_id[id].key == key:
+                row = self.rows[key]
+                hold(row.state == state, "a render is due", f"{id} was {state}, is {row.state}")
+        self.check_standing(progress.standing(), rules)
+
+    def check_standing(self, standing: str, rules: Rules) -> None:
+        is_done = all(map(rules.passed, rules.root.below))
+        is_delayed = any(due > self.now for due in self.retries.values())
+        hold(standing in ("busy", "ended", "waiting"), "the run is stuck", standing)
+        if standing == "ended":
+            hold(is_done and not rules.running, "the run ends early")
+        elif standing == "busy":
+            hold(rules.running or is_delayed, "the run is busy with nothing")
+        else:
+            hold(self.open_gates and not rules.running, "the run waits for nothing")
+
+
+def broken_by(case: Case) -> tuple[str, list[str]] | None:
+    """Run a case; return the rule that it breaks and its trace."""
+    model = None
+    try:
+        model = PureModel(case)
+        model.run()
+    except Exception as error:  # also what the core itself raises
+        trace = model.trace if model is not None else []
+        rule = error.rule if isinstance(error, Broken) else f"raised {type(error).__name__}"
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return rule, [*trace, f"BROKEN {error!r} at {last.name}, line {last.lineno}"]
+    return None
+
+
+def shrink(case: Case) -> tuple[Case, list[str]]:
+    """Leave out steps and twigs as long as the same rule breaks; return the rest and its trace."""
+    found = broken_by(case)
+    assert found is not None
+    rule, trace = found
+    twigs = len(list(PureModel(case).wood.root.walk()))
+    deadline = time.monotonic() + 20
+    size = max(len(case.steps) // 2, 1)
+    while size and time.monotonic() < deadline:
+        smaller = [
+            case._replace(steps=case.steps[:at] + case.steps[at + size :])
+            for at in range(0, len(case.steps), size)
+        ]
+        smaller += [
+            case._replace(pruned=(*case.pruned, n)) for n in range(twigs) if n not in case.pruned
+        ]
+        for one in smaller:
+            found = broken_by(one)
+            if found is not None and found[0] == rule:
+                case, trace = one, found[1]
+                break
+        else:
+            size //= 2
+    return case, trace
+
+
+def pure_case(seed: str) -> Case:
+    return Case(seed, tuple(range(random.Random(seed).choice((3, 6, 10, 15, 25, 40)))))
+
+
+# The real engine, and its log
+
+
+class LogRules(Rules):
+    """The rules as far as a log can tell: it does not say when a loop ends, only when it may."""
+
+    begun: set[str] = set()  # loops of which something has begun, by key
+    unseen: set[str] = set()  # loops that were without a node: their iterations leave no trace
+
+    def is_going(self, loop: Place) -> bool:
+        return True
+
+    def note_ends(self, place: Place) -> None:
+        """Note for each loop at or below a place that it may be over, the inner ones first."""
+        for below in place.below:
+            self.note_ends(below)
+        if place.kind != "loop" or not self.has_turn(place):
+            return
+        nodes = [one for one in self.nodes if place in one.loops]
+        is_last = self.iteration(place) + 1 >= int(place.props["maxIterations"])
+        is_over = all(map(self.passed, place.below)) or place.key not in self.begun
+        if not nodes:
+            self.unseen.add(place.key)
+        if place.key in self.unseen or is_over and (is_last or place.props["until"] == "true"):
+            self.loops[place.key] = (self.iteration(place), True)
+
+
+class Judge:
+    """Reads the log of a run and holds every event against the rules, with the frames beside it."""
+
+    # What happens to a node only when its turn has come, unless an attempt was in flight.
+    TURNS = ("NodeStarted", "NodeFinished", "NodeSkipped", "ApprovalRequested")
+
+    def __init__(self, db: ss.SmithersDb, run_id: str, limit: int) -> None:
+        self.db = db
+        self.run_id = run_id
+        self.limit = limit
+        self.rows: dict[ss.Key, NodeRow] = {}
+        self.loops: dict[str, tuple[int, bool]] = {}
+        self.frame: dict[str, Any] = ss.xml_of(Workflow("wood"))
+        self.frames = {frame.frame_no: frame for frame in db.list_frames(run_id, 10**6, 0)}
+        self.begun: set[str] = set()
+        self.unseen: set[str] = set()
+        self.has_failed = False
+        self.is_claimed = False  # a life has just begun, perhaps with fresh tries
+        self.trace: list[str] = []
+        self.kinds: dict[str, str] = {}
+        self.both: set[str] = set()  # ids that a task and a gate have shared: asked or run anew
+
+    def judge(self) -> None:
+        for event in self.db.list_events(self.run_id):
+            payload = event.payload
+            self.is_claimed &= event.type in ("NodePending", "NodeCancelled")
+            said = [value for name, value in payload.items() if name not in ("runId", "xmlHash")]
+            self.trace.append(f"{event.seq} {' '.join(map(str, said[:-1]))}")
+            if event.type == "FrameCommitted":
+                self.take_frame(self.frames[payload["frameNo"]])
+                for place in self.rules().nodes:
+                    id = place.props["id"]
+                    if self.kinds.setdefault(id, place.kind) != place.kind:
+                        self.both.add(id)
+                self.trace[-1] += " " + sketch(self.frame)
+            elif "nodeId" in payload:
+                key = (payload["nodeId"], payload["iteration"])
+                rules = self.rules()
+                was_running = key in self.rows and self.rows[key].is_running
+                getattr(self, "on_" + event.type)(key, rules, payload)
+                if key in rules.places and not was_running and event.type in self.TURNS:
+                    self.begun |= {loop.key for loop in rules.places[key].loops}
+            elif event.type == "RunStatusChanged":
+                self.is_claimed = payload["status"] == "running"
+                self.has_failed &= not self.is_claimed
+            rules = self.rules()
+            rules.note_ends(rules.root)
+            if payload.get("status") == "waiting-approval":
+                hold(not rules.running, "a run waits that is busy", rules.running)
+            elif payload.get("status") == "finished":
+                is_done = all(map(rules.passed, rules.root.below))
+                hold(is_done and not rules.running, "the run ends early")
+        self.compare()
+
+    def compare(self) -> None:
+        """Hold the tables against the log."""
+        nodes = {node.key: node.state for node in self.db.list_nodes(self.run_id)}
+        told = {key: row.state for key, row in self.rows.items()}
+        hold(nodes == told, "nodes are not as the log tells", sorted(nodes.items() ^ told.items()))
+        attempts = Counter(attempt.key for attempt in self.db.list_attempts(self.run_id))
+        started = Counter({key: len(row.attempts) for key, row in self.rows.items()})
+        hold(attempts == +started, "attempts are not as the log tells", (attempts, started))
+        still = self.db.list_gates(self.run_id, "requested")
+        hold(not still, "a gate stays open after the end", still)
+
+    def rules(self) -> LogRules:
+        rules = LogRules(self.frame, self.rows, self.loops)
+        rules.begun, rules.unseen = self.begun, self.unseen
+        return rules
+
+    def take_frame(self, frame: ss.Frame) -> None:
+        """Make a frame the newest, and learn from its keys which iteration each loop is at."""
+        self.frame = json.loads(frame.xml_json)
+        entries = [entry.rpartition("::") for entry in json.loads(frame.mounted_task_ids_json)]
+        mounted = iter([(id, int(iteration)) for id, _, iteration in entries])
+
+        def walk(element: dict[str, Any], loops: tuple[str, ...]) -> None:
+            props = element["props"]
+            if element["tag"] == "smithers:ralph":
+                loops = (*loops, props["id"])
+            if element["tag"] == "smithers:task":
+                id, iteration = next(mounted)
+                rounds = [*re.findall(r"=(\d+)", id), iteration]
+                around = [f"{loop}={number}" for loop, number in zip(loops, rounds)]
+                for depth, loop in enumerate(loops):
+                    key = loop + ("@@" + ",".join(around[:depth]) if depth else "")
+                    if self.loops.get(key, (-1, False))[0] != int(rounds[depth]):
+                        self.loops[key] = (int(rounds[depth]), key in self.unseen)
+            for child in element["children"]:
+                walk(child, loops)
+
+        walk(self.frame, ())
+
+    def place(self, key: ss.Key, rules: Rules) -> Place:
+        if key not in rules.places:
+            raise Broken("something happens to a node that is not in the tree", key)
+        return rules.places[key]
+
+    def on_NodePending(self, key: ss.Key, rules: Rules, _: object) -> None:
+        row = self.rows.setdefault(key, NodeRow())
+        if self.is_claimed and row.state == "failed":  # it gets a fresh try
+            row.gate, row.ended_as, row.due_at_ms = row.gate and "cancelled", "", 0
+        place = rules.places.get(key)
+        is_over = place is not None and row.state != "failed" and rules.has_ended(place)
+        if key[0].partition("@@")[0] in self.both:
+            is_over, row.gate, row.ended_as = False, row.gate and "cancelled", ""
+        hold(not is_over, "an ended node begins again", key)
+        row.state = "pending"
+
+    def on_NodeStarted(self, key: ss.Key, rules: Rules, payload: dict[str, Any]) -> None:
+        hold(not self.has_failed, "a node starts in a run that fails", key)
+        rules.check_start(key, payload["timestampMs"], self.limit)
+        row, attempt = self.rows[key], payload["attempt"]
+        hold(attempt == len(row.attempts), "a wrong attempt number", key)
+        row.attempts.append(ss.Attempt(*key, attempt, "in-progress", 0, None, None, None))
+        row.state = "in-progress"
+
+    def on_NodeFinished(self, key: ss.Key, rules: Rules, _: object) -> None:
+        self.end(key, rules, "finished")
+
+    def on_NodeSkipped(self, key: ss.Key, rules: Rules, _: object) -> None:
+        self.end(key, rules, "skipped")
+
+    def on_NodeFailed(self, key: ss.Key, rules: Rules, payload: dict[str, Any]) -> None:
+        place, row = self.place(key, rules), self.rows[key]
+        if payload["error"].get("code") == "APPROVAL_TIMEOUT":
+            row.state, row.ended_as, row.gate = "failed", place.kind, "cancelled"
+        else:
+            self.end(key, rules, "failed")
+        self.has_failed |= not place.may_fail
+
+    def end(self, key: ss.Key, rules: Rules, state: str) -> None:
+        place, row = self.place(key, rules), self.rows[key]
+        if not row.is_running:
+            rules.check_end(place, state, place.props.get("onDeny"))
+        row.state, row.ended_as = state, place.kind
+
+    def on_NodeRetrying(self, key: ss.Key, _: object, payload: dict[str, Any]) -> None:
+        row = self.rows[key]
+        row.state, row.ended_as, row.due_at_ms = "pending", "", payload["dueAtMs"]
+        self.has_failed = False
+
+    def on_NodeCancelled(self, key: ss.Key, _: object, payload: dict[str, Any]) -> None:
+        row = self.rows[key]
+        hold(row.is_running == ("attempt" in payload), "something else is cancelled", key)
+        if not row.is_running:
+            row.gate = "cancelled"
+        row.state = "cancelled"
+
+    def on_ApprovalRequested(self, key: ss.Key, rules: Rules, _: object) -> None:
+        place, row = self.place(key, rules), self.rows[key]
+        hold(rules.has_turn(place), "a gate is asked before its turn", key)
+        is_shared = key[0].partition("@@")[0] in self.both
+        hold(is_shared or row.gate not in ("requested", *DECIDED), "a gate is asked twice", key)
+        row.gate = "requested"
+
+    def on_NodeWaitingApproval(self, key: ss.Key, _: object, __: object) -> None:
+        self.rows[key].state = "waiting-approval"
+
+    def on_ApprovalGranted(self, key: ss.Key, _: object, payload: dict[str, Any]) -> None:
+        row = self.rows[key]
+        hold(row.gate == "requested", "a decision about nothing", key)
+        row.gate = "approved" if payload["type"] == "ApprovalGranted" else "denied"
+        row.state = "pending" if row.state == "waiting-approval" else row.state
+
+    on_ApprovalDenied = on_ApprovalGranted
+
+
+class Died(BaseException):
+    """What a kill looks like to an engine in this process."""
+
+
+class Part:
+    """One attempt, which ends when it is told to."""
+
+    def __init__(self) -> None:
+        self.is_over = threading.Event()
+        self.fails = False
+
+
+class EngineModel:
+    """Drives a real engine through a tree that changes; its observer says what happens next.
+
+    Nothing waits for a clock: an attempt ends when it is told to, and whenever the observer is
+    called it sees to it that something is told.
+    """
+
+    RUN = "model"
+    MOST_RENDERS = 40
+
+    def __init__(self, seed: str, path: str) -> None:
+        self.seed = seed
+        self.chance = random.Random(f"{seed} engine")
+        self.limit = self.chance.choice((1, 2, 3, 4))
+        self.at_once = self.chance.choice((1, 1, 2, 4))
+        self.lives = self.chance.choice((1, 1, 2, 3))
+        self.wood = Wood(random.Random(f"{seed} tree"), self.play, 0.002)
+        self.db = ss.SmithersDb(path)
+        self.renders = 0
+        self.parts: dict[tuple[str, int, int], Part] = {}
+        self.is_live = False
+        self.remember()
+
+    def remember(self) -> None:
+        """Learn from the log what is in flight."""
+        self.playing: dict[ss.Key, int] = {}  # attempts in flight, by node
+        self.gates: set[ss.Key] = set()
+        self.told: set[ss.Key] = set()  # what was told to end, or decided, and has no event yet
+        for event in self.db.list_events(self.RUN):
+            self.follow(event.payload)
+
+    def run(self) -> list[str]:
+        """Run to the end, then judge; return the log as lines."""
+        judge = None
+        try:
+            self.drive()
+            judge = Judge(self.db, self.RUN, self.limit)
+            judge.judge()
+        except Exception as error:
+            if judge is None:
+                judge = Judge(self.db, self.RUN, self.limit)
+                with contextlib.suppress(Exception):
+                    judge.judge()
+            broken = Broken(f"seed {self.seed}: {error!r}")
+            broken.trace = judge.trace  # type: ignore[attr-defined]
+            raise broken from error
+        finally:
+            self.db.close()
+        return judge.trace
+
+    def drive(self) -> None:
+        retry = False
+        while True:
+            engine = self.engine = ss.Engine(
+                self.workflow,
+                self.db,
+                self.RUN,
+                max_concurrency=self.limit,
+                on_event=self.see,
+            )
+            self.is_live = False
+            self.remember()
+            if self.gates and self.chance.random() < 0.5:
+                self.tell(self.chance.choice(sorted(self.gates)))
+                self.remember()
+            if not engine.open(resume=True, retry=retry):
+                return
+            result = self.live(engine)
+            self.end_all()
+            if result in ss.TERMINAL_STATUSES:
+                retry = result == "failed" and self.chance.random() < 0.3
+                if not retry:
+                    return
+
+    def live(self, engine: ss.Engine) -> str:
+        """Return how the run stands when its engine has left it, `died` when it was killed."""
+        outcome: list[Any] = []
+
+        def run() -> None:
+            try:
+                self.is_live = True
+                outcome.append(engine.run().status)
+            except BaseException as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+        if thread.is_alive():
+            engine.cancel()
+            self.end_all()
+            thread.join(PATIENCE)
+            raise Broken("the run hangs", (self.playing, self.gates, self.told))
+        if isinstance(outcome[0], Died):
+            return "died"
+        if isinstance(outcome[0], BaseException):
+            raise outcome[0]
+        return str(outcome[0])
+
+    # What the engine calls
+
+    def workflow(self, ctx: Ctx) -> Workflow:
+        self.renders += 1
+        chance = random.Random(f"{self.seed} {self.renders}")
+        if 1 < self.renders < self.MOST_RENDERS:
+            for _ in range(chance.choice((0, 0, 1, 2))):
+                self.wood.change(chance, {key[0].partition("@@")[0] for key in self.playing})
+        share = chance.choice((0.3, 1, 1))
+        for twig, _ in self.wood.root.walk():
+            if chance.random() < share:
+                ctx.state(twig.id)
+        return self.wood.tree()
+
+    def play(self) -> int:
+        """Be an attempt."""
+        task = current_task()
+        part = self.parts.setdefault((task.node_id, task.iteration, task.attempt), Part())
+        part.is_over.wait(PATIENCE)
+        if part.fails:
+            raise ss.TaskFailed("so it was told")
+        return task.attempt
+
+    def see(self, event: ss.Event) -> None:
+        self.follow(event.payload)
+        if self.is_live and self.lives > 1 and self.chance.random() < 0.04:
+            self.lives -= 1
+            if self.chance.random() < 0.5:
+                raise Died
+            self.engine.suspend()
+            self.end_all()
+        self.direct()
+
+    def follow(self, payload: dict[str, Any]) -> None:
+        type, key = payload["type"], (payload.get("nodeId"), payload.get("iteration"))
+        if type == "NodeStarted":
+            self.playing[key] = payload["attempt"]
+        elif type == "ApprovalRequested":
+            self.gates.add(key)
+        elif type in ("ApprovalGranted", "ApprovalDenied"):
+            self.gates.discard(key)
+            self.told.discard(key)
+        elif type in ("NodeFinished", "NodeFailed", "NodeCancelled"):
+            self.playing.pop(key, None)
+            self.gates.discard(key)
+            self.told.discard(key)
+
+    def direct(self) -> None:
+        """See to it that something is told to end, or is decided."""
+        while len(self.told) < self.at_once:
+            left = sorted({*self.playing, *self.gates} - self.told)
+            if not left:
+                return
+            self.told.add(key := self.chance.choice(left))
+            self.tell(key)
+
+    def tell(self, key: ss.Key) -> None:
+        if key in self.gates:
+            verdict = self.chance.choice(("approved", "approved", "approved", "denied"))
+            try:
+                ss.decide(self.db, self.RUN, key[0], ss.Decision(verdict, key[1]))
+            except (ss.ApprovalNotPending, ss.RunNotActive):  # closed; the event is on its way
+                self.gates.discard(key)
+                self.told.discard(key)
+        else:
+            part = self.parts.setdefault((*key, self.playing[key]), Part())
+            part.fails = self.chance.random() < 0.25
+            part.is_over.set()
+
+    def end_all(self) -> None:
+        for key, attempt in self.playing.items():
+            self.parts.setdefault((*key, attempt), Part()).is_over.set()
+
+
+class ProgressTest(unittest.TestCase):
+    """The pure core under random trees that change, ends, decisions and deaths."""
+
+    def test_no_rule_breaks(self) -> None:
+        for number in range(200):
+            case = pure_case(f"progress {number}")
+            if broken_by(case) is not None:
+                case, trace = shrink(case)
+                self.fail("\n".join([str(case), *trace]))
+
+
+class ModelTest(unittest.TestCase):
+    """The engine itself under random trees that change, ends, decisions and deaths."""
+
+    def test_no_rule_breaks(self) -> None:
+        for number in range(20):
+            with tempfile.TemporaryDirectory(prefix="smithers-model-") as folder:
+                EngineModel(f"engine {number}", os.path.join(folder, "smithers.db")).run()
+
+
+def model_command(arguments: argparse.Namespace) -> int:
+    """Break no rule for some seconds: the pure core most of the time, the engine now and then."""
+    began = time.monotonic()
+    pure = driven = 0
+    while time.monotonic() - began < arguments.seconds:
+        for _ in range(200):
+            case = pure_case(f"{arguments.seed}/{pure}")
+            pure += 1
+            if broken_by(case) is not None:
+                case, trace = shrink(case)
+                print("\n".join([f"VIOLATION seed {arguments.seed}: {case}", *trace]))
+                return 1
+        for _ in range(10):
+            with tempfile.TemporaryDirectory(prefix="smithers-model-") as folder:
+                seed = f"{arguments.seed}/{driven}"
+                driven += 1
+                try:
+                    EngineModel(seed, os.path.join(folder, "smithers.db")).run()
+                except Broken as error:
+                    trace = getattr(error, "trace", [])
+                    print("\n".join([*trace, f"VIOLATION of the engine: {error}"]))
+                    return 1
+    print(f"{pure:,} runs of the core, {driven:,} of the engine in "
+          f"{time.monotonic() - began:.0f} s, seed {arguments.seed}: no violation")  # fmt: skip
+    return 0
+
+
+# ---------------------------------------------------------------------------
+# Commands: bench, crash, restart, fuzz and model
 # ---------------------------------------------------------------------------
 
 
@@ -8169,6 +9525,10 @@ def make_arguments() -> argparse.ArgumentParser:
     fuzz.add_argument("seconds", type=float, metavar="SECONDS")
     fuzz.add_argument("--seed", type=int, default=random.randrange(10**6))
     fuzz.set_defaults(run=fuzz_command)
+    model = commands.add_parser("model", help="run random trees that change while they run")
+    model.add_argument("seconds", type=float, metavar="SECONDS")
+    model.add_argument("--seed", type=int, default=random.randrange(10**6))
+    model.set_defaults(run=model_command)
     return parser
 
 
@@ -8180,6 +9540,13 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and sys.argv[1] in (*CHILDREN, "bench", "crash", "restart", "fuzz"):
+    if len(sys.argv) > 1 and sys.argv[1] in (
+        *CHILDREN,
+        "bench",
+        "crash",
+        "restart",
+        "fuzz",
+        "model",
+    ):
         raise SystemExit(main(sys.argv[1:]))
     unittest.main()
