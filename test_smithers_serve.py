@@ -164,7 +164,7 @@ EVENT_FIELDS = {
     "RunStatusChanged": "status",
     "RunFinished": "",
     "RunFailed": "error",
-    "RunCancelled": "",
+    "RunCancelled": "by? reason?",
     "FrameCommitted": "frameNo xmlHash",
     "NodePending": "nodeId iteration",
     "NodeStarted": "nodeId iteration attempt",
@@ -175,8 +175,8 @@ EVENT_FIELDS = {
     "NodeSkipped": "nodeId iteration",
     "ApprovalRequested": "nodeId iteration",
     "NodeWaitingApproval": "nodeId iteration",
-    "ApprovalGranted": "nodeId iteration note? decidedBy?",
-    "ApprovalDenied": "nodeId iteration note? decidedBy?",
+    "ApprovalGranted": "nodeId iteration note? decidedBy? bySource?",
+    "ApprovalDenied": "nodeId iteration note? decidedBy? bySource?",
     "NodeOutput": "nodeId iteration attempt text stream",
 }
 LAST_EVENTS = {"finished": "RunFinished", "failed": "RunFailed", "cancelled": "RunCancelled"}
@@ -874,6 +874,7 @@ class RunServer:
         db: ss.SmithersDb,
         run_id: str = RUN,
         token: str | None = None,
+        tokens: str | None = None,
         metrics: bool = True,
         host: str = LOOPBACK,
         **options: Any,
@@ -881,8 +882,9 @@ class RunServer:
         self.db, self.path, self.run_id = db, db.path, run_id
         self.abort = threading.Event()
         self.app = ss.create_serve_app(
-            adapter=db, run_id=run_id, abort=self.abort, auth_token=token, metrics=metrics
-        )
+            adapter=db, run_id=run_id, abort=self.abort, auth_token=token, metrics=metrics,
+            tokens=tokens,
+        )  # fmt: skip
         self.server = ss.make_server(self.app, host, 0, **options)
         self.port = self.server.server_port
         self.is_stopped = False
@@ -973,11 +975,17 @@ class ServerCase(RunCase):
         self.count = getattr(self, "count", 0) + 1
         return self.serve(f"fresh-{self.count}", **options)
 
-    def at_gate(self, **options: Any) -> RunServer:
+    def at_gate(self, tree: Any = release, **options: Any) -> RunServer:
         """Serve one more run that waits at its gate."""
         served = self.fresh(**options)
-        served.run_to_gate()
+        served.run_to_gate(tree)
         return served
+
+    def look(self, path: str, *tree: Any) -> Any:
+        """Return the body of a GET, of one more run with this tree where one is given."""
+        if tree:
+            self.served = self.at_gate(list(tree))
+        return self.assert_ask(200, "GET", path).body
 
     def foreign_database(self) -> ss.SmithersDb:
         """Return a database of this test that is not checked: the test breaks it."""
@@ -3008,6 +3016,27 @@ class DecisionTest(ServerCase):
         self.assert_ask(200, "POST", "/cancel")
         self.refuse_decision(409, "APPROVAL_NOT_PENDING", "deploy", "deploy")
 
+    def test_a_gate_open_after_the_end_is_closed(self) -> None:
+        self.served = self.at_gate(db=self.foreign_database())
+        change(self.served.path, "update _smithers_runs set status = 'cancelled'")
+        self.assert_error(self.served.ask("POST", "/approve/deploy"), 409, "RUN_NOT_ACTIVE")
+
+    def test_a_decision_is_about_the_gate_seen(self) -> None:
+        asked = self.gate(RUN).requested_at_ms
+        assert asked is not None
+        self.refuse_decision(409, "GATE_CHANGED", str(asked), "deploy", {"requestedAtMs": 1})
+        self.refuse_decision(400, "INVALID_REQUEST", "'noted'", "deploy", {"noted": "x"})
+        self.assert_ask(200, "POST", "/approve/deploy", {"requestedAtMs": asked})
+
+    def test_a_gate_asked_twice_needs_its_iteration(self) -> None:
+        self.served = self.fresh()
+        live = self.served.start(loop(Approval("ok")), "NodeWaitingApproval ok 0")
+        self.assert_ask(200, "POST", "/approve/ok")
+        live.wait("NodeWaitingApproval ok 1")
+        self.refuse_decision(400, "INVALID_REQUEST", "iteration: 0, 1", "ok")
+        self.assert_ask(200, "POST", "/approve/ok", {"iteration": 1})
+        self.assertEqual(live.end().status, "finished")
+
     def test_node_ids_are_percent_decoded_once(self) -> None:
         for path, node in (("%2564eploy", "%64eploy"), ("a%2Fb", "a/b"), ("a+b", "a+b")):
             self.refuse_decision(404, "NODE_NOT_FOUND", f"'{node}'", path)
@@ -3057,10 +3086,235 @@ class SteeringTest(ServerCase):
         self.assert_refused(409, "RUN_NOT_ACTIVE", "cancelled", "POST", "/cancel")
         self.assertTrue(self.served.abort.is_set())
 
+    def test_a_cancel_says_who_and_why(self) -> None:
+        for body, says in (({"by": "x"}, "'by'"), ({"reason": 7}, "reason"), ([], "object")):
+            self.assert_refused(400, "INVALID_REQUEST", says, "POST", "/cancel", body)
+        self.assert_ask(200, "POST", "/cancel", {"decidedBy": "alice", "reason": "wrong branch"})
+        self.assertEqual(self.told("RunCancelled", run_id=RUN), ["RunCancelled alice wrong branch"])
+
     def test_a_refused_cancel_aborts_nothing(self) -> None:
         served = self.at_gate(token="tok")
         self.assert_error(served.ask("POST", "/cancel"), 401, "UNAUTHORIZED")
         self.assertFalse(served.abort.is_set())
+
+
+# What is shown of a node, of a gate and of whatever holds a run up: the keys, in order.
+NODE_KEYS = listed(
+    "nodeId iteration label state attempts startedAtMs finishedAtMs durationMs error", " "
+)
+GATE_KEYS = listed(
+    "runId nodeId iteration workflowName runStatus label requestTitle requestSummary metadata"
+    " requestedAtMs waitingMs deadlineAtMs onDeny onTimeout approvers status note decidedBy"
+    " decidedAtMs", " ",
+)  # fmt: skip
+DETAIL_KEYS = [*NODE_KEYS, "output", "gate", "needs", "log"]
+EVIDENCE_KEYS = listed("nodeId iteration state error output isCut log", " ")
+BLOCK_KEYS = listed("kind nodeId iteration sinceMs detail", " ")
+
+
+def chatter() -> str:
+    for number in range(150):
+        current_task().log(f"line {number}")
+    return "ä" * 5000
+
+
+def keys_of(nodes: Any) -> str:
+    return " ".join(f"{node['nodeId']}::{node['iteration']}" for node in nodes)
+
+
+class NodesTest(ServerCase):
+    def pages(self, query: str, limit: int) -> str:
+        """Return the nodes of all pages of so many."""
+        found: list[str] = []
+        while True:
+            after = f"&after={found[-1]}" if found else ""
+            page = keys_of(self.look(f"/nodes?limit={limit}{after}{query}")).split()
+            if not page:
+                return " ".join(found)
+            self.assertFalse(set(page) & set(found))
+            found += page
+
+    def test_nodes_come_in_order_of_the_tree(self) -> None:
+        tree = [*tasks("z a"), loop(Task("m", turn)), Approval("gate")]
+        self.assertEqual(keys_of(self.look("/nodes", *tree)), "z::0 a::0 m::1 gate::0 m::0")
+        for limit in range(1, 7):
+            self.assertEqual(self.pages("", limit), "z::0 a::0 m::1 gate::0 m::0")
+            self.assertEqual(self.pages("&state=finished", limit), "z::0 a::0 m::1 m::0")
+        self.assertEqual(self.look("/nodes?state=failed"), [])
+
+    def test_paging_goes_on_after_a_node_has_moved(self) -> None:
+        self.served = self.at_gate(tasks("a b c") + [Approval("gate")], db=self.foreign_database())
+        first = keys_of(self.look("/nodes?state=finished&limit=1"))
+        self.assertEqual(first, "a::0")
+        change(self.served.path, "update _smithers_nodes set state = 'pending' where node_id = 'a'")
+        self.assertEqual(keys_of(self.look(f"/nodes?state=finished&after={first}")), "b::0 c::0")
+
+    def test_a_failed_node_tells_its_tries(self) -> None:
+        self.look("/nodes", Task("f", fail, retries=1, label="F", continue_on_fail=True))
+        shown = self.look("/nodes")[0]
+        self.assertEqual(list(shown), NODE_KEYS)
+        self.assertEqual(shown["durationMs"], shown["finishedAtMs"] - shown["startedAtMs"])
+        error = {"name": "ValueError", "message": "no luck"}
+        found = [shown[name] for name in ("label", "state", "attempts", "error")]
+        self.assertEqual(found, ["F", "failed", 2, error])
+        self.assertEqual(self.look("/nodes/f")["attempts"][1]["error"], error)
+
+    def test_one_node_is_told_in_full(self) -> None:
+        shown = self.look("/nodes/b", *tasks("a"), Task("b", chatter, needs=["a"]), Approval("g"))
+        self.assertEqual(list(shown), DETAIL_KEYS)
+        (attempt,) = shown["attempts"]
+        keys = ["attempt", "state", "startedAtMs", "finishedAtMs", "error"]
+        self.assertEqual((list(attempt), attempt["state"]), (keys, "finished"))
+        self.assertEqual(
+            (shown["output"], shown["needs"], shown["gate"]), ("ä" * 5000, ["a"], None)
+        )
+        texts = [line["text"] for line in shown["log"]]
+        self.assertEqual(texts, [f"line {number}" for number in range(50, 150)])
+        self.assertEqual(list(shown["log"][0]), ["attempt", "stream", "text", "timestampMs"])
+        gate = self.look("/nodes/g")["gate"]
+        self.assertEqual((list(gate), gate["status"]), (GATE_KEYS, "requested"))
+
+    def test_iterations_of_a_node_are_told_apart(self) -> None:
+        nested = loop(loop(Task("in", turn), id="inner"), id="outer")
+        self.look("/nodes", loop(Task("m", turn)), nested)
+        for path, output in (
+            ("m", 1),
+            ("m?iteration=0", 0),
+            ("in@@outer=1", 1),
+            ("in%40%40outer%3D1?iteration=0", 0),
+        ):
+            self.assertEqual(self.look(f"/nodes/{path}")["output"], output, path)
+
+    def test_what_is_not_there_is_named(self) -> None:
+        for path, says in (("nobody", "'nobody'"), ("build?iteration=7", "iteration 7")):
+            self.assert_refused(404, "NODE_NOT_FOUND", says, "GET", f"/nodes/{path}")
+        self.served = self.fresh()
+        for path in ("/nodes", "/nodes/build", "/approvals", "/why"):
+            self.assert_refused(404, "RUN_NOT_FOUND", self.served.run_id, "GET", path)
+
+    def test_bad_parameters_are_refused_and_named(self) -> None:
+        for path, says in (
+            ("/nodes?stat=failed", "'stat'"),
+            ("/nodes?state=faild", "state"),
+            ("/nodes?limit=0", "limit"),
+            ("/nodes?limit=many", "limit"),
+            ("/nodes?after=build", "after"),
+            ("/nodes?after=build::x", "after"),
+            ("/nodes/build?iteration=-1", "iteration"),
+            ("/nodes/build?attempt=0", "'attempt'"),
+            ("/approvals?limit=1", "'limit'"),
+            ("/approvals?status=open", "status"),
+            ("/why?node=build", "'node'"),
+        ):
+            self.assert_refused(400, "INVALID_REQUEST", says, "GET", path)
+
+
+class ApprovalsTest(ServerCase):
+    def test_a_gate_shows_all_an_approver_needs(self) -> None:
+        gate = Approval(
+            "gate", title="Ship?", summary="All of it", metadata={"ref": "v1"}, timeout=600,
+            on_timeout="deny", on_deny="skip", approvers=["alice"],
+        )  # fmt: skip
+        (shown,) = self.look("/approvals", *tasks("a"), gate)
+        self.assertEqual(list(shown), [*GATE_KEYS, "evidence"])
+        asked = shown.pop("requestedAtMs")
+        self.assertEqual(shown.pop("deadlineAtMs"), asked + 600_000)
+        self.assertGreaterEqual(shown.pop("waitingMs"), 0)
+        del shown["evidence"]
+        told = ["gate", 0, "test", "waiting-approval", "Ship?", "Ship?", "All of it"]
+        told += [{"ref": "v1"}, "skip", "deny", ["alice"], "requested", None, None, None]
+        self.assertEqual(list(shown.values()), [self.served.run_id, *told])
+
+    def test_the_oldest_request_comes_first(self) -> None:
+        self.look("/why", Parallel(*map(Approval, ("a", "b", "c"))))
+        change(
+            self.path,
+            f"""update _smithers_approvals set requested_at_ms = requested_at_ms - 5
+                where node_id = 'b' and run_id = '{self.served.run_id}'""",
+        )
+        self.assertEqual(keys_of(self.look("/approvals")), "b::0 a::0 c::0")
+        self.assert_ask(200, "POST", "/approve/a", {"note": "fine", "decidedBy": "alice"})
+        self.assertEqual(keys_of(self.look("/approvals")), "b::0 c::0")
+        (decided,) = self.look("/approvals?status=approved")
+        self.assertEqual((decided["note"], decided["decidedBy"]), ("fine", "alice"))
+
+    def test_evidence_is_what_a_gate_stands_on(self) -> None:
+        before = Parallel(Task("x", answer), Task("y", fail, continue_on_fail=True))
+        for options, ids in (({}, "x::0 y::0"), ({"needs": ["first"]}, "first::0")):
+            tree = [Task("first", answer), before, Approval("gate", **options)]
+            evidence = self.look("/approvals", *tree)[0]["evidence"]
+            self.assertEqual(keys_of(evidence), ids)
+            self.assertEqual((evidence[0]["state"], evidence[0]["output"]), ("finished", 42))
+        self.assertEqual(list(evidence[0]), EVIDENCE_KEYS)
+
+    def test_long_evidence_is_cut(self) -> None:
+        (found,) = self.look("/approvals", Task("a", chatter), Approval("gate"))[0]["evidence"]
+        self.assertTrue(found["isCut"])
+        self.assertRegex(found["output"], '^"ä{1000,}$')
+        self.assertLessEqual(len(found["output"].encode()), 4096)
+        self.assertEqual([x["text"] for x in found["log"]], [f"line {n}" for n in range(130, 150)])
+
+
+class WhyTest(ServerCase):
+    def blocked(self) -> str:
+        """Return what holds the run up, as `kind node`."""
+        found = self.look("/why")["blocked"]
+        for item in found:
+            self.assertEqual(list(item), BLOCK_KEYS)
+        return ", ".join(f"{x['kind']} {x['nodeId']}: {x['detail']}" for x in found)
+
+    def test_every_kind_of_wait_is_told(self) -> None:
+        for tree, until, state, blocked in (
+            (Approval("g", title="Go?"), "NodeWaitingApproval g", "waiting-approval",
+             "approval g: Go\\?"),
+            (Approval("g", timeout=7200, on_timeout="deny"), PARKS, "waiting-approval",
+             "approval g: .*, timeout g: deny in 2 h"),
+            (Task("t", wait_for_stop), "NodeOutput t", "running", "task t: .*up"),
+            (Task("r", fail, retries=1, retry_delay=7200), "NodeRetrying r", "running",
+             "retry r: .*2 h"),
+            (Parallel(*tasks("a b", wait_for_go), max_concurrency=1), "NodeStarted a", "running",
+             "task a: running, concurrency b: .*"),
+            (Parallel(Task("a", wait_for_go), Task("b", answer, needs=["a"])), "NodeStarted a",
+             "running", "task a: running, dependency b: .*a"),
+            (tasks("a b", wait_for_go), "NodeStarted a", "running", "task a: running"),
+        ):  # fmt: skip
+            with self.subTest(blocked=blocked):
+                self.served = self.fresh()
+                self.served.start(tree, until)
+                self.assertRegex(self.blocked(), rf"\A{blocked}\Z")
+                self.assertEqual(self.look("/why")["state"], state)
+            GO.set()
+            self.served.close()
+            GO.clear()
+
+    def test_a_run_without_engine_says_so(self) -> None:
+        self.assertRegex(self.blocked(), r"\Aowner None: .*, approval deploy: Deploy\?\Z")
+        self.assert_ask(200, "POST", "/approve/deploy")  # what comes next waits for an engine too
+        self.assertRegex(self.blocked(), r"\Aowner None: [^,]*\Z")
+
+    def test_every_state_of_a_run_is_told(self) -> None:
+        self.served = self.at_gate(tasks("a", fail), db=self.foreign_database())
+        found = self.look("/why")
+        self.assertEqual((found["state"], found["blocked"]), ("failed", []))
+        self.assertEqual(found["error"]["message"], "Task(s) failed: a")
+        dead, far = f"'{ss._host()}|{os.getpid()}|1|x'", "'elsewhere|1|1|x'"
+        now = ss.now_ms()
+        for status, owner, heartbeat, state in (
+            ("finished", "null", "null", "succeeded"),
+            ("continued", "null", "null", "succeeded"),
+            ("cancelled", "null", "null", "cancelled"),
+            ("running", dead, now, "orphaned"),
+            ("running", far, now, "running"),
+            ("running", far, now - 60_000, "stale"),
+            ("waiting-approval", far, now, "waiting-approval"),
+            ("queued", "null", "null", "queued"),
+        ):
+            change(
+                self.served.path,
+                f"""update _smithers_runs set status = '{status}', runtime_owner_id = {owner},
+                    heartbeat_at_ms = {heartbeat}""",
+            )
+            self.assertEqual(self.look("/why")["state"], state, status)
 
 
 class HealthTest(ServerCase):
@@ -3950,6 +4204,97 @@ class TokenTest(ServerCase):
         for token in ("", "a b", "a\n", "tök", "\x00"):
             with self.assertRaises(ValueError):
                 ss.create_serve_app(adapter=self.db, run_id=RUN, auth_token=token)
+
+
+class NamedTokenTest(ServerCase):
+    """Who decided: a file of tokens, `name role token` a line."""
+
+    FILE = "# who\nvera viewer v\nalice approver a\nbob approver b\n\nolga operator o\n"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.tokens = self.in_folder("tokens")
+        self.keep(self.FILE)
+        self.served = self.at_gate(tokens=self.tokens)
+
+    def keep(self, text: str, mode: int = 0o600) -> None:
+        """Replace the file, as an editor does."""
+        os.chmod(self.write("tokens.new", text), mode)
+        os.replace(self.in_folder("tokens.new"), self.tokens)
+
+    def status_of(self, token: str, method: str, path: str, body: Any = None) -> int:
+        return self.served.ask(method, path, body, bearer(token)).status
+
+    def test_each_role_may_do_its_part(self) -> None:
+        for path, allowed in (
+            ("GET /why", "v a b o"),
+            ("GET /metrics", "v a b o"),
+            ("POST /deny/nobody", "a b o"),
+            ("POST /cancel", "o"),
+        ):
+            for token in "x v a b o".split():
+                expected = (200, 404) if token in allowed else (401,) if token == "x" else (403,)
+                self.assertIn(self.status_of(token, *path.split()), expected, (path, token))
+
+    def test_a_decision_bears_the_tokens_name(self) -> None:
+        before = rows(self.path)
+        reply = self.served.ask("POST", "/approve/deploy", {"decidedBy": "bob"}, bearer("a"))
+        self.assert_error(reply, 403, "FORBIDDEN", "bob")
+        self.assertEqual(rows(self.path), before)
+        self.assertEqual(self.status_of("a", "POST", "/approve/deploy", {"note": "ok"}), 200)
+        told = self.told("ApprovalGranted", run_id=self.served.run_id)
+        self.assertEqual(told, ["ApprovalGranted deploy 0 ok alice token"])
+        self.assertEqual(self.gate(self.served.run_id).decided_by, "alice")
+        self.assertEqual(self.status_of("o", "POST", "/cancel", {"decidedBy": "vera"}), 403)
+        self.assertEqual(self.status_of("o", "POST", "/cancel", {"decidedBy": "olga"}), 200)
+        self.assertEqual(
+            self.told("RunCancelled", run_id=self.served.run_id), ["RunCancelled olga"]
+        )
+
+    def test_only_approvers_decide_their_gate(self) -> None:
+        for approvers, allowed in (
+            (["alice"], "a"),
+            (["alice", "bob"], "a b"),
+            (["operator"], "o"),
+            (["approver", "vera"], "a b"),
+        ):
+            gates = [Approval(f"g-{token}", approvers=approvers) for token in "vabo"]
+            self.served = self.at_gate([Parallel(*gates)], tokens=self.tokens)
+            found = [t for t in "vabo" if self.status_of(t, "POST", f"/approve/g-{t}") == 200]
+            self.assertEqual(" ".join(found), allowed, approvers)
+
+    def test_a_name_that_is_claimed_opens_no_gate(self) -> None:
+        for options in ({}, {"token": "tok"}):
+            self.served = self.at_gate([Approval("g", approvers=["alice"])], **options)
+            reply = self.served.ask("POST", "/approve/g", {"decidedBy": "alice"}, bearer())
+            self.assert_error(reply, 403, "FORBIDDEN", "alice")
+
+    def test_a_changed_file_counts_at_once(self) -> None:
+        self.keep(
+            self.FILE.replace("approver a", "approver A").replace("vera viewer", "vera approver")
+        )
+        found = [self.status_of(token, "POST", "/deny/nobody") for token in "a A v".split()]
+        self.assertEqual(found, [401, 404, 404])
+        self.keep("nonsense")
+        self.assertEqual(self.status_of("o", "GET", "/"), 401)
+        self.keep(self.FILE)
+        self.assertEqual(self.status_of("o", "GET", "/"), 200)
+        os.remove(self.tokens)
+        self.assertEqual(self.status_of("o", "GET", "/"), 401)
+
+    def test_a_file_others_can_read_lets_nobody_in(self) -> None:
+        for mode, status in ((0o644, 401), (0o600, 200), (0o640, 401), (0o400, 200)):
+            os.chmod(self.tokens, mode)
+            self.assertEqual(self.status_of("o", "GET", "/"), status, oct(mode))
+
+    def test_files_that_are_none_are_refused(self) -> None:
+        for text, mode in (
+            (self.FILE, 0o644), (self.FILE, 0o604), ("alice approver", 0o600),
+            ("alice boss a", 0o600), ("alice approver ä", 0o600), ("a b c d", 0o600),
+        ):  # fmt: skip
+            self.keep(text, mode)
+            with self.assertRaises(ValueError):
+                ss.create_serve_app(adapter=self.db, run_id=RUN, tokens=self.tokens)
 
 
 class ForeignPageTest(ServerCase):
