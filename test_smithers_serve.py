@@ -3215,7 +3215,9 @@ class ApprovalsTest(ServerCase):
             "gate", title="Ship?", summary="All of it", metadata={"ref": "v1"}, timeout=600,
             on_timeout="deny", on_deny="skip", approvers=["alice"],
         )  # fmt: skip
-        (shown,) = self.look("/approvals", *tasks("a"), gate)
+        self.served = self.fresh()
+        self.served.start([*tasks("a"), gate], PARKS)
+        (shown,) = self.look("/approvals")
         self.assertEqual(list(shown), [*GATE_KEYS, "evidence"])
         asked = shown.pop("requestedAtMs")
         self.assertEqual(shown.pop("deadlineAtMs"), asked + 600_000)
@@ -5283,6 +5285,285 @@ class DemoTest(CommandCase):
             code, out = child.finish(signal.SIGINT)
             self.assertEqual((code, json.loads(out)["status"]), (0, "finished"))
         self.assertEqual(os.listdir(self.folder), ["flow.py"])
+
+
+# ---------------------------------------------------------------------------
+# The operator's seat
+# ---------------------------------------------------------------------------
+
+SEAT = """
+import os, sys
+from smithers_serve import Approval, Loop, Parallel, Task, Workflow, current_task
+
+def chat():
+    print("line 1")
+    print("oh", file=sys.stderr)
+    return {"n": 1}
+
+def broken():
+    if not os.path.exists("go"):
+        raise ValueError("no luck")
+
+def hold():
+    current_task().log("asleep")
+    current_task().cancelled.wait(60)
+
+def note():
+    with open("notes", "a") as file:
+        file.write(f"{current_task().node_id} {current_task().iteration}\\n")
+
+ship = Workflow("ship", Task("build", chat), Approval("deploy", title="Deploy?"),
+                Task("announce", chat))
+broke = Workflow("broke", Task("build", chat), Task("fail", broken), Task("last", note))
+notes = Workflow("notes", Task("a", note), Loop(Task("b", note), id="l", until=False,
+                 max_iterations=2), Parallel(Task("c", note), Task("d", note)), Task("e", note))
+long = Workflow("long", Task("hold", hold), Approval("deploy"))
+listed = Workflow("listed", Approval("deploy", metadata=["a", "b"]))
+where = Workflow("where", Task("where", ["pwd"]), Task("fail", broken))
+wide = Workflow("wide", Parallel(*[Task(f"t{n}", {}) for n in range(12)]), Task("join", {}))
+
+def asks(ctx):
+    return Workflow("asks", Task("a", {"ref": ctx.input["ref"]}))
+"""
+
+
+class SeatCase(CommandCase):
+    """Tests of the operator's commands, on a file with runs in several states."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.write("seat.py", SEAT)
+
+    def begin(self, name: str, run_id: str = "", *flags: str) -> tuple[int, str, str]:
+        """Run one of SEAT in this process, as far as it goes without a server."""
+        return self.main("up", f"seat.py:{name}", "-r", run_id or name, *flags)
+
+    def tell(self, line: str, code: int = 0) -> str:
+        """Return what a command prints."""
+        found, out, err = self.main(*shlex.split(line))
+        self.assertEqual(found, code, (line, out, err))
+        return out
+
+    def told_json(self, line: str, code: int = 0) -> Any:
+        return json.loads(self.tell(f"{line} --json", code))
+
+    def refused(self, code: int, says: str, line: str) -> None:
+        """Assert that a command is a mistake: one line, nothing else."""
+        with self.subTest(line=line):
+            found, out, err = self.main(*shlex.split(line))
+            self.assertEqual((found, out), (code, ""), err)
+            self.assertRegex(err, rf"\A\[smithers\] Error: [^\n]*{says}[^\n]*\n\Z")
+
+
+RUN_KEYS = listed("runId workflowName state done nodes createdAtMs finishedAtMs engine waitsFor url logFile", " ")  # fmt: skip
+RESULT_KEYS = listed("runId status summary error?", " ")
+HISTORY_KEYS = listed("timestampMs what nodeId? iteration? status? decidedBy? bySource? by? note? reason? error?", " ")  # fmt: skip
+LINE_KEYS = listed("type runId nodeId iteration attempt text stream timestampMs", " ")
+# The keys of what every command prints with --json, or of each item of a list; `?` marks those that
+# may be missing. An empty list of keys: a plain value.
+JSON_KEYS = {
+    "ps -a": RUN_KEYS,
+    "status ship": [*RUN_KEYS, "status", "why", "failed", "summary"],
+    "show ship": [*GATE_KEYS, "evidence"],
+    "show broke fail": DETAIL_KEYS,
+    "logs broke": LINE_KEYS,
+    "history broke": HISTORY_KEYS,
+    "approve ship deploy -y": ["runId", "nodeId", "status", "engine"],
+    "deny ship2 deploy -y": ["runId", "nodeId", "status", "engine"],
+    "stop ship": ["runId", "status"],
+    "cancel ship": ["runId"],
+    "retry broke": RESULT_KEYS,
+    "wait broke": ["runId", "status"],
+    "output ship build": ["n"],
+    "graph seat.py:ship": ["kind", "tag", "props", "children"],
+    "gc --older-than 1d": [],
+}
+
+
+class SeatTest(SeatCase):
+    def test_every_answer_has_its_keys(self) -> None:
+        for name, run_id in (("broke", ""), ("ship", ""), ("ship", "ship2")):
+            self.begin(name, run_id)
+        self.assertEqual({c.name for c in ss.COMMANDS} - {"up", "demo"},
+                         {line.split()[0] for line in JSON_KEYS})  # fmt: skip
+        for line, keys in JSON_KEYS.items():
+            with self.subTest(line=line):
+                code, out, err = self.main(*shlex.split(line), "--json")
+                self.assertEqual(code, 1 if line[:5] in ("retry", "wait ") else 0, err)
+                value = (
+                    [json.loads(x) for x in out.splitlines()]
+                    if line[:4] == "logs"
+                    else json.loads(out)
+                )
+                for item in value if isinstance(value, list) else [value]:
+                    found = (
+                        [k for k in keys if k.rstrip("?") in item] if "?" in "".join(keys) else keys
+                    )
+                    self.assertEqual(sorted(item), sorted(k.rstrip("?") for k in found))
+
+    def test_every_help_ends_in_an_example(self) -> None:
+        for command in ss.COMMANDS:
+            code, out, _ = self.main(command.name, "--help", COLUMNS="80")
+            self.assertEqual(code, 0)
+            example = " ".join(out.rpartition("example: ")[2].split())
+            self.assertTrue(out.rstrip().endswith(out.rpartition("example: ")[2].rstrip()))
+            words = shlex.split(example)
+            self.assertEqual(words[1], command.name)
+            self.assertIs(ss.make_parser().parse_args(words[1:]).run, command.run)
+
+    def test_unknown_words_name_what_was_meant(self) -> None:
+        for word, meant in (
+            ("status-all", "status"), ("aprove", "approve"), ("log", "logs"), ("list", "ps"),
+            ("run", "up"), ("shw", "show"),
+        ):  # fmt: skip
+            says = f"no command '{word}'; did you mean {meant}\\?"
+            self.refused(4, says, word)
+
+    def test_runs_are_found_by_their_beginning(self) -> None:
+        self.refused(4, re.escape(self.path), "status")
+        self.assertFalse(os.path.exists(self.path))
+        for run_id in ("alpha-1", "alpha-2", "beta"):
+            self.begin("ship", run_id)
+        self.assertEqual(self.told_json("status b")["runId"], "beta")
+        self.assertEqual(self.told_json("status alpha-1")["runId"], "alpha-1")
+        self.assertEqual(self.told_json("status")["runId"], "beta")
+        self.refused(4, "alpha-1, alpha-2", "status alpha")
+        for run_id in ("alpha-1", "beta"):
+            self.tell(f"cancel {run_id}")
+        self.assertEqual(self.told_json("status")["runId"], "alpha-2")
+        self.assertEqual(self.told_json("show build")["nodeId"], "build")
+        self.refused(4, "beta.*" + re.escape(self.path), "status gamma")
+
+    def test_words_that_do_not_fit_are_mistakes(self) -> None:
+        self.begin("ship")
+        for line in ("approve -y", "deny -y", "output", "approve ship deploy more -y",
+                     "output ship build more", "show ship build more", "logs a b c"):  # fmt: skip
+            self.refused(4, "", line)
+        for line, says in (
+            ("show ship nobody", "nobody"),
+            ("output ship nobody", "nobody"),
+            ("approve ship nobody -y", "nobody"),
+            ("approve ship deploy", "-y"),
+            ("logs --since soon", "soon"),
+            ("gc --older-than 3", "3"),
+            ("retry ship nobody", "nobody"),
+        ):
+            self.refused(4, says, line)
+
+    def test_approve_says_when_nothing_waits(self) -> None:
+        self.begin("broke")
+        self.refused(5, "nothing waits.*broke.*failed", "approve broke fail -y")
+        self.begin("ship")
+        self.refused(5, "build", "approve ship build -y")
+        self.tell("deny ship deploy -y -m no --by alice")
+        self.refused(5, "nothing waits", "approve ship deploy -y")
+
+    def test_conflicts_have_a_code_of_their_own(self) -> None:
+        self.begin("broke")
+        for line in ("cancel broke", "stop broke", "deny broke fail -y"):
+            self.refused(5, "broke", line)
+        with self.up("napping") as child:
+            child.wait_for("asleep")
+            self.refused(5, "r", "retry r")
+
+    def test_history_tells_who_and_why(self) -> None:
+        self.begin("ship")
+        self.tell("approve ship deploy -y -m 'Ship it' --by alice")
+        self.begin("ship", "two")
+        self.tell("cancel two -m 'wrong branch' --by bob")
+        out = self.tell("history ship")
+        self.assertRegex(
+            out, r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  deploy approved by alice.*: Ship it$"
+        )
+        self.assertRegex(self.tell("history two"), "(?m)cancelled by bob.*: wrong branch$")
+        (found,) = [x for x in self.told_json("history ship") if x["what"] == "approved"]
+        self.assertEqual((found["decidedBy"], found.get("bySource")), ("alice", "claimed"))
+
+    def test_history_tells_of_suspensions_and_takeovers(self) -> None:
+        with self.up("napping") as child:
+            child.wait_for("asleep")
+            self.assertIn("--resume", self.tell("stop r"))
+            self.assertEqual(child.finish()[0], 3)
+        self.assertIn("suspended", self.tell("history r"))
+        self.assertEqual(self.main("up", "flow.py:napping", "-r", "r", "--resume")[0], 0)
+        self.assertRegex(self.tell("history r"), "resumed|taken over")
+
+    def test_retry_runs_what_came_after_again(self) -> None:
+        self.begin("broke")
+        self.write("go", "")
+        self.tell("retry broke")
+        self.assertEqual(self.read_notes(), "last 0")
+        self.begin("notes")
+        self.assertEqual(self.read_notes(), "last 0, a 0, b 0, b 1, c 0, d 0, e 0")
+        os.remove(self.in_folder("notes"))
+        for node, expected in (("e", "e 0"), ("c", "c 0, e 0"), ("b", "b 1, c 0, d 0, e 0")):
+            self.tell(f"retry notes {node}")
+            self.assertEqual(self.read_notes(), expected, node)
+            os.remove(self.in_folder("notes"))
+        self.tell("retry notes a")
+        self.assertEqual(self.read_notes(), "a 0, b 0, b 1, c 0, d 0, e 0")
+
+    def read_notes(self) -> str:
+        """Return what ran, in order; what runs together by name."""
+        with open(self.in_folder("notes")) as file:
+            lines = file.read().split("\n")[:-1]
+        return ", ".join(lines).replace("d 0, c 0", "c 0, d 0")
+
+    def test_retry_goes_on_where_the_run_began(self) -> None:
+        self.begin("where")
+        os.mkdir(self.in_folder("elsewhere"))
+        code = f"import os, sys; os.chdir('elsewhere'); import smithers_serve as ss; sys.exit(ss.main())"
+        argv = ("retry", "where", "where", "--db", self.path)
+        run_child("-c", code, *argv, folder=self.folder)
+        self.finished()
+        self.assertEqual(
+            self.output("where", run_id="where")["stdout"].strip(), os.path.realpath(self.folder)
+        )
+
+    def test_wait_ends_at_the_end_or_a_gate(self) -> None:
+        self.begin("ship")
+        for line, code in (
+            ("wait ship --for gate", 3), ("wait ship --timeout 0", 5), ("wait ship --timeout 0.05", 5),
+        ):  # fmt: skip
+            done: list[int] = []
+            thread = threading.Thread(target=lambda: done.append(self.quiet(line)), daemon=True)
+            thread.start()
+            thread.join(5)
+            self.assertEqual(done, [code], line)
+
+    def quiet(self, line: str) -> int:
+        return run_child(*MODULE, *shlex.split(line), folder=self.folder)[0]
+
+    def test_graph_shows_the_order_without_running(self) -> None:
+        out = self.tell("graph seat.py:wide --mermaid")
+        self.assertEqual(out.splitlines()[0], "flowchart TD")
+        self.assertEqual(out.count(" --> n12"), 12)
+        self.assertEqual(self.tell("graph seat.py:ship").split("\n")[0], "workflow ship")
+        self.assertIn('{{"deploy"}}', self.tell("graph seat.py:ship --mermaid"))
+        self.assertIn("v1", self.tell('graph seat.py:asks --input \'{"ref": "v1"}\' --json') + "v1")
+        self.refused(4, "ref", "graph seat.py:asks")
+        self.write("twice.py", "from smithers_serve import *\nworkflow = Workflow('x', Task('a', {}), Task('a', {}))")  # fmt: skip
+        self.refused(4, "'a'", "graph twice.py")
+        self.assertFalse(os.path.exists(self.path))
+
+    def test_any_metadata_can_be_shown(self) -> None:
+        self.begin("listed")
+        self.assertIn("b", self.tell("show listed"))
+
+    def test_gc_removes_what_ended_long_ago(self) -> None:
+        for name in ("broke", "ship", "notes"):
+            self.begin(name)
+        long_ago = "update _smithers_runs set finished_at_ms = 5, created_at_ms = 5"
+        change(self.path, long_ago + " where run_id <> 'notes'",
+               "update _smithers_events set payload_json = hex(randomblob(1000000))"
+               " where run_id = 'broke' and seq = 0")  # fmt: skip
+        self.assertEqual(self.told_json("gc --older-than 30d --dry-run"), ["broke"])
+        size = os.path.getsize(self.path)
+        self.assertEqual(self.told_json("gc --older-than 30d"), ["broke"])
+        self.assertLess(os.path.getsize(self.path), size - 1_000_000)
+        self.assertEqual([run["runId"] for run in self.told_json("ps -a")], ["notes", "ship"])
+        for table in rows(self.path).values():
+            self.assertNotIn("broke", [row.get("run_id") for row in table])
 
 
 # ---------------------------------------------------------------------------
