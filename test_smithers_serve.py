@@ -3174,6 +3174,12 @@ class NodesTest(ServerCase):
         gate = self.look("/nodes/g")["gate"]
         self.assertEqual((list(gate), gate["status"]), (GATE_KEYS, "requested"))
 
+    def test_a_long_log_hides_no_nodes_lines(self) -> None:
+        self.served = self.at_gate([Task("a", chatter), Approval("g")], db=self.foreign_database())
+        fill(self.served, 100_001)
+        self.assertEqual(len(self.look("/nodes/a")["log"]), 100)
+        self.assertEqual(len(self.look("/approvals")[0]["evidence"][0]["log"]), 20)
+
     def test_iterations_of_a_node_are_told_apart(self) -> None:
         nested = loop(loop(Task("in", turn), id="inner"), id="outer")
         self.look("/nodes", loop(Task("m", turn)), nested)
