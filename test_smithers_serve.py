@@ -168,7 +168,7 @@ EVENT_FIELDS = {
     "RunStatusChanged": "status",
     "RunFinished": "",
     "RunFailed": "error",
-    "RunCancelled": "",
+    "RunCancelled": "by? reason?",
     "FrameCommitted": "frameNo xmlHash",
     "NodePending": "nodeId iteration",
     "NodeStarted": "nodeId iteration attempt",
@@ -179,8 +179,8 @@ EVENT_FIELDS = {
     "NodeSkipped": "nodeId iteration",
     "ApprovalRequested": "nodeId iteration",
     "NodeWaitingApproval": "nodeId iteration",
-    "ApprovalGranted": "nodeId iteration note? decidedBy?",
-    "ApprovalDenied": "nodeId iteration note? decidedBy?",
+    "ApprovalGranted": "nodeId iteration note? decidedBy? bySource?",
+    "ApprovalDenied": "nodeId iteration note? decidedBy? bySource?",
     "NodeOutput": "nodeId iteration attempt text stream",
 }
 LAST_EVENTS = {"finished": "RunFinished", "failed": "RunFailed", "cancelled": "RunCancelled"}
@@ -375,7 +375,7 @@ class RunCase(unittest.TestCase):
         attempts = db.list_attempts(run.run_id)
         busy = [(a.node_id, a.iteration) for a in attempts if a.state == "in-progress"]
         self.assertEqual(len(busy), len(set(busy)))
-        done = [(a.node_id, a.iteration) for a in attempts if a.state == "finished"]
+        done = [a.key for a in attempts if a.state == "finished" and not a.meta.get("forgiven")]
         self.assertEqual(len(done), len(set(done)), "finished work ran again")
         if run.is_terminal:
             states = {node.state for node in db.list_nodes(run.run_id)}
@@ -896,6 +896,7 @@ class RunServer:
         db: ss.SmithersDb,
         run_id: str = RUN,
         token: str | None = None,
+        tokens: str | None = None,
         metrics: bool = True,
         host: str = LOOPBACK,
         **options: Any,
@@ -903,8 +904,9 @@ class RunServer:
         self.db, self.path, self.run_id = db, db.path, run_id
         self.abort = threading.Event()
         self.app = ss.create_serve_app(
-            adapter=db, run_id=run_id, abort=self.abort, auth_token=token, metrics=metrics
-        )
+            adapter=db, run_id=run_id, abort=self.abort, auth_token=token, metrics=metrics,
+            tokens=tokens,
+        )  # fmt: skip
         self.server = ss.make_server(self.app, host, 0, **options)
         self.port = self.server.server_port
         self.is_stopped = False
@@ -995,11 +997,17 @@ class ServerCase(RunCase):
         self.count = getattr(self, "count", 0) + 1
         return self.serve(f"fresh-{self.count}", **options)
 
-    def at_gate(self, **options: Any) -> RunServer:
+    def at_gate(self, tree: Any = release, **options: Any) -> RunServer:
         """Serve one more run that waits at its gate."""
         served = self.fresh(**options)
-        served.run_to_gate()
+        served.run_to_gate(tree)
         return served
+
+    def look(self, path: str, *tree: Any) -> Any:
+        """Return the body of a GET, of one more run with this tree where one is given."""
+        if tree:
+            self.served = self.at_gate(list(tree))
+        return self.assert_ask(200, "GET", path).body
 
     def foreign_database(self) -> ss.SmithersDb:
         """Return a database of this test that is not checked: the test breaks it."""
@@ -3047,6 +3055,27 @@ class DecisionTest(ServerCase):
         self.assert_ask(200, "POST", "/cancel")
         self.refuse_decision(409, "APPROVAL_NOT_PENDING", "deploy", "deploy")
 
+    def test_a_gate_open_after_the_end_is_closed(self) -> None:
+        self.served = self.at_gate(db=self.foreign_database())
+        change(self.served.path, "update _smithers_runs set status = 'cancelled'")
+        self.assert_error(self.served.ask("POST", "/approve/deploy"), 409, "RUN_NOT_ACTIVE")
+
+    def test_a_decision_is_about_the_gate_seen(self) -> None:
+        asked = self.gate(RUN).requested_at_ms
+        assert asked is not None
+        self.refuse_decision(409, "GATE_CHANGED", str(asked), "deploy", {"requestedAtMs": 1})
+        self.refuse_decision(400, "INVALID_REQUEST", "'noted'", "deploy", {"noted": "x"})
+        self.assert_ask(200, "POST", "/approve/deploy", {"requestedAtMs": asked})
+
+    def test_a_gate_asked_twice_needs_its_iteration(self) -> None:
+        self.served = self.fresh()
+        live = self.served.start(loop(Approval("ok")), "NodeWaitingApproval ok 0")
+        self.assert_ask(200, "POST", "/approve/ok")
+        live.wait("NodeWaitingApproval ok 1")
+        self.refuse_decision(400, "INVALID_REQUEST", "iteration: 0, 1", "ok")
+        self.assert_ask(200, "POST", "/approve/ok", {"iteration": 1})
+        self.assertEqual(live.end().status, "finished")
+
     def test_node_ids_are_percent_decoded_once(self) -> None:
         for path, node in (("%2564eploy", "%64eploy"), ("a%2Fb", "a/b"), ("a+b", "a+b")):
             self.refuse_decision(404, "NODE_NOT_FOUND", f"'{node}'", path)
@@ -3096,10 +3125,243 @@ class SteeringTest(ServerCase):
         self.assert_refused(409, "RUN_NOT_ACTIVE", "cancelled", "POST", "/cancel")
         self.assertTrue(self.served.abort.is_set())
 
+    def test_a_cancel_says_who_and_why(self) -> None:
+        for body, says in (({"by": "x"}, "'by'"), ({"reason": 7}, "reason"), ([], "object")):
+            self.assert_refused(400, "INVALID_REQUEST", says, "POST", "/cancel", body)
+        self.assert_ask(200, "POST", "/cancel", {"decidedBy": "alice", "reason": "wrong branch"})
+        self.assertEqual(self.told("RunCancelled", run_id=RUN), ["RunCancelled alice wrong branch"])
+
     def test_a_refused_cancel_aborts_nothing(self) -> None:
         served = self.at_gate(token="tok")
         self.assert_error(served.ask("POST", "/cancel"), 401, "UNAUTHORIZED")
         self.assertFalse(served.abort.is_set())
+
+
+# What is shown of a node, of a gate and of whatever holds a run up: the keys, in order.
+NODE_KEYS = listed(
+    "nodeId iteration label state attempts startedAtMs finishedAtMs durationMs error", " "
+)
+GATE_KEYS = listed(
+    "runId nodeId iteration workflowName runStatus label requestTitle requestSummary metadata"
+    " requestedAtMs waitingMs deadlineAtMs onDeny onTimeout approvers status note decidedBy"
+    " decidedAtMs", " ",
+)  # fmt: skip
+DETAIL_KEYS = [*NODE_KEYS, "output", "gate", "needs", "log"]
+EVIDENCE_KEYS = listed("nodeId iteration state error output isCut log", " ")
+BLOCK_KEYS = listed("kind nodeId iteration sinceMs detail", " ")
+
+
+def chatter() -> str:
+    for number in range(150):
+        current_task().log(f"line {number}")
+    return "ä" * 5000
+
+
+def keys_of(nodes: Any) -> str:
+    return " ".join(f"{node['nodeId']}::{node['iteration']}" for node in nodes)
+
+
+class NodesTest(ServerCase):
+    def pages(self, query: str, limit: int) -> str:
+        """Return the nodes of all pages of so many."""
+        found: list[str] = []
+        while True:
+            after = f"&after={found[-1]}" if found else ""
+            page = keys_of(self.look(f"/nodes?limit={limit}{after}{query}")).split()
+            if not page:
+                return " ".join(found)
+            self.assertFalse(set(page) & set(found))
+            found += page
+
+    def test_nodes_come_in_order_of_the_tree(self) -> None:
+        tree = [*tasks("z a"), loop(Task("m", turn)), Approval("gate")]
+        self.assertEqual(keys_of(self.look("/nodes", *tree)), "z::0 a::0 m::1 gate::0 m::0")
+        for limit in range(1, 7):
+            self.assertEqual(self.pages("", limit), "z::0 a::0 m::1 gate::0 m::0")
+            self.assertEqual(self.pages("&state=finished", limit), "z::0 a::0 m::1 m::0")
+        self.assertEqual(self.look("/nodes?state=failed"), [])
+
+    def test_paging_goes_on_after_a_node_has_moved(self) -> None:
+        self.served = self.at_gate(tasks("a b c") + [Approval("gate")], db=self.foreign_database())
+        first = keys_of(self.look("/nodes?state=finished&limit=1"))
+        self.assertEqual(first, "a::0")
+        change(self.served.path, "update _smithers_nodes set state = 'pending' where node_id = 'a'")
+        self.assertEqual(keys_of(self.look(f"/nodes?state=finished&after={first}")), "b::0 c::0")
+
+    def test_a_failed_node_tells_its_tries(self) -> None:
+        self.look("/nodes", Task("f", fail, retries=1, label="F", continue_on_fail=True))
+        shown = self.look("/nodes")[0]
+        self.assertEqual(list(shown), NODE_KEYS)
+        self.assertEqual(shown["durationMs"], shown["finishedAtMs"] - shown["startedAtMs"])
+        error = {"name": "ValueError", "message": "no luck"}
+        found = [shown[name] for name in ("label", "state", "attempts", "error")]
+        self.assertEqual(found, ["F", "failed", 2, error])
+        self.assertEqual(self.look("/nodes/f")["attempts"][1]["error"], error)
+
+    def test_one_node_is_told_in_full(self) -> None:
+        shown = self.look("/nodes/b", *tasks("a"), Task("b", chatter, needs=["a"]), Approval("g"))
+        self.assertEqual(list(shown), DETAIL_KEYS)
+        (attempt,) = shown["attempts"]
+        keys = ["attempt", "state", "startedAtMs", "finishedAtMs", "error"]
+        self.assertEqual((list(attempt), attempt["state"]), (keys, "finished"))
+        self.assertEqual(
+            (shown["output"], shown["needs"], shown["gate"]), ("ä" * 5000, ["a"], None)
+        )
+        texts = [line["text"] for line in shown["log"]]
+        self.assertEqual(texts, [f"line {number}" for number in range(50, 150)])
+        self.assertEqual(list(shown["log"][0]), ["attempt", "stream", "text", "timestampMs"])
+        gate = self.look("/nodes/g")["gate"]
+        self.assertEqual((list(gate), gate["status"]), (GATE_KEYS, "requested"))
+
+    def test_a_long_log_hides_no_nodes_lines(self) -> None:
+        self.served = self.at_gate([Task("a", chatter), Approval("g")], db=self.foreign_database())
+        fill(self.served, 100_001)
+        self.assertEqual(len(self.look("/nodes/a")["log"]), 100)
+        self.assertEqual(len(self.look("/approvals")[0]["evidence"][0]["log"]), 20)
+
+    def test_iterations_of_a_node_are_told_apart(self) -> None:
+        nested = loop(loop(Task("in", turn), id="inner"), id="outer")
+        self.look("/nodes", loop(Task("m", turn)), nested)
+        for path, output in (
+            ("m", 1),
+            ("m?iteration=0", 0),
+            ("in@@outer=1", 1),
+            ("in%40%40outer%3D1?iteration=0", 0),
+        ):
+            self.assertEqual(self.look(f"/nodes/{path}")["output"], output, path)
+
+    def test_what_is_not_there_is_named(self) -> None:
+        for path, says in (("nobody", "'nobody'"), ("build?iteration=7", "iteration 7")):
+            self.assert_refused(404, "NODE_NOT_FOUND", says, "GET", f"/nodes/{path}")
+        self.served = self.fresh()
+        for path in ("/nodes", "/nodes/build", "/approvals", "/why"):
+            self.assert_refused(404, "RUN_NOT_FOUND", self.served.run_id, "GET", path)
+
+    def test_bad_parameters_are_refused_and_named(self) -> None:
+        for path, says in (
+            ("/nodes?stat=failed", "'stat'"),
+            ("/nodes?state=faild", "state"),
+            ("/nodes?limit=0", "limit"),
+            ("/nodes?limit=many", "limit"),
+            ("/nodes?after=build", "after"),
+            ("/nodes?after=build::x", "after"),
+            ("/nodes/build?iteration=-1", "iteration"),
+            ("/nodes/build?attempt=0", "'attempt'"),
+            ("/approvals?limit=1", "'limit'"),
+            ("/approvals?status=open", "status"),
+            ("/why?node=build", "'node'"),
+        ):
+            self.assert_refused(400, "INVALID_REQUEST", says, "GET", path)
+
+
+class ApprovalsTest(ServerCase):
+    def test_a_gate_shows_all_an_approver_needs(self) -> None:
+        gate = Approval(
+            "gate", title="Ship?", summary="All of it", metadata={"ref": "v1"}, timeout=600,
+            on_timeout="deny", on_deny="skip", approvers=["alice"],
+        )  # fmt: skip
+        self.served = self.fresh()
+        self.served.start([*tasks("a"), gate], PARKS)
+        (shown,) = self.look("/approvals")
+        self.assertEqual(list(shown), [*GATE_KEYS, "evidence"])
+        asked = shown.pop("requestedAtMs")
+        self.assertEqual(shown.pop("deadlineAtMs"), asked + 600_000)
+        self.assertGreaterEqual(shown.pop("waitingMs"), 0)
+        del shown["evidence"]
+        told = ["gate", 0, "test", "waiting-approval", "Ship?", "Ship?", "All of it"]
+        told += [{"ref": "v1"}, "skip", "deny", ["alice"], "requested", None, None, None]
+        self.assertEqual(list(shown.values()), [self.served.run_id, *told])
+
+    def test_the_oldest_request_comes_first(self) -> None:
+        self.look("/why", Parallel(*map(Approval, ("a", "b", "c"))))
+        change(
+            self.path,
+            f"""update _smithers_approvals set requested_at_ms = requested_at_ms - 5
+                where node_id = 'b' and run_id = '{self.served.run_id}'""",
+        )
+        self.assertEqual(keys_of(self.look("/approvals")), "b::0 a::0 c::0")
+        self.assert_ask(200, "POST", "/approve/a", {"note": "fine", "decidedBy": "alice"})
+        self.assertEqual(keys_of(self.look("/approvals")), "b::0 c::0")
+        (decided,) = self.look("/approvals?status=approved")
+        self.assertEqual((decided["note"], decided["decidedBy"]), ("fine", "alice"))
+
+    def test_evidence_is_what_a_gate_stands_on(self) -> None:
+        before = Parallel(Task("x", answer), Task("y", fail, continue_on_fail=True))
+        for options, ids in (({}, "x::0 y::0"), ({"needs": ["first"]}, "first::0")):
+            tree = [Task("first", answer), before, Approval("gate", **options)]
+            evidence = self.look("/approvals", *tree)[0]["evidence"]
+            self.assertEqual(keys_of(evidence), ids)
+            self.assertEqual((evidence[0]["state"], evidence[0]["output"]), ("finished", 42))
+        self.assertEqual(list(evidence[0]), EVIDENCE_KEYS)
+
+    def test_long_evidence_is_cut(self) -> None:
+        (found,) = self.look("/approvals", Task("a", chatter), Approval("gate"))[0]["evidence"]
+        self.assertTrue(found["isCut"])
+        self.assertRegex(found["output"], '^"ä{1000,}$')
+        self.assertLessEqual(len(found["output"].encode()), 4096)
+        self.assertEqual([x["text"] for x in found["log"]], [f"line {n}" for n in range(130, 150)])
+
+
+class WhyTest(ServerCase):
+    def blocked(self) -> str:
+        """Return what holds the run up, as `kind node`."""
+        found = self.look("/why")["blocked"]
+        for item in found:
+            self.assertEqual(list(item), BLOCK_KEYS)
+        return ", ".join(f"{x['kind']} {x['nodeId']}: {x['detail']}" for x in found)
+
+    def test_every_kind_of_wait_is_told(self) -> None:
+        for tree, until, state, blocked in (
+            (Approval("g", title="Go?"), "NodeWaitingApproval g", "waiting-approval",
+             "approval g: Go\\?"),
+            (Approval("g", timeout=7200, on_timeout="deny"), PARKS, "waiting-approval",
+             "approval g: .*, timeout g: deny in 2 h"),
+            (Task("t", wait_for_stop), "NodeOutput t", "running", "task t: .*up"),
+            (Task("r", fail, retries=1, retry_delay=7200), "NodeRetrying r", "running",
+             "retry r: .*2 h"),
+            (Parallel(*tasks("a b", wait_for_go), max_concurrency=1), "NodeStarted a", "running",
+             "task a: running, concurrency b: .*"),
+            (Parallel(Task("a", wait_for_go), Task("b", answer, needs=["a"])), "NodeStarted a",
+             "running", "task a: running, dependency b: .*a"),
+            (tasks("a b", wait_for_go), "NodeStarted a", "running", "task a: running"),
+        ):  # fmt: skip
+            with self.subTest(blocked=blocked):
+                self.served = self.fresh()
+                self.served.start(tree, until)
+                self.assertRegex(self.blocked(), rf"\A{blocked}\Z")
+                self.assertEqual(self.look("/why")["state"], state)
+            GO.set()
+            self.served.close()
+            GO.clear()
+
+    def test_a_run_without_engine_says_so(self) -> None:
+        self.assertRegex(self.blocked(), r"\Aowner None: .*, approval deploy: Deploy\?\Z")
+        self.assert_ask(200, "POST", "/approve/deploy")  # what comes next waits for an engine too
+        self.assertRegex(self.blocked(), r"\Aowner None: [^,]*\Z")
+
+    def test_every_state_of_a_run_is_told(self) -> None:
+        self.served = self.at_gate(tasks("a", fail), db=self.foreign_database())
+        found = self.look("/why")
+        self.assertEqual((found["state"], found["blocked"]), ("failed", []))
+        self.assertEqual(found["error"]["message"], "Task(s) failed: a")
+        dead, far = f"'{ss._host()}|{os.getpid()}|1|x'", "'elsewhere|1|1|x'"
+        now = ss.now_ms()
+        for status, owner, heartbeat, state in (
+            ("finished", "null", "null", "succeeded"),
+            ("continued", "null", "null", "succeeded"),
+            ("cancelled", "null", "null", "cancelled"),
+            ("running", dead, now, "orphaned"),
+            ("running", far, now, "running"),
+            ("running", far, now - 60_000, "stale"),
+            ("waiting-approval", far, now, "waiting-approval"),
+            ("queued", "null", "null", "queued"),
+        ):
+            change(
+                self.served.path,
+                f"""update _smithers_runs set status = '{status}', runtime_owner_id = {owner},
+                    heartbeat_at_ms = {heartbeat}""",
+            )
+            self.assertEqual(self.look("/why")["state"], state, status)
 
 
 class HealthTest(ServerCase):
@@ -3991,6 +4253,97 @@ class TokenTest(ServerCase):
                 ss.create_serve_app(adapter=self.db, run_id=RUN, auth_token=token)
 
 
+class NamedTokenTest(ServerCase):
+    """Who decided: a file of tokens, `name role token` a line."""
+
+    FILE = "# who\nvera viewer v\nalice approver a\nbob approver b\n\nolga operator o\n"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.tokens = self.in_folder("tokens")
+        self.keep(self.FILE)
+        self.served = self.at_gate(tokens=self.tokens)
+
+    def keep(self, text: str, mode: int = 0o600) -> None:
+        """Replace the file, as an editor does."""
+        os.chmod(self.write("tokens.new", text), mode)
+        os.replace(self.in_folder("tokens.new"), self.tokens)
+
+    def status_of(self, token: str, method: str, path: str, body: Any = None) -> int:
+        return self.served.ask(method, path, body, bearer(token)).status
+
+    def test_each_role_may_do_its_part(self) -> None:
+        for path, allowed in (
+            ("GET /why", "v a b o"),
+            ("GET /metrics", "v a b o"),
+            ("POST /deny/nobody", "a b o"),
+            ("POST /cancel", "o"),
+        ):
+            for token in "x v a b o".split():
+                expected = (200, 404) if token in allowed else (401,) if token == "x" else (403,)
+                self.assertIn(self.status_of(token, *path.split()), expected, (path, token))
+
+    def test_a_decision_bears_the_tokens_name(self) -> None:
+        before = rows(self.path)
+        reply = self.served.ask("POST", "/approve/deploy", {"decidedBy": "bob"}, bearer("a"))
+        self.assert_error(reply, 403, "FORBIDDEN", "bob")
+        self.assertEqual(rows(self.path), before)
+        self.assertEqual(self.status_of("a", "POST", "/approve/deploy", {"note": "ok"}), 200)
+        told = self.told("ApprovalGranted", run_id=self.served.run_id)
+        self.assertEqual(told, ["ApprovalGranted deploy 0 ok alice token"])
+        self.assertEqual(self.gate(self.served.run_id).decided_by, "alice")
+        self.assertEqual(self.status_of("o", "POST", "/cancel", {"decidedBy": "vera"}), 403)
+        self.assertEqual(self.status_of("o", "POST", "/cancel", {"decidedBy": "olga"}), 200)
+        self.assertEqual(
+            self.told("RunCancelled", run_id=self.served.run_id), ["RunCancelled olga"]
+        )
+
+    def test_only_approvers_decide_their_gate(self) -> None:
+        for approvers, allowed in (
+            (["alice"], "a"),
+            (["alice", "bob"], "a b"),
+            (["operator"], "o"),
+            (["approver", "vera"], "a b"),
+        ):
+            gates = [Approval(f"g-{token}", approvers=approvers) for token in "vabo"]
+            self.served = self.at_gate([Parallel(*gates)], tokens=self.tokens)
+            found = [t for t in "vabo" if self.status_of(t, "POST", f"/approve/g-{t}") == 200]
+            self.assertEqual(" ".join(found), allowed, approvers)
+
+    def test_a_name_that_is_claimed_opens_no_gate(self) -> None:
+        for options in ({}, {"token": "tok"}):
+            self.served = self.at_gate([Approval("g", approvers=["alice"])], **options)
+            reply = self.served.ask("POST", "/approve/g", {"decidedBy": "alice"}, bearer())
+            self.assert_error(reply, 403, "FORBIDDEN", "alice")
+
+    def test_a_changed_file_counts_at_once(self) -> None:
+        self.keep(
+            self.FILE.replace("approver a", "approver A").replace("vera viewer", "vera approver")
+        )
+        found = [self.status_of(token, "POST", "/deny/nobody") for token in "a A v".split()]
+        self.assertEqual(found, [401, 404, 404])
+        self.keep("nonsense")
+        self.assertEqual(self.status_of("o", "GET", "/"), 401)
+        self.keep(self.FILE)
+        self.assertEqual(self.status_of("o", "GET", "/"), 200)
+        os.remove(self.tokens)
+        self.assertEqual(self.status_of("o", "GET", "/"), 401)
+
+    def test_a_file_others_can_read_lets_nobody_in(self) -> None:
+        for mode, status in ((0o644, 401), (0o600, 200), (0o640, 401), (0o400, 200)):
+            os.chmod(self.tokens, mode)
+            self.assertEqual(self.status_of("o", "GET", "/"), status, oct(mode))
+
+    def test_files_that_are_none_are_refused(self) -> None:
+        for text, mode in (
+            (self.FILE, 0o644), (self.FILE, 0o604), ("alice approver", 0o600),
+            ("alice boss a", 0o600), ("alice approver ä", 0o600), ("a b c d", 0o600),
+        ):  # fmt: skip
+            self.keep(text, mode)
+            with self.assertRaises(ValueError):
+                ss.create_serve_app(adapter=self.db, run_id=RUN, tokens=self.tokens)
+
+
 class ForeignPageTest(ServerCase):
     token = "sk-secret"
 
@@ -4830,6 +5183,20 @@ class MistakeTest(CommandCase):
             ("--certfile", "flow.py --serve --keyfile missing.pem"),
         )
 
+    def test_token_files_that_cannot_be_used(self) -> None:
+        os.chmod(self.write("open", "alice approver a\n"), 0o644)
+        os.chmod(self.write("broken", "alice boss a\n"), 0o600)
+        self.assert_mistakes(
+            ("missing", "flow.py --serve --port 0 --tokens missing"),
+            ("open.*others", "flow.py --serve --port 0 --tokens open"),
+            ("broken.*role", "flow.py --serve --port 0 --tokens broken"),
+        )
+
+    def test_notify_words_that_cannot_be_split(self) -> None:
+        self.assert_mistakes(
+            ("--notify", 'flow.py --notify "it\'s"'), ("--notify", "flow.py --notify ''")
+        )
+
     def test_flags_that_do_not_exist(self) -> None:
         for line in (
             "up",
@@ -4971,6 +5338,332 @@ class DemoTest(CommandCase):
             code, out = child.finish(signal.SIGINT)
             self.assertEqual((code, json.loads(out)["status"]), (0, "finished"))
         self.assertEqual(os.listdir(self.folder), ["flow.py"])
+
+
+# ---------------------------------------------------------------------------
+# The operator's seat
+# ---------------------------------------------------------------------------
+
+SEAT = """
+import os, sys
+from smithers_serve import Approval, Loop, Parallel, Task, Workflow, current_task
+
+def chat():
+    print("line 1")
+    print("oh", file=sys.stderr)
+    return {"n": 1}
+
+def broken():
+    if not os.path.exists("go"):
+        raise ValueError("no luck")
+
+def hold():
+    current_task().log("asleep")
+    current_task().cancelled.wait(60)
+
+def note():
+    with open("notes", "a") as file:
+        file.write(f"{current_task().node_id} {current_task().iteration}\\n")
+
+ship = Workflow("ship", Task("build", chat), Approval("deploy", title="Deploy?"),
+                Task("announce", chat))
+broke = Workflow("broke", Task("build", chat), Task("fail", broken), Task("last", note))
+notes = Workflow("notes", Task("a", note), Loop(Task("b", note), id="l", until=False,
+                 max_iterations=2), Parallel(Task("c", note), Task("d", note)), Task("e", note))
+long = Workflow("long", Task("hold", hold), Approval("deploy"))
+listed = Workflow("listed", Approval("deploy", metadata=["a", "b"]))
+where = Workflow("where", Task("where", ["pwd"]), Task("fail", broken))
+wide = Workflow("wide", Parallel(*[Task(f"t{n}", {}) for n in range(12)]), Task("join", {}))
+
+def asks(ctx):
+    return Workflow("asks", Task("a", {"ref": ctx.input["ref"]}))
+"""
+
+
+class SeatCase(CommandCase):
+    """Tests of the operator's commands, on a file with runs in several states."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.write("seat.py", SEAT)
+
+    def begin(self, name: str, run_id: str = "", *flags: str) -> tuple[int, str, str]:
+        """Run one of SEAT in this process, as far as it goes without a server."""
+        return self.main("up", f"seat.py:{name}", "-r", run_id or name, *flags)
+
+    def tell(self, line: str, code: int = 0) -> str:
+        """Return what a command prints."""
+        found, out, err = self.main(*shlex.split(line))
+        self.assertEqual(found, code, (line, out, err))
+        return out
+
+    def told_json(self, line: str, code: int = 0) -> Any:
+        return json.loads(self.tell(f"{line} --json", code))
+
+    def refused(self, code: int, says: str, line: str) -> None:
+        """Assert that a command is a mistake: one line, nothing else."""
+        with self.subTest(line=line):
+            found, out, err = self.main(*shlex.split(line))
+            self.assertEqual((found, out), (code, ""), err)
+            self.assertRegex(err, rf"\A\[smithers\] Error: [^\n]*{says}[^\n]*\n\Z")
+
+
+RUN_KEYS = listed(
+    "runId workflowName state done nodes createdAtMs finishedAtMs engine waitsFor url logFile", " "
+)
+RESULT_KEYS = listed("runId status summary error?", " ")
+HISTORY_KEYS = listed(
+    "timestampMs what nodeId? iteration? status? decidedBy? bySource? by? note? reason? error?", " "
+)
+LINE_KEYS = listed("type runId nodeId iteration attempt text stream timestampMs", " ")
+# The keys of what every command prints with --json, or of each item of a list; `?` marks those that
+# may be missing. An empty list of keys: a plain value.
+JSON_KEYS = {
+    "ps -a": RUN_KEYS,
+    "status ship": [*RUN_KEYS, "status", "why", "failed", "summary"],
+    "show ship": [*GATE_KEYS, "evidence"],
+    "show broke fail": DETAIL_KEYS,
+    "logs broke": LINE_KEYS,
+    "history broke": HISTORY_KEYS,
+    "approve ship deploy -y": ["runId", "nodeId", "status", "engine"],
+    "deny ship2 deploy -y": ["runId", "nodeId", "status", "engine"],
+    "stop ship": ["runId", "status"],
+    "cancel ship": ["runId"],
+    "retry broke": RESULT_KEYS,
+    "wait broke": ["runId", "status"],
+    "output ship build": ["n"],
+    "graph seat.py:ship": ["kind", "tag", "props", "children"],
+    "gc --older-than 1d": [],
+}
+
+
+READING = ("ps -a", "status", "show", "show before", "logs", "logs --tail 1", "history",
+           "output before", "wait --timeout 0.01", "gc --older-than 1d --dry-run")  # fmt: skip
+
+
+def on_terminal(
+    folder: str, line: str, columns: int, is_piped: bool = False, said: str = ""
+) -> str:
+    """Return what a command prints on a terminal, or from one into a pipe."""
+    import fcntl
+    import pty
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with subprocess.Popen(
+        [sys.executable, *MODULE, *shlex.split(line)], cwd=folder, env=child_environment(),
+        stdin=theirs, stdout=subprocess.PIPE if is_piped else theirs, stderr=theirs,
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        os.write(ours, said.encode())
+        text = b"" if process.stdout is None else process.stdout.read()
+        with contextlib.suppress(OSError):  # EIO: nobody has the other end any more
+            while data := b"" if is_piped else os.read(ours, 65536):
+                text += data
+        os.close(ours)
+    return text.decode().replace("\r\n", "\n")
+
+
+class SeatTest(SeatCase):
+    def test_every_answer_has_its_keys(self) -> None:
+        for name, run_id in (("broke", ""), ("ship", ""), ("ship", "ship2")):
+            self.begin(name, run_id)
+        described = {line.split()[0] for line in JSON_KEYS}
+        self.assertEqual({c.name for c in ss.COMMANDS} - {"up", "demo"}, described)
+        for line, keys in JSON_KEYS.items():
+            with self.subTest(line=line):
+                code, out, err = self.main(*shlex.split(line), "--json")
+                self.assertEqual(code, 1 if line in ("retry broke", "wait broke") else 0, err)
+                is_lines = line.startswith("logs")
+                value = json.loads(f"[{','.join(out.splitlines())}]" if is_lines else out)
+                for item in value if isinstance(value, list) else [value]:
+                    must = {key for key in keys if not key.endswith("?")}
+                    self.assertLessEqual(must, set(item))
+                    self.assertLessEqual(set(item), {key.rstrip("?") for key in keys})
+
+    def test_every_help_ends_in_an_example(self) -> None:
+        for command in ss.COMMANDS:
+            code, out, _ = self.main(command.name, "--help", COLUMNS="80")
+            self.assertEqual(code, 0)
+            example = " ".join(out.rpartition("example: ")[2].split())
+            self.assertTrue(out.rstrip().endswith(out.rpartition("example: ")[2].rstrip()))
+            words = shlex.split(example)
+            self.assertEqual(words[1], command.name)
+            self.assertIs(ss.make_parser().parse_args(words[1:]).run, command.run)
+
+    def test_unknown_words_name_what_was_meant(self) -> None:
+        for word, meant in (
+            ("status-all", "status"), ("aprove", "approve"), ("log", "logs"), ("list", "ps"),
+            ("run", "up"), ("shw", "show"),
+        ):  # fmt: skip
+            says = f"no command '{word}'; did you mean {meant}\\?"
+            self.refused(4, says, word)
+
+    def test_runs_are_found_by_their_beginning(self) -> None:
+        self.refused(4, re.escape(self.path), "status")
+        self.assertFalse(os.path.exists(self.path))
+        for run_id in ("alpha-1", "alpha-2", "beta"):
+            self.begin("ship", run_id)
+        self.assertEqual(self.told_json("status b")["runId"], "beta")
+        self.assertEqual(self.told_json("status alpha-1")["runId"], "alpha-1")
+        self.assertEqual(self.told_json("status")["runId"], "beta")
+        self.refused(4, "alpha-1, alpha-2", "status alpha")
+        for run_id in ("alpha-1", "beta"):
+            self.tell(f"cancel {run_id}")
+        self.assertEqual(self.told_json("status")["runId"], "alpha-2")
+        self.assertEqual(self.told_json("show build")["nodeId"], "build")
+        self.refused(4, "beta.*" + re.escape(self.path), "status gamma")
+
+    def test_words_that_do_not_fit_are_mistakes(self) -> None:
+        self.begin("ship")
+        for line in ("approve -y", "deny -y", "output", "approve ship deploy more -y",
+                     "output ship build more", "show ship build more", "logs a b c"):  # fmt: skip
+            self.refused(4, "", line)
+        for line, says in (
+            ("show ship nobody", "nobody"),
+            ("output ship nobody", "nobody"),
+            ("approve ship nobody -y", "nobody"),
+            ("logs --since soon", "soon"),
+            ("gc --older-than 3", "3"),
+            ("retry ship nobody", "nobody"),
+        ):
+            self.refused(4, says, line)
+
+    def test_approve_says_when_nothing_waits(self) -> None:
+        self.begin("broke")
+        self.refused(5, "nothing waits.*broke.*failed", "approve broke fail -y")
+        self.begin("ship")
+        self.refused(5, "build", "approve ship build -y")
+        self.tell("deny ship deploy -y -m no --by alice")
+        self.refused(5, "nothing waits", "approve ship deploy -y")
+
+    def test_conflicts_have_a_code_of_their_own(self) -> None:
+        self.begin("broke")
+        for line in ("cancel broke", "stop broke", "deny broke fail -y"):
+            self.refused(5, "broke", line)
+        with self.up("napping") as child:
+            child.wait_for("asleep")
+            self.refused(5, "r", "retry r")
+
+    def test_history_tells_who_and_why(self) -> None:
+        self.begin("ship")
+        self.tell("approve ship deploy -y -m 'Ship it' --by alice")
+        self.begin("ship", "two")
+        self.tell("cancel two -m 'wrong branch' --by bob")
+        out = self.tell("history ship")
+        self.assertRegex(
+            out, r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  deploy approved by alice.*: Ship it$"
+        )
+        self.assertRegex(self.tell("history two"), "(?m)cancelled by bob.*: wrong branch$")
+        (found,) = [x for x in self.told_json("history ship") if x["what"] == "approved"]
+        self.assertEqual((found["decidedBy"], found.get("bySource")), ("alice", "claimed"))
+
+    def test_history_tells_of_suspensions_and_takeovers(self) -> None:
+        with self.up("napping") as child:
+            child.wait_for("asleep")
+            self.assertIn("--resume", self.tell("stop r"))
+            self.assertEqual(child.finish()[0], 3)
+        self.assertIn("suspended", self.tell("history r"))
+        self.assertEqual(self.main("up", "flow.py:napping", "-r", "r", "--resume")[0], 0)
+        self.assertRegex(self.tell("history r"), "resumed|taken over")
+
+    def test_retry_runs_what_came_after_again(self) -> None:
+        self.begin("broke")
+        self.write("go", "")
+        self.tell("retry broke")
+        self.assertEqual(self.read_notes(), "last 0")
+        self.begin("notes")
+        self.assertEqual(self.read_notes(), "last 0, a 0, b 0, b 1, c 0, d 0, e 0")
+        os.remove(self.in_folder("notes"))
+        for node, expected in (("e", "e 0"), ("c", "c 0, e 0"), ("b", "b 1, c 0, d 0, e 0")):
+            self.tell(f"retry notes {node}")
+            self.assertEqual(self.read_notes(), expected, node)
+            os.remove(self.in_folder("notes"))
+        self.tell("retry notes a")
+        self.assertEqual(self.read_notes(), "a 0, b 0, b 1, c 0, d 0, e 0")
+
+    def read_notes(self) -> str:
+        """Return what ran, in order; what runs together by name."""
+        with open(self.in_folder("notes")) as file:
+            lines = file.read().split("\n")[:-1]
+        return ", ".join(lines).replace("d 0, c 0", "c 0, d 0")
+
+    def test_retry_goes_on_where_the_run_began(self) -> None:
+        self.begin("where")
+        os.mkdir(self.in_folder("elsewhere"))
+        argv = ("retry", "where", "where", "--db", self.path)
+        run_child(*MODULE, *argv, folder=self.in_folder("elsewhere"))
+        self.finished()
+        output = self.output("where", run_id="where")
+        self.assertEqual(output["stdout"].strip(), os.path.realpath(self.folder))
+
+    def test_wait_ends_at_the_end_or_a_gate(self) -> None:
+        self.begin("ship")
+        for line, code in (("--for gate", 3), ("--timeout 0.05", 5), ("--timeout 0", 5)):
+            argv = (*MODULE, "wait", "ship", *line.split())
+            with self.subTest(line=line), Child(*argv, folder=self.folder) as child:
+                self.assertEqual(child.process.wait(10), code)
+
+    def test_graph_shows_the_order_without_running(self) -> None:
+        out = self.tell("graph seat.py:wide --mermaid")
+        self.assertEqual(out.splitlines()[0], "flowchart TD")
+        self.assertEqual(out.count(" --> n12"), 12)
+        self.assertEqual(self.tell("graph seat.py:ship").split("\n")[0], "workflow ship")
+        self.assertIn('{{"deploy"}}', self.tell("graph seat.py:ship --mermaid"))
+        self.tell(shlex.join(["graph", "seat.py:asks", "--input", '{"ref": "v1"}']))
+        self.refused(4, "ref", "graph seat.py:asks")
+        twice = "Workflow('x', Task('a', {}), Task('a', {}))"
+        self.write("twice.py", f"from smithers_serve import *\nworkflow = {twice}")
+        self.refused(4, "'a'", "graph twice.py")
+        self.assertFalse(os.path.exists(self.path))
+
+    def test_lines_are_cut_for_a_terminal_alone(self) -> None:
+        self.begin("ship", "a-run-with-a-long-name")
+        whole = self.tell("status")
+        for is_piped in (True, False):
+            out = on_terminal(self.folder, "status", columns=40, is_piped=is_piped)
+            hints = [line for line in out.splitlines() if " approve " in line]
+            self.assertEqual(hints, [line for line in whole.splitlines() if " approve " in line])
+            self.assertEqual(out == whole, is_piped)
+
+    def test_reading_a_killed_engines_file_changes_nothing(self) -> None:
+        with self.up("napping") as child:
+            child.wait_for("asleep")
+            child.process.kill()
+            child.process.wait()
+        for line in READING:
+            before = self.contents()
+            self.main(*shlex.split(line))
+            self.assertEqual(self.contents(), before, line)
+
+    def contents(self) -> dict[str, str]:
+        """Return a digest of the database and of its log."""
+        found = {}
+        for name in sorted(os.listdir(self.folder)):
+            if name.startswith("smithers.db") and not name.endswith("-shm"):
+                with open(self.in_folder(name), "rb") as file:
+                    found[name] = hashlib.sha256(file.read()).hexdigest()
+        return found
+
+    def test_any_metadata_can_be_shown(self) -> None:
+        self.begin("listed")
+        self.assertIn("b", self.tell("show listed"))
+
+    def test_gc_removes_what_ended_long_ago(self) -> None:
+        for name in ("broke", "ship", "notes"):
+            self.begin(name)
+        long_ago = "update _smithers_runs set finished_at_ms = 5, created_at_ms = 5"
+        change(self.path, long_ago + " where run_id <> 'notes'",
+               "update _smithers_events set payload_json = hex(randomblob(1000000))"
+               " where run_id = 'broke' and seq = 0")  # fmt: skip
+        self.assertEqual(self.told_json("gc --older-than 30d --dry-run"), ["broke"])
+        size = os.path.getsize(self.path)
+        self.assertEqual(self.told_json("gc --older-than 30d"), ["broke"])
+        self.assertLess(os.path.getsize(self.path), size - 1_000_000)
+        self.assertEqual([run["runId"] for run in self.told_json("ps -a")], ["notes", "ship"])
+        for table in rows(self.path).values():
+            self.assertNotIn("broke", [row.get("run_id") for row in table])
 
 
 # ---------------------------------------------------------------------------
