@@ -47,6 +47,7 @@ whose cursor is before it; other processes find the commit by `PRAGMA data_versi
 from __future__ import annotations
 
 import argparse
+import base64
 import bisect
 import codecs
 import collections
@@ -6395,7 +6396,7 @@ def node_detail_json(
         **node_json(node, attempts),
         "attempts": shown,
         "output": None if output is None else json.loads(output),
-        "gate": None if gate is None else gate_json(reads, run, gate, node.label, log=False),
+        "gate": None if gate is None else gate_json(reads, run, gate, node.label),
         "needs": needs_of(reads.get_tree(run.run_id), node_id),
         "log": log,
     }
@@ -6667,6 +6668,1462 @@ def duration_text(ms: float) -> str:
 
 
 # ---------------------------------------------------------------------------
+# Page: what a browser shows
+# ---------------------------------------------------------------------------
+
+# One document that holds no data: whoever may load it learns nothing. It runs in browsers of 2021,
+# asks only the routes below, by relative addresses, and never turns text into markup.
+PAGE_STYLE = """
+:root {
+  color-scheme: light dark;
+  --page: #f5f6f8; --card: #fff; --ink: #18202c; --quiet: #525d6e; --line: #dbe0e8;
+  --edge: #8490a2; --accent: #1f51bd; --sunk: #eef1f5;
+  --waiting: #854700; --waiting-bg: #fff1d6; --running: #1c4bb0; --running-bg: #e5edfd;
+  --finished: #17653a; --finished-bg: #e0f3e6; --failed: #ad231c; --failed-bg: #fde8e6;
+  --other: #4d5869; --other-bg: #e9edf2; --yes: #1b6e40; --no: #ad231c;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #10141b; --card: #181e28; --ink: #e8ecf3; --quiet: #a5b0c0; --line: #2b3442;
+    --edge: #77849a; --accent: #93b5ff; --sunk: #12171f;
+    --waiting: #ffc875; --waiting-bg: #3b2a0e; --running: #a3c1ff; --running-bg: #1b2c50;
+    --finished: #85dba0; --finished-bg: #14331f; --failed: #ffa49b; --failed-bg: #471c19;
+    --other: #b0bac8; --other-bg: #29313d; --yes: #277a49; --no: #ffa49b;
+  }
+}
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+html { scroll-padding-top: 8rem; -webkit-text-size-adjust: 100%; }
+body {
+  margin: 0; background: var(--page); color: var(--ink);
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
+}
+h1, h2, h3, p, dl, dd, ul, ol { margin: 0; padding: 0; }
+h1 { font-size: 1.5rem; line-height: 1.25; letter-spacing: -.01em; }
+h2 { font-size: 1.05rem; line-height: 1.4; }
+h3 { font-size: .95rem; }
+h1, h2, h3, p, td, dd, .name, .pill, button { overflow-wrap: anywhere; unicode-bidi: isolate; }
+h1:focus { outline: none; }
+ul, ol { list-style: none; }
+a { color: var(--accent); text-underline-offset: .15em; }
+code, .mono, pre, .log { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+code, .mono { font-size: .875em; overflow-wrap: anywhere; }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; border-radius: .375rem; }
+.hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
+  white-space: nowrap; }
+.skip { position: fixed; left: 1rem; top: -4rem; z-index: 9; padding: .7rem 1rem;
+  background: var(--card); }
+.skip:focus { top: .5rem; }
+.quiet { color: var(--quiet); }
+.small { font-size: .875rem; }
+
+header { position: sticky; top: 0; z-index: 3; background: var(--card);
+  border-bottom: 1px solid var(--line); }
+header > div { max-width: 62rem; margin: 0 auto; padding: 0 1.25rem; }
+.top { display: flex; align-items: center; gap: .75rem; padding-top: .75rem; min-width: 0; }
+.top strong { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; min-width: 3rem; }
+.live { margin-left: auto; flex: none; font-size: .875rem; color: var(--quiet); }
+.live::before { content: ""; display: inline-block; width: .55rem; height: .55rem;
+  margin-right: .45rem; border-radius: 50%; background: var(--edge); }
+.live.on::before { background: var(--finished); }
+.live.off { color: var(--failed); font-weight: 600; }
+.live.off::before { background: var(--failed); }
+nav { display: flex; gap: 1.25rem; }
+nav a { display: flex; align-items: center; gap: .4rem; min-height: 2.75rem; min-width: 2.75rem;
+  color: var(--quiet); text-decoration: none; border-bottom: 2px solid transparent; }
+nav a:hover { color: var(--ink); }
+nav a[aria-current] { color: var(--ink); font-weight: 600; border-color: var(--accent); }
+.badge { min-width: 1.35rem; padding: 0 .35rem; border-radius: 1rem; text-align: center;
+  font-size: .8rem; font-weight: 700; line-height: 1.35rem;
+  color: var(--waiting); background: var(--waiting-bg); }
+
+main { max-width: 62rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
+main > * + *, .stack > * + * { margin-top: 1.5rem; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .75rem;
+  padding: 1.25rem; }
+.card > * + *, .tight > * + * { margin-top: .75rem; }
+.notice { border-radius: .75rem; padding: .9rem 1.25rem; background: var(--other-bg); }
+.notice > * + * { margin-top: .5rem; }
+.notice.bad { background: var(--failed-bg); color: var(--failed); }
+.notice.wait { background: var(--waiting-bg); color: var(--waiting); }
+.notice.good { background: var(--finished-bg); color: var(--finished); }
+.notice pre { color: inherit; background: none; border-color: currentColor; }
+.split { display: flex; flex-wrap: wrap; gap: .75rem 1rem; align-items: flex-start; }
+.split > :first-child { flex: 1 1 16rem; min-width: 0; }
+.meter { height: .375rem; border-radius: 1rem; background: var(--other-bg); overflow: hidden; }
+.meter div { height: 100%; background: var(--accent); border-radius: 1rem; }
+
+.pill { display: inline-block; flex: none; padding: .05rem .6rem; border-radius: 1rem;
+  font-size: .8125rem; font-weight: 600; line-height: 1.5rem; white-space: nowrap;
+  color: var(--other); background: var(--other-bg); }
+.pill.waiting { color: var(--waiting); background: var(--waiting-bg); }
+.pill.running { color: var(--running); background: var(--running-bg); }
+.pill.finished { color: var(--finished); background: var(--finished-bg); }
+.pill.failed { color: var(--failed); background: var(--failed-bg); }
+.facts { display: flex; flex-wrap: wrap; align-items: center; gap: .35rem .75rem; }
+
+button, .button { display: inline-flex; align-items: center; justify-content: center;
+  min-height: 2.75rem; padding: .5rem 1.1rem; border: 1px solid var(--edge); border-radius: .5rem;
+  font: inherit; font-weight: 600; color: var(--ink); background: var(--card); cursor: pointer;
+  text-decoration: none; }
+button:hover, .button:hover { background: var(--sunk); }
+button[disabled] { opacity: .55; cursor: not-allowed; }
+button.yes { color: #fff; background: var(--yes); border-color: var(--yes); }
+button.no { color: var(--no); border-color: currentColor; }
+button.yes:hover { filter: brightness(1.1); }
+button.chip { border-radius: 2rem; padding: .25rem .9rem; font-weight: 500; gap: .4rem;
+  border-color: var(--line); }
+button.chip[aria-pressed=true] { color: var(--accent); border-color: var(--accent);
+  font-weight: 600; }
+.chips { display: flex; flex-wrap: wrap; gap: .5rem; }
+.answers { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 1.5rem; }
+label { display: block; font-weight: 600; font-size: .9375rem; }
+label .quiet { font-weight: 400; }
+input, textarea { display: block; width: 100%; min-height: 2.75rem; margin-top: .3rem;
+  padding: .55rem .75rem; border: 1px solid var(--edge); border-radius: .5rem; font: inherit;
+  color: inherit; background: var(--page); }
+textarea { min-height: 5.5rem; resize: vertical; }
+.tick { display: inline-flex; align-items: center; gap: .6rem; min-height: 2.75rem; }
+.tick input { width: 1.25rem; min-height: 1.25rem; margin: 0; accent-color: var(--accent); }
+
+.list { position: relative; border-top: 1px solid var(--line); overflow: hidden; }
+.list > div { position: absolute; left: 0; right: 0; height: 3.75rem;
+  border-bottom: 1px solid var(--line); }
+.node { display: grid; grid-template-columns: 6.5rem 1fr auto; gap: 0 1rem; align-items: center;
+  height: 100%; padding: 0 .75rem; color: inherit; text-decoration: none; }
+.node:hover { background: var(--sunk); }
+.node:focus-visible { outline-offset: -3px; }
+.node .pill { justify-self: start; }
+.node .name, .node .more { overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+  display: block; }
+.node .more { font-size: .8125rem; line-height: 1.25; color: var(--quiet); }
+.node .more.bad { color: var(--failed); }
+.node .took { font-variant-numeric: tabular-nums; font-size: .875rem; color: var(--quiet); }
+.gate { display: flex; flex-wrap: wrap; gap: .75rem 1.5rem; align-items: center;
+  border-left: .3rem solid var(--waiting); }
+.gate > :first-child { flex: 1 1 14rem; min-width: 0; }
+.gate > * + * { margin-top: 0; }
+.fail { border-left: .3rem solid var(--failed); }
+table { border-collapse: collapse; width: 100%; table-layout: fixed; }
+th, td { padding: .5rem .75rem .5rem 0; text-align: left; vertical-align: top; font-weight: 400;
+  border-top: 1px solid var(--line); overflow-wrap: anywhere; }
+th { width: 11rem; color: var(--quiet); }
+pre, .log { margin: 0; padding: .75rem 1rem; overflow: auto; border-radius: .5rem;
+  background: var(--sunk); border: 1px solid var(--line); font-size: .8125rem; line-height: 1.5; }
+pre { max-height: 22rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.text { white-space: pre-wrap; }
+dl.does { display: grid; grid-template-columns: auto 1fr; gap: .5rem 1rem; }
+dl.does dt { font-weight: 600; }
+.log { position: relative; height: calc(100vh - 17rem); min-height: 16rem; padding: 0; }
+.log > div { position: relative; }
+.log > div > div { position: absolute; min-width: 100%; height: 1.5rem; padding: 0 1rem;
+  line-height: 1.5rem; white-space: pre; }
+.log time, .log a { margin-right: 1rem; color: var(--quiet); }
+.log .word { color: var(--accent); }
+.log .bad { color: var(--failed); }
+.times { position: relative; overflow: hidden; }
+.times svg { position: absolute; left: 0; width: 100%; display: block; }
+.times text { font-size: .8125rem; fill: var(--ink); }
+.times rect { fill: var(--edge); }
+.times .running { fill: var(--running); } .times .finished { fill: var(--finished); }
+.times .failed { fill: var(--failed); } .times .waiting { fill: var(--waiting); }
+.times .back { fill: var(--sunk); }
+.axis { display: flex; justify-content: space-between; font-variant-numeric: tabular-nums; }
+.veil { position: fixed; inset: 0; top: 0; left: 0; right: 0; bottom: 0; z-index: 5; padding: 1rem;
+  overflow: auto; background: rgba(8, 12, 18, .6); display: flex; }
+.dialog { margin: auto; width: 32rem; max-width: 100%; padding: 1.5rem; border-radius: 1rem;
+  background: var(--card); box-shadow: 0 1rem 3rem rgba(0, 0, 0, .35); }
+.dialog > * + * { margin-top: 1rem; }
+@media (max-width: 40rem) {
+  main { padding: 1rem .75rem 4rem; }
+  header > div { padding: 0 .75rem; }
+  .card { padding: 1rem; }
+  h1 { font-size: 1.3rem; }
+  .answers { flex-direction: column-reverse; align-items: stretch; }
+  .gate .button { width: 100%; }
+  .list > div { height: 4.5rem; }
+  .node { grid-template-columns: auto 1fr; align-content: center; gap: .15rem .75rem;
+    padding: 0 .25rem; }
+  .node .what { grid-column: 1 / 3; grid-row: 1; }
+  .node .more:not(.bad) { display: none; }
+  .node .took { justify-self: end; }
+  th, td { display: block; width: auto; padding: .25rem 0; }
+  th { padding-top: .6rem; } td { border: 0; padding-bottom: .6rem; }
+  dl.does { grid-template-columns: 1fr; gap: .1rem; } dl.does dd { margin-bottom: .5rem; }
+}
+@media (prefers-reduced-motion: no-preference) {
+  .meter div { transition: width .3s; }
+}
+"""
+
+PAGE_SCRIPT = r"""
+"use strict";
+(function () {
+  // One document for every run: where a run's routes are, relative to this page.
+  // "#/node/..." is the run at "./"; "#/runs/ID/node/..." is one of "./v1/runs/".
+  let runPath = "";
+  const base = () => runPath ? "./v1/" + runPath : "./";
+  const link = (...parts) => "#/" + runPath + parts.map(encodeURIComponent).join("/");
+
+  const WORDS = {
+    "pending": ["Pending", ""], "queued": ["Queued", ""], "in-progress": ["Running", "running"],
+    "running": ["Running", "running"], "waiting-approval": ["Waiting", "waiting"],
+    "finished": ["Finished", "finished"], "succeeded": ["Finished", "finished"],
+    "continued": ["Finished", "finished"], "failed": ["Failed", "failed"],
+    "cancelled": ["Cancelled", ""], "skipped": ["Skipped", ""], "requested": ["Waiting", "waiting"],
+    "approved": ["Approved", "finished"], "denied": ["Denied", "failed"],
+  };
+  const ENDS = ["finished", "failed", "cancelled", "continued"];
+  const OVER = ["finished", "failed", "cancelled", "skipped"];
+  const KEPT_LINES = 20000, FIRST_LINES = 500, OLDER_LINES = 1000;
+
+  // What is known of the run. `order` is the tree's; `gates` are those that wait.
+  let state;
+  function forget() {
+    state = { run: null, error: null, why: null, nodes: new Map(), order: [], unplaced: new Set(),
+      gates: new Map(), lines: [], first: -1, last: -1, isWhole: false, version: 0, clock: 0 };
+  }
+  forget();
+  let phase = "loading";  // live, offline, ended, paused, token, refused, missing
+  let skew = 0;  // how far the server's clock is ahead of this one
+  let view = null;
+  const notes = new Map();  // what somebody has begun to write, by gate: never lost
+  const now = () => Date.now() + skew;
+  const isOver = () => state.run !== null && ENDS.includes(state.run.status);
+  const hasNoEngine = () =>
+    state.why !== null && !isOver() && state.why.blocked.some((item) => item.kind === "owner");
+  const keyOf = (node) => node.nodeId + "::" + node.iteration;
+
+  function kept(name, value) {  // for this tab only; some browsers allow none
+    const key = "smithers." + name + "@" + location.pathname;
+    try {
+      if (value === undefined) return sessionStorage.getItem(key) || "";
+      sessionStorage.setItem(key, value);
+    } catch (error) { /* then it lives as long as the document */ }
+    return value || "";
+  }
+  let token = kept("token"), myName = kept("name");
+
+  // Elements. Text becomes text nodes; nothing here ever parses markup.
+  function fill(node, props, children) {
+    for (const name of Object.keys(props || {})) {
+      const value = props[name];
+      if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+      else if (value !== null && value !== false && value !== undefined)
+        node.setAttribute(name, value === true ? "" : value);
+    }
+    for (const child of children.flat(Infinity)) if (child) node.append(child);
+    return node;
+  }
+  const el = (tag, props, ...children) => fill(document.createElement(tag), props, children);
+  const svg = (tag, props, ...children) =>
+    fill(document.createElementNS("http://www.w3.org/2000/svg", tag), props, children);
+  function show(node, ...children) {
+    node.textContent = "";
+    return fill(node, null, children);
+  }
+  function say(node, text) { if (node.textContent !== text) node.textContent = text; }
+  const wordOf = (name) => WORDS[name] || [name, ""];
+  const pill = (name) => el("span", { class: "pill " + wordOf(name)[1] }, wordOf(name)[0]);
+  const nameOf = (node) => node.nodeId + (node.iteration ? " · turn " + (node.iteration + 1) : "");
+  const jsonText = (value) => typeof value === "string" ? value : JSON.stringify(value, null, 2);
+  const plain = (text) => text.replace(/\x1b\[[0-9;?]*[A-Za-z]/g, "").replace(/\t/g, "    ");
+
+  function span(ms) {
+    const s = Math.max(0, ms) / 1000;
+    if (s < 1) return Math.round(s * 1000) + " ms";
+    if (s < 10) return s.toFixed(1) + " s";
+    if (s < 60) return Math.floor(s) + " s";
+    const units = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
+    const at = units.findIndex((unit) => s >= unit[0]);
+    const rest = Math.floor(s % units[at][0] / units[at + 1][0]);
+    const head = Math.floor(s / units[at][0]) + " " + units[at][1];
+    return rest ? head + " " + rest + " " + units[at + 1][1] : head;
+  }
+  const ago = (at) => at === null ? "" : now() - at < 2000 ? "just now" : span(now() - at) + " ago";
+  const clock = (at) => new Date(at).toLocaleTimeString([], { hour12: false });
+  const many = (count, one, more) => count + " " + (count === 1 ? one : more);
+
+  // Questions and answers
+  async function send(path, options) {
+    const headers = Object.assign({}, options.headers);
+    if (token) headers.Authorization = "Bearer " + token;
+    const wanted = Object.assign({ cache: "no-store" }, options, { headers });
+    const response = await fetch(base() + path, wanted);
+    const served = Date.parse(response.headers.get("Date"));
+    if (Math.abs(served - Date.now()) > 2000) skew = served - Date.now();
+    if (response.ok) return response;
+    let said = {};
+    try { said = (await response.json()).error || {}; } catch (error) { /* not ours */ }
+    const failure = new Error(said.message || "the server answered " + response.status);
+    failure.status = response.status;
+    if (response.status === 401) askForToken();
+    throw failure;
+  }
+  const read = async (path) => (await send(path, {})).json();
+  const nodePath = (id, iteration) =>
+    "nodes/" + encodeURIComponent(id) + "?iteration=" + iteration;
+
+  function askForToken() {
+    phase = token ? "refused" : "token";
+    hangUp();
+    dirty();
+  }
+
+  // The state, from snapshots and events. An event is newer than a snapshot that was asked for
+  // before it came, so what it says of a node stays.
+  function merge(shown, asked) {
+    const key = keyOf(shown);
+    const node = state.nodes.get(key);
+    const attempts = Array.isArray(shown.attempts) ? shown.attempts.length : shown.attempts;
+    const fresh = { nodeId: shown.nodeId, iteration: shown.iteration, label: shown.label,
+      state: shown.state, attempts, startedAtMs: shown.startedAtMs,
+      finishedAtMs: shown.finishedAtMs, error: shown.error, touched: 0 };
+    if (node === undefined) state.nodes.set(key, fresh);
+    else if (node.touched <= asked) Object.assign(node, fresh);
+    else {
+      node.label = fresh.label;
+      if (node.startedAtMs === null) node.startedAtMs = fresh.startedAtMs;
+      node.attempts = Math.max(node.attempts, attempts);
+    }
+    return key;
+  }
+
+  const MOVES = {
+    NodePending: "pending", NodeStarted: "in-progress", NodeFinished: "finished",
+    NodeFailed: "failed", NodeCancelled: "cancelled", NodeSkipped: "skipped",
+    NodeRetrying: "pending", NodeWaitingApproval: "waiting-approval",
+  };
+  function apply(event) {
+    const type = event.type;
+    if (type === "RunStatusChanged") state.run.status = event.status;
+    else if (type === "RunFinished" || type === "RunFailed" || type === "RunCancelled") {
+      state.run.status = type.slice(3).toLowerCase();
+      state.run.finishedAtMs = event.timestampMs;
+      if (event.error) state.error = event.error;
+    }
+    if (event.nodeId === undefined) return;
+    const key = keyOf(event);
+    if (type === "NodeWaitingApproval" && !state.gates.has(key)) {
+      state.gates.set(key, { nodeId: event.nodeId, iteration: event.iteration,
+        requestTitle: null, requestedAtMs: event.timestampMs, deadlineAtMs: null });
+      refreshGates();
+    }
+    if (type === "ApprovalGranted" || type === "ApprovalDenied") state.gates.delete(key);
+    const move = MOVES[type];
+    if (move === undefined) return;
+    let node = state.nodes.get(key);
+    if (node === undefined) {
+      node = { nodeId: event.nodeId, iteration: event.iteration, label: null, attempts: 0,
+        startedAtMs: null, finishedAtMs: null, error: null };
+      state.nodes.set(key, node);
+      state.unplaced.add(key);
+      if (state.isWhole) placeNew();
+    }
+    node.touched = ++state.clock;
+    node.state = move;
+    if (type === "NodeStarted") {
+      node.attempts = Math.max(node.attempts, event.attempt + 1);
+      if (node.startedAtMs === null) node.startedAtMs = event.timestampMs;
+      node.finishedAtMs = node.error = null;
+    }
+    if (event.error) node.error = event.error;
+    if (OVER.includes(move)) {
+      node.finishedAtMs = event.timestampMs;
+      state.gates.delete(key);
+    }
+  }
+
+  async function loadNodes() {
+    const mine = state;
+    let after = null, limit = 200;
+    const seen = new Set();
+    while (mine === state) {
+      const asked = mine.clock;
+      const query = "nodes?limit=" + limit + (after ? "&after=" + encodeURIComponent(after) : "");
+      const page = await read(query);
+      if (mine !== state) return;
+      for (const node of page) {
+        after = merge(node, asked);
+        if (!seen.has(after)) mine.order.push(after);
+        seen.add(after);
+        mine.unplaced.delete(after);
+      }
+      changed();
+      if (page.length < limit) break;
+      limit = 1000;
+    }
+    mine.isWhole = true;
+    changed();
+    placeNew();
+  }
+
+  // A node that an event has named first goes before whatever follows it in the tree.
+  const placeNew = soon(300, async () => {
+    const mine = state;
+    while (mine === state && mine.unplaced.size) {
+      const first = mine.unplaced.values().next().value;
+      const node = mine.nodes.get(first);
+      const asked = mine.clock;
+      const query = "nodes?limit=200&after=" + encodeURIComponent(first);
+      const [one, page] =
+        await Promise.all([read(nodePath(node.nodeId, node.iteration)), read(query)]);
+      if (mine !== state) return;
+      const found = [merge(one, asked)];
+      let place = mine.order.length;
+      for (const next of page) {
+        const key = merge(next, asked);
+        if (mine.unplaced.has(key)) found.push(key);
+        else if (mine.order.includes(key)) { place = mine.order.indexOf(key); break; }
+      }
+      mine.order.splice(place, 0, ...found);
+      for (const key of found) mine.unplaced.delete(key);
+      changed();
+    }
+  });
+
+  const refreshGates = soon(200, async () => {
+    const mine = state, asked = mine.clock;
+    const found = await read("approvals");
+    if (mine !== state) return;
+    const old = mine.gates;
+    mine.gates = new Map();
+    for (const gate of found) {
+      const node = mine.nodes.get(keyOf(gate));
+      const isGone = old.size && !old.has(keyOf(gate)) && node && node.touched > asked;
+      if (!isGone) mine.gates.set(keyOf(gate), gate);
+    }
+    for (const [key, gate] of old) {  // asked for while this answer was on its way
+      const node = mine.nodes.get(key);
+      if (node && node.touched > asked && !mine.gates.has(key)) mine.gates.set(key, gate);
+    }
+    changed();
+  });
+
+  const refreshWhy = soon(0, async () => {
+    const mine = state, why = await read("why");
+    if (mine !== state) return;
+    mine.why = why;
+    mine.error = why.error || mine.error;
+    dirty();
+  });
+
+  // Run `work` once, a little later, however often it is asked for; what fails is asked for anew
+  // by the next connection.
+  function soon(ms, work) {
+    let timer = 0, isBusy = false, isWanted = false;
+    async function go() {
+      timer = 0;
+      if (isBusy) { isWanted = true; return; }
+      isBusy = true;
+      try { await work(); } catch (error) { /* the stream says when the server is gone */ }
+      isBusy = false;
+      if (isWanted) { isWanted = false; ask(); }
+    }
+    function ask() { if (!timer) timer = setTimeout(go, ms); }
+    return ask;
+  }
+
+  // The stream: one at most, none in a hidden tab; after a break it goes on after the last event.
+  let stream = null, tries = 0, redial = 0;
+  function hangUp() {
+    clearTimeout(redial);
+    if (stream) stream.abort();
+    stream = null;
+  }
+  async function connect() {
+    clearTimeout(redial);
+    if (stream || document.hidden || phase === "token" || phase === "refused") return;
+    const control = stream = new AbortController();
+    let watch = 0;
+    const alive = () => {  // the server is never silent for longer than 10 s
+      clearTimeout(watch);
+      watch = setTimeout(() => control.abort(), 25000);
+    };
+    try {
+      alive();
+      const run = await read("");
+      if (stream !== control) return;
+      const old = state.run;
+      if (old && (old.runId !== run.runId || old.startedAtMs !== run.startedAtMs)) forget();
+      state.run = run;
+      changed();
+      const isFirst = state.last < 0;
+      const headers = isFirst ? {} : { "Last-Event-ID": String(state.last) };
+      const path = isFirst ? "events?last=" + FIRST_LINES : "events";
+      const response = await send(path, { headers, signal: control.signal });
+      if (stream !== control) return;
+      tries = 0;
+      phase = isOver() ? "ended" : "live";
+      if (isFirst) loadNodes().catch(() => control.abort());
+      refreshWhy();
+      refreshGates();
+      if (view && view.reload) view.reload();
+      dirty();
+      if (response.status !== 204) await take(response.body.getReader(), alive);
+    } catch (error) {
+      if (error.status === 404) phase = "missing";
+    } finally {
+      clearTimeout(watch);
+      if (stream === control) {
+        stream = null;
+        if (isOver() && phase !== "missing") {
+          phase = "ended";
+          refreshWhy();
+        } else if (phase !== "token" && phase !== "refused" && !document.hidden) {
+          if (phase !== "missing") phase = "offline";
+          const pause = Math.min(15000, 500 * Math.pow(2, tries++)) * (.75 + Math.random() / 2);
+          redial = setTimeout(connect, pause);
+        }
+        dirty();
+      }
+    }
+  }
+  async function take(reader, alive) {
+    const decoder = new TextDecoder();
+    let text = "";
+    for (;;) {
+      const piece = await reader.read();
+      if (piece.done) return;
+      alive();
+      text += decoder.decode(piece.value, { stream: true });
+      const blocks = text.split("\n\n");
+      text = blocks.pop();
+      for (const block of blocks) takeBlock(block);
+    }
+  }
+  function parse(block) {
+    let seq = -1, data = "";
+    for (const line of block.split("\n")) {
+      if (line.startsWith("id: ")) seq = Number(line.slice(4));
+      else if (line.startsWith("data: ")) data = line.slice(6);
+    }
+    return data ? [seq, JSON.parse(data)] : null;
+  }
+  function takeBlock(block) {
+    const found = parse(block);
+    if (found === null || found[0] <= state.last) return;
+    const [seq, event] = found;
+    if (state.first < 0) state.first = seq;
+    state.last = seq;
+    apply(event);
+    const line = lineOf(seq, event);
+    if (line) {
+      state.lines.push(line);
+      if (state.lines.length > KEPT_LINES * 1.2) {
+        state.lines.splice(0, state.lines.length - KEPT_LINES);
+        state.first = state.lines[0].seq;
+      }
+    }
+    if (view && view.onEvent) view.onEvent(event);
+    changed();
+  }
+  async function loadOlder() {
+    const mine = state, from = Math.max(-1, mine.first - OLDER_LINES - 1);
+    const control = new AbortController();
+    const response = await send("events?afterSeq=" + from, { signal: control.signal });
+    const older = [], reader = response.body.getReader(), decoder = new TextDecoder();
+    for (let text = "", isDone = false; !isDone;) {
+      const piece = await reader.read();
+      if (piece.done) break;
+      const blocks = (text + decoder.decode(piece.value, { stream: true })).split("\n\n");
+      text = blocks.pop();
+      for (const found of blocks.map(parse)) {
+        if (found === null || isDone) continue;
+        if (found[0] >= mine.first) { isDone = true; continue; }
+        const line = lineOf(found[0], found[1]);
+        if (line) older.push(line);
+        isDone = found[0] === mine.first - 1;
+      }
+    }
+    control.abort();
+    if (mine !== state) return 0;
+    mine.lines = older.concat(mine.lines);
+    mine.first = from + 1;
+    changed();
+    return older.length;
+  }
+
+  const TOLD = {
+    NodeStarted: "started", NodeFinished: "finished", NodeFailed: "failed",
+    NodeCancelled: "cancelled", NodeSkipped: "skipped", NodeRetrying: "will be tried again",
+    NodeWaitingApproval: "waits for approval", ApprovalGranted: "approved",
+    ApprovalDenied: "denied", RunStarted: "The run started", RunFinished: "The run finished",
+    RunFailed: "The run failed", RunCancelled: "The run was cancelled",
+  };
+  function lineOf(seq, event) {
+    const line = { seq, at: event.timestampMs, nodeId: event.nodeId, iteration: event.iteration };
+    if (event.type === "NodeOutput") {
+      line.text = plain(event.text);
+      line.kind = event.stream === "stderr" ? "err" : "";
+      return line;
+    }
+    if (!TOLD[event.type]) return null;
+    const by = event.decidedBy || event.by;
+    const why = event.error ? event.error.message : event.note || event.reason;
+    line.text = TOLD[event.type] + (by ? " by " + by : "") + (why ? ": " + why : "");
+    line.text = line.text.replace(/\s+/g, " ");
+    line.kind = event.error ? "bad" : "word";
+    return line;
+  }
+
+  // Drawing: once a frame at most, and of long lists only what is seen.
+  let isDirty = false;
+  function dirty() {
+    if (isDirty) return;
+    isDirty = true;
+    requestAnimationFrame(draw);
+  }
+  function changed() {
+    state.version++;
+    dirty();
+  }
+  const main = document.getElementById("main");
+  const top = document.getElementById("top");
+  const notice = document.getElementById("notice");
+  const news = document.getElementById("news");
+  let told = null, noticed = "";
+
+  function draw() {
+    isDirty = false;
+    const wanted = phase === "token" || phase === "refused" ? "token" : "";
+    if (!view || (view.name === "token") !== (wanted === "token")) openView();
+    drawTop();
+    drawNotice();
+    tellGates();
+    if (view.update) view.update();
+  }
+  function drawTop() {
+    const run = state.run, waiting = state.gates.size || 0;
+    document.title = (waiting ? "(" + waiting + ") " : "") +
+      (run ? run.workflowName + " · " + wordOf(run.status)[0] : "Smithers");
+    const parts = top.parts || (top.parts = {
+      name: top.querySelector("strong"), pill: top.querySelector(".pill"),
+      live: top.querySelector(".live"), nav: document.querySelector("nav"),
+      badge: el("span", { class: "badge" }),
+    });
+    say(parts.name, run ? run.workflowName : "Smithers");
+    const shown = run ? run.status : "";
+    parts.pill.hidden = !run;
+    parts.pill.className = "pill " + wordOf(shown)[1];
+    say(parts.pill, wordOf(shown)[0]);
+    const words = { live: "Live", offline: "Offline", ended: "Ended", loading: "Loading",
+      paused: "Paused", missing: "No run", token: "Locked", refused: "Locked" };
+    parts.live.className = "live" + (phase === "live" ? " on" : phase === "offline" ? " off" : "");
+    say(parts.live, words[phase]);
+    parts.nav.hidden = view.name === "token";
+    for (const one of parts.nav.children) {
+      const name = one.dataset.view;
+      one.href = name === "run" ? link("") : link(name);
+      if (name === view.name) one.setAttribute("aria-current", "page");
+      else one.removeAttribute("aria-current");
+      if (name === "run" && waiting) {
+        say(parts.badge, String(waiting));
+        parts.badge.setAttribute("aria-label", waiting + " waiting");
+        parts.badge.setAttribute("role", "img");
+        one.append(parts.badge);
+      } else if (name === "run") parts.badge.remove();
+    }
+  }
+  function drawNotice() {
+    let kind = "", lines = [];
+    if (phase === "offline") {
+      kind = "bad";
+      lines = ["The server does not answer. What you see is what was last known; decisions are " +
+        "off until it is back. This page tries again by itself."];
+    } else if (phase === "missing") {
+      lines = ["There is no run here yet. This page looks again by itself."];
+    } else if (hasNoEngine() && view.name !== "token") {
+      kind = "wait";
+      const line = "python3 -m smithers_serve up FILE --serve --resume --run-id ";
+      lines = ["No engine drives this run. A decision is kept, and counts when somebody resumes " +
+        "the run:", line + state.run.runId];
+    }
+    const text = kind + lines.join();
+    if (text === noticed) return;
+    noticed = text;
+    notice.className = "notice " + kind;
+    notice.hidden = !lines.length;
+    show(notice, lines.map((line, at) => el(at ? "pre" : "p", null, line)));
+  }
+  function tellGates() {  // to a screen reader: gates that have come up, politely; never log lines
+    if (!state.isWhole) return;
+    const keys = Array.from(state.gates.keys());
+    const fresh = told ? keys.filter((key) => !told.has(key)) : [];
+    if (fresh.length === 1) {
+      const gate = state.gates.get(fresh[0]);
+      say(news, "Waiting for a decision: " + (gate.requestTitle || nameOf(gate)));
+    } else if (fresh.length) say(news, fresh.length + " more decisions are waiting");
+    told = new Set(keys);
+  }
+
+  // A list of which only the rows in sight are in the document.
+  function windowed(box, scroller, height, count, make, update) {
+    const rows = new Map();
+    let rowHeight = height;
+    function place() {
+      const total = count();
+      box.style.height = total * rowHeight + "px";
+      const above = scroller ? scroller.scrollTop : -box.getBoundingClientRect().top;
+      const seen = scroller ? scroller.clientHeight : window.innerHeight;
+      const first = Math.max(0, Math.floor(above / rowHeight) - 6);
+      const end = Math.min(total, Math.max(0, Math.ceil((above + seen) / rowHeight) + 6));
+      for (const [at, row] of rows) {
+        if (at < first || at >= end) { row.remove(); rows.delete(at); }
+      }
+      let before = null;
+      for (let at = end - 1; at >= first; at--) {
+        let row = rows.get(at);
+        if (!row) {
+          row = make();
+          rows.set(at, row);
+          box.insertBefore(row, before);
+          row.style.transform = "translateY(" + at * rowHeight + "px)";
+        }
+        update(row, at, total);
+        before = row;
+      }
+      const one = rows.values().next().value;
+      if (one && one.offsetHeight && one.offsetHeight !== rowHeight) {
+        rowHeight = one.offsetHeight;
+        for (const [at, row] of rows) row.style.transform = "translateY(" + at * rowHeight + "px)";
+        place();
+      }
+    }
+    (scroller || window).addEventListener("scroll", dirty, { passive: true });
+    return { place, close: () => window.removeEventListener("scroll", dirty),
+      height: () => rowHeight };
+  }
+
+  // The run
+  function runView() {
+    let filter = "", wanted = "", keys = [], listed = "", drawn = "", chipped = "";
+    const title = el("h1", { tabindex: -1 }, "Loading…");
+    const facts = el("p", { class: "quiet" });
+    const bar = el("div");
+    const cancel = el("button", { type: "button", onclick: askToCancel }, "Cancel run…");
+    const result = el("p", { role: "status" });
+    const attention = el("div", { class: "tight" });
+    const chips = el("div", { class: "chips", role: "group", "aria-label": "Show only" });
+    const search = el("input", { type: "search", "aria-label": "Find a step by its name",
+      placeholder: "Find a step", oninput: () => { wanted = search.value.toLowerCase(); dirty(); },
+      autocomplete: "off" });
+    const list = el("div", { class: "list", role: "list", "aria-label": "Steps" });
+    const empty = el("p", { class: "quiet" });
+    const root = el("div", { class: "stack" },
+      el("section", { class: "card" }, el("div", { class: "split" },
+        el("div", { class: "tight" }, title, facts), cancel),
+      el("div", { class: "meter", "aria-hidden": "true" }, bar), result),
+      attention,
+      el("section", { class: "card", "aria-labelledby": "steps" },
+        el("div", { class: "split" }, el("h2", { id: "steps" }, "Steps"), el("div", null, search)),
+        chips, empty, list));
+    const rows = windowed(list, null, 60, () => keys.length, makeRow, fillRow);
+
+    function makeRow() {
+      const row = el("div", { role: "listitem" });
+      row.parts = { pill: el("span"), name: el("span", { class: "name mono" }),
+        more: el("span"), took: el("span", { class: "took" }) };
+      const parts = row.parts;
+      parts.link = el("a", { class: "node" }, parts.pill,
+        el("span", { class: "what" }, parts.name, parts.more), parts.took);
+      row.append(parts.link);
+      return row;
+    }
+    function fillRow(row, at, total) {
+      const node = state.nodes.get(keys[at]), parts = row.parts;
+      const gate = state.gates.get(keys[at]);
+      const href = link("node", node.nodeId, node.iteration);
+      if (parts.href !== href) parts.link.setAttribute("href", parts.href = href);
+      if (parts.state !== node.state) {
+        const word = wordOf(parts.state = node.state);
+        parts.pill.className = "pill " + word[1];
+        say(parts.pill, word[0]);
+      }
+      row.setAttribute("aria-setsize", total);
+      row.setAttribute("aria-posinset", at + 1);
+      say(parts.name, nameOf(node));
+      parts.more.className = "more" + (node.error ? " bad" : "");
+      const label = node.label && node.label !== node.nodeId ? node.label : "";
+      const tries = node.attempts > 1 ? many(node.attempts, "attempt", "attempts") : "";
+      say(parts.more, node.error ? node.error.message.split("\n")[0]
+        : [label, tries].filter(Boolean).join(" · "));
+      const from = gate ? gate.requestedAtMs : node.startedAtMs;
+      const to = node.state === "in-progress" || gate ? now() : node.finishedAtMs;
+      say(parts.took, from && to ? span(to - from) : "");
+    }
+    function askToCancel() {
+      const by = el("input", { value: myName, autocomplete: "name", maxlength: 200 });
+      const why = el("textarea", { maxlength: 10000 });
+      openDialog("Cancel this run?", [
+        el("p", null, "What runs is stopped, what waits is closed, and nothing new begins. " +
+          "Finished steps stay as they are."),
+        el("label", null, "Your name ", by), el("label", null, "Why ", why),
+      ], "Keep it running", "Yes, cancel the run", "no", async () => {
+        myName = kept("name", by.value.trim());
+        const body = {};
+        if (by.value.trim()) body.decidedBy = by.value.trim();
+        if (why.value.trim()) body.reason = why.value.trim();
+        try {
+          await send("cancel", { method: "POST", body: JSON.stringify(body) });
+          say(result, "The run is being cancelled.");
+        } catch (error) { say(result, tellFailure(error, "The cancel")); }
+      });
+    }
+    function counts() {
+      if (!state.isWhole) return state.run ? state.run.summary : {};
+      const found = {};
+      for (const node of state.nodes.values()) found[node.state] = (found[node.state] || 0) + 1;
+      return found;
+    }
+    function headline() {
+      const waiting = state.gates.size, status = state.run.status;
+      if (status === "failed") return "The run has failed";
+      if (status === "cancelled") return "The run was cancelled";
+      if (isOver()) return "The run has finished";
+      if (waiting) return many(waiting, "decision is", "decisions are") + " waiting";
+      if (hasNoEngine()) return "The run stands still";
+      return status === "queued" ? "The run is queued" : "The run is under way";
+    }
+    function gateCard(gate) {
+      const due = gate.deadlineAtMs ? " · " + dueText(gate) : "";
+      return el("div", { class: "card gate" },
+        el("div", { class: "tight" }, el("h2", null, gate.requestTitle || nameOf(gate)),
+          el("p", { class: "quiet small" }, el("span", { class: "mono" }, nameOf(gate)),
+            " · asked " + ago(gate.requestedAtMs) + due)),
+        el("a", { class: "button", href: link("node", gate.nodeId, gate.iteration),
+          "aria-label": "Review " + (gate.requestTitle || nameOf(gate)) }, "Review"));
+    }
+    function drawAttention() {
+      const gates = Array.from(state.gates.values());
+      const text = JSON.stringify([state.version, Math.floor(now() / 10000), state.error]);
+      if (text === drawn) return;
+      drawn = text;
+      const failed = [];
+      for (const node of state.nodes.values()) if (node.state === "failed") failed.push(node);
+      const parts = gates.slice(0, 50).map(gateCard);
+      if (gates.length > 50) parts.push(el("p", { class: "quiet" },
+        "and " + (gates.length - 50) + " more: filter the steps below by Waiting"));
+      if (state.error && isOver()) parts.push(el("div", { class: "card fail" },
+        el("h2", null, "Why it failed"), el("p", { class: "text" }, state.error.message)));
+      for (const node of failed.slice(0, 5)) parts.push(el("div", { class: "card fail" },
+        el("div", { class: "facts" }, pill("failed"), el("a", { class: "mono",
+          href: link("node", node.nodeId, node.iteration) }, nameOf(node))),
+        el("p", { class: "text" }, node.error ? node.error.message : "It failed.")));
+      const text2 = parts.map((part) => part.textContent).join("\n");
+      if (attention.shown === text2) return;
+      const active = attention.contains(document.activeElement) &&
+        document.activeElement.getAttribute("href");
+      attention.shown = text2;
+      attention.hidden = !parts.length;
+      show(attention, parts);
+      if (active) for (const one of attention.querySelectorAll("a")) {
+        if (one.getAttribute("href") === active) one.focus();
+      }
+    }
+    function drawChips(found, total) {
+      const shown = ["waiting-approval", "failed", "in-progress", "pending", "finished",
+        "skipped", "cancelled"].filter((name) => found[name] || name === filter);
+      const text = JSON.stringify([found, total, filter]);
+      if (text === chipped) return;
+      chipped = text;
+      const old = chips.contains(document.activeElement) && document.activeElement.dataset.state;
+      show(chips, [""].concat(shown).map((name) => el("button", { type: "button", class: "chip",
+        "data-state": name, "aria-pressed": String(name === filter),
+        onclick: () => { filter = name; dirty(); } },
+      name ? wordOf(name)[0] : "All", el("span", { class: "quiet" },
+        String(name ? found[name] || 0 : total)))));
+      if (typeof old === "string") for (const one of chips.children) {
+        if (one.dataset.state === old) one.focus();
+      }
+    }
+    return { name: "run", root, title, close: rows.close, update() {
+      const run = state.run;
+      cancel.hidden = !run || isOver();
+      cancel.disabled = phase !== "live";
+      if (!run) { say(title, phase === "missing" ? "No run yet" : "Loading…"); return; }
+      const found = counts();
+      let total = 0, done = 0;
+      for (const name of Object.keys(found)) {
+        total += found[name];
+        if (OVER.includes(name)) done += found[name];
+      }
+      say(title, headline());
+      const end = isOver() ? run.finishedAtMs : now();
+      say(facts, [done + " of " + many(total, "step", "steps") + " done",
+        run.startedAtMs ? (isOver() ? "took " : "for ") + span(end - run.startedAtMs) : "",
+        run.runId].filter(Boolean).join(" · "));
+      bar.style.width = (total ? 100 * done / total : 0) + "%";
+      drawAttention();
+      drawChips(found, total);
+      const made = [filter, wanted, state.version].join();
+      if (made !== listed) {
+        listed = made;
+        keys = filter || wanted ? state.order.filter((key) => {
+          const node = state.nodes.get(key);
+          const text = (nameOf(node) + " " + (node.label || "")).toLowerCase();
+          return (!filter || node.state === filter) && text.includes(wanted);
+        }) : state.order;
+      }
+      empty.hidden = keys.length > 0;
+      say(empty, !state.isWhole ? "Loading the steps…" : total ? "No step matches."
+        : "No steps yet. They appear when the workflow is first rendered.");
+      list.hidden = !keys.length;
+      rows.place();
+    } };
+  }
+
+  const TIMED = { approve: "it is approved", deny: "it is denied", fail: "it fails" };
+  const dueText = (gate) => now() >= gate.deadlineAtMs ? "the time is up"
+    : (TIMED[gate.onTimeout] || "it ends") + " in " + span(gate.deadlineAtMs - now());
+  const DENIED = {
+    continue: "The run goes on, and the steps after it are told that it was denied.",
+    skip: "This step is skipped, and the run goes on.",
+    fail: "This step fails, and with it the run, unless the workflow provides for that.",
+  };
+
+  function tellFailure(error, what) {
+    if (error.status === undefined) return what + " may or may not have arrived: the connection " +
+      "was lost before an answer came. It shows here once the server is back.";
+    const heads = { 401: "A token is needed", 403: "This is not yours to decide",
+      404: "This is no longer there", 409: "Nothing was changed", 413: "The text is too long" };
+    return (heads[error.status] || "It did not work") + ": " + error.message + ".";
+  }
+
+  // A node, which may be a gate
+  function nodeView(id, iteration) {
+    const key = id + "::" + iteration;
+    const title = el("h1", { tabindex: -1 }, id);
+    const body = el("div", { class: "stack" });
+    const root = el("div", { class: "stack" },
+      el("p", null, el("a", { href: link("") }, "← All steps")), body);
+    let detail = null, earlier = [], form = null, ticks = [], answered = "", drawn = "";
+    const result = el("p", { role: "status", class: "notice" });
+    result.hidden = true;
+    const log = el("div");
+    const reload = soon(100, async () => {
+      try {
+        const found = await read(nodePath(id, iteration));
+        if (found.gate && found.gate.iteration > 0 && !earlier.length) {
+          const all = await read("approvals?status=all");
+          earlier = all.filter((gate) => gate.nodeId === id && gate.iteration < iteration);
+        }
+        detail = found;
+        const gate = found.gate;
+        if (gate && gate.status !== "requested") state.gates.delete(key);
+        answered = "";
+        build();
+      } catch (error) {
+        if (error.status === 404) answered = error.message;
+        else if (error.status === undefined) throw error;
+        else answered = error.message;
+        if (!detail) show(body, title, el("p", { class: "notice" }, "Not found: " + answered));
+      }
+      dirty();
+    });
+    function tell(kind, text) {
+      result.className = "notice " + kind;
+      result.hidden = false;
+      say(result, text);
+    }
+    function build() {
+      const gate = detail.gate;
+      const text = JSON.stringify([detail, earlier]).replace(/"waitingMs":\d+/g, "");
+      if (text === drawn) return;
+      drawn = text;
+      ticks = [];
+      say(title, gate ? gate.requestTitle || id : id);
+      const isOpen = gate && gate.status === "requested" && detail.state === "waiting-approval";
+      const head = el("section", { class: "card" },
+        el("div", { class: "facts" }, pill(isOpen ? "requested" : detail.state),
+          el("span", { class: "mono" }, id), iteration ? "turn " + (iteration + 1) : ""),
+        title, detail.label && detail.label !== title.textContent
+          ? el("p", { class: "quiet" }, detail.label) : null);
+      const parts = [head];
+      if (gate) {
+        if (gate.requestSummary) head.append(el("p", { class: "text" }, gate.requestSummary));
+        const when = el("p", { class: "quiet" });
+        head.append(when);
+        ticks.push(() => say(when, gate.status === "requested" ? "Asked " +
+          ago(gate.requestedAtMs) + (gate.deadlineAtMs ? ". Without an answer, " +
+          dueText(gate) + "." : "") : ""));
+        if (gate.status !== "requested") head.append(decided(gate));
+        const rows = Object.entries(gate.metadata || {});
+        if (rows.length) parts.push(section("Details", el("table", null, el("tbody", null,
+          rows.map(([name, value]) => el("tr", null, el("th", { scope: "row" }, name),
+            el("td", { class: "text" }, jsonText(value))))))));
+        parts.push(evidence(gate.evidence || []));
+        if (earlier.length) parts.push(section("Earlier decisions", earlier.map((one) =>
+          el("div", null, el("p", { class: "quiet small" }, "Turn " + (one.iteration + 1)),
+            decided(one)))));
+        if (isOpen) parts.push(form || (form = decisionForm()));
+        else if (form) parts.push(leftover());
+      }
+      parts.push(result);
+      if (!gate || detail.attempts.length) parts.push(attempts());
+      if (detail.output !== null && !(gate && !detail.attempts.length))
+        parts.push(section("Output", pre(jsonText(detail.output))));
+      if (!gate || detail.log.length) {
+        show(log, logLines(detail.log));
+        parts.push(section("What it printed", log));
+      }
+      const active = document.activeElement;
+      show(body, parts);
+      if (active && body.contains(active)) active.focus({ preventScroll: true });
+    }
+    const pre = (text) => el("pre", { tabindex: 0 }, text);
+    const section = (name, ...children) =>
+      el("section", { class: "card" }, el("h2", null, name), children);
+    const logLines = (lines) => lines.length
+      ? pre(lines.map((line) => plain(line.text)).join("\n"))
+      : el("p", { class: "quiet" }, "Nothing.");
+    function decided(gate) {
+      const by = gate.decidedBy ? " by " + gate.decidedBy : "";
+      const at = gate.decidedAtMs ? " at " + new Date(gate.decidedAtMs).toLocaleString() : "";
+      const word = gate.status === "approved" || gate.status === "denied"
+        ? wordOf(gate.status)[0] + by : "No longer asked";
+      return el("div", { class: "notice " + (gate.status === "approved" ? "good"
+        : gate.status === "denied" ? "bad" : "") }, el("p", null, word + at),
+      gate.note ? el("p", { class: "text" }, gate.note) : null);
+    }
+    function evidence(found) {
+      const cards = found.map((one) => el("div", { class: "tight" },
+        el("div", { class: "facts" }, pill(one.state),
+          el("a", { class: "mono", href: link("node", one.nodeId, one.iteration) }, nameOf(one))),
+        one.error ? el("p", { class: "notice bad text" }, one.error.message) : null,
+        one.output === null ? null : el("div", null, el("p", { class: "quiet small" },
+          one.isCut ? "Output, its beginning" : "Output"), pre(jsonText(one.output))),
+        one.log.length ? el("div", null, el("p", { class: "quiet small" }, "Last lines"),
+          logLines(one.log)) : null));
+      return section("What led here", cards.length ? cards
+        : el("p", { class: "quiet" }, "Nothing ran before this."));
+    }
+    function attempts() {
+      const rows = detail.attempts.map((one) => el("div", { class: "tight" },
+        el("div", { class: "facts" }, pill(one.state), "Attempt " + (one.attempt + 1),
+          el("span", { class: "quiet small" }, clock(one.startedAtMs) +
+            (one.finishedAtMs ? " · " + span(one.finishedAtMs - one.startedAtMs) : ""))),
+        one.error ? el("p", { class: "notice bad text" }, one.error.message) : null));
+      const needs = detail.needs.length ? el("p", { class: "quiet" }, "Needs " +
+        detail.needs.join(", ")) : null;
+      return section("Attempts", rows.length ? rows
+        : el("p", { class: "quiet" }, "It has not run yet."), needs);
+    }
+    function leftover() {  // a note that somebody else was faster than
+      const note = notes.get(key);
+      return note ? section("Your note was not sent", el("p", { class: "quiet" },
+        "It is kept here, to be copied."), pre(note)) : "";
+    }
+    function decisionForm() {
+      const by = el("input", { value: myName, autocomplete: "name", maxlength: 200,
+        oninput: () => { myName = kept("name", by.value); } });
+      const note = el("textarea", { maxlength: 10000, oninput: () => notes.set(key, note.value) });
+      note.value = notes.get(key) || "";
+      const gate = detail.gate, onDeny = DENIED[gate.onDeny] || DENIED.fail;
+      const made = { approve: "Approve " + id, deny: "Deny " + id };
+      const button = (verb, kind) => el("button", { type: "button", class: kind,
+        onclick: () => confirm(verb) }, made[verb]);
+      const yes = button("approve", "yes"), no = button("deny", "no");
+      const off = el("p", { class: "quiet" });
+      function confirm(verb) {
+        const said = note.value.trim();
+        openDialog(made[verb] + "?", [
+          el("p", null, detail.gate.requestTitle || id),
+          el("p", null, verb === "approve" ? "The run goes on." : onDeny),
+          el("p", { class: "quiet text" }, (by.value.trim() ? "As " + by.value.trim()
+            : "Without a name") + (said ? ", with the note: " + said : ", without a note")),
+        ], "Go back", "Yes, " + verb + " " + id, verb === "approve" ? "yes" : "no",
+        () => decide(verb, said, by.value.trim()));
+      }
+      ticks.push(() => {});
+      const shown = section("Your decision",
+        el("dl", { class: "does" }, el("dt", null, "Approve"), el("dd", null, "The run goes on."),
+          el("dt", null, "Deny"), el("dd", null, onDeny)),
+        gate.approvers && el("p", null, "May be decided by " + gate.approvers.join(", ") + "."),
+        el("label", null, "Your name ", el("span", { class: "quiet" }, "(shown with the decision)"),
+          by),
+        el("label", null, "Note ", el("span", { class: "quiet" }, "(optional)"), note),
+        off, el("div", { class: "answers" }, no, yes));
+      shown.update = () => {
+        yes.disabled = no.disabled = phase !== "live" || isOver();
+        off.hidden = !yes.disabled;
+        say(off, isOver() ? "The run has ended: there is nothing to decide any more."
+          : "Decisions are off until the connection is back. Your note stays.");
+      };
+      return shown;
+    }
+    async function decide(verb, note, by) {
+      const gate = detail.gate;
+      const body = { iteration, requestedAtMs: gate.requestedAtMs };
+      if (note) body.note = note;
+      if (by) body.decidedBy = by;
+      tell("", "Sending…");
+      try {
+        await send(verb + "/" + encodeURIComponent(id),
+          { method: "POST", body: JSON.stringify(body) });
+        notes.delete(key);
+        tell("good", (verb === "approve" ? "Approved." : "Denied.") + (hasNoEngine()
+          ? " It counts when somebody resumes the run." : ""));
+      } catch (error) {
+        tell("bad", tellFailure(error, "Your decision") + " Your note is kept.");
+      }
+      result.scrollIntoView({ block: "nearest" });
+      reload();
+    }
+    reload();
+    return { name: "node", root, title, reload,
+      onEvent(event) {
+        if (event.nodeId !== id || event.iteration !== iteration) return;
+        if (event.type !== "NodeOutput") reload();
+        else if (detail) {
+          detail.log = detail.log.concat({ text: event.text }).slice(-200);
+          show(log, logLines(detail.log));
+        }
+      },
+      update() {
+        ticks.forEach((tick) => tick());
+        if (form) form.update();
+      } };
+  }
+
+  // The log
+  function logView() {
+    let follows = true, isLoading = false;
+    const title = el("h1", { tabindex: -1 }, "Log");
+    const count = el("p", { class: "quiet" });
+    const older = el("button", { type: "button", onclick: loadMore }, "Older lines");
+    const follow = el("input", { type: "checkbox", checked: true,
+      onchange: () => { follows = follow.checked; dirty(); } });
+    const inner = el("div");
+    const panel = el("div", { class: "log", tabindex: 0, role: "region",
+      "aria-label": "Log lines" }, inner);
+    const empty = el("p", { class: "quiet" }, "Nothing has been printed yet.");
+    const root = el("div", { class: "stack" }, el("section", { class: "card" },
+      el("div", { class: "split" }, el("div", null, title, count), older,
+        el("label", { class: "tick" }, follow, "Follow")), empty, panel));
+    const rows = windowed(inner, panel, 24, () => state.lines.length, () => {
+      const row = el("div");
+      row.parts = [el("time"), el("a"), el("span")];
+      row.append(...row.parts);
+      return row;
+    }, (row, at) => {
+      const line = state.lines[at], [time, from, text] = row.parts;
+      if (row.line === line) return;
+      row.line = line;
+      time.textContent = clock(line.at);
+      from.hidden = line.nodeId === undefined;
+      if (!from.hidden) {
+        from.textContent = nameOf(line);
+        from.href = link("node", line.nodeId, line.iteration);
+      }
+      text.textContent = line.text;
+      text.className = line.kind === "err" ? "bad" : line.kind;
+    });
+    panel.addEventListener("scroll", () => {  // who scrolls up wants to read
+      const isAtEnd = panel.scrollTop + panel.clientHeight > panel.scrollHeight - 30;
+      if (!isAtEnd && follows && panel.scrollTop < lastTop - 2) follow.checked = follows = false;
+      lastTop = panel.scrollTop;
+    }, { passive: true });
+    let lastTop = 0, lastFirst = null;
+    async function loadMore() {
+      isLoading = true;
+      follow.checked = follows = false;
+      dirty();
+      try { await loadOlder(); } catch (error) { /* said by the notice */ }
+      isLoading = false;
+      dirty();
+    }
+    return { name: "log", root, title, close: rows.close, update() {
+      const lines = state.lines;
+      older.disabled = isLoading || phase === "offline";
+      older.hidden = state.first <= 0;
+      say(older, isLoading ? "Loading…" : "Older lines");
+      say(count, many(lines.length, "line", "lines") + (state.first > 0 ? ", and older ones" : ""));
+      empty.hidden = lines.length > 0;
+      panel.hidden = !lines.length;
+      // What was in sight stays there when lines come in above it.
+      const moved = lastFirst === null ? 0 : lines.indexOf(lastFirst);
+      if (moved > 0) panel.scrollTop += moved * rows.height();
+      lastFirst = lines[0] || null;
+      rows.place();
+      if (follows) {
+        panel.scrollTop = panel.scrollHeight;
+        rows.place();
+      }
+    } };
+  }
+
+  // The timeline
+  function timelineView() {
+    let bars = [], made = -1, madeAt = 0, asked = new Map();
+    const title = el("h1", { tabindex: -1 }, "Timeline");
+    const axis = el("div", { class: "axis quiet small" }, el("span"), el("span"));
+    const picture = svg("svg", { role: "group", "aria-label": "What ran when" });
+    const box = el("div", { class: "times" }, picture);
+    const empty = el("p", { class: "quiet" }, "Nothing has run yet.");
+    const root = el("div", { class: "stack" },
+      el("section", { class: "card" }, title, empty, axis, box));
+    const HEIGHT = 44;
+    const reload = soon(300, async () => {
+      for (const gate of await read("approvals?status=all")) asked.set(keyOf(gate), gate);
+      made = -1;
+      dirty();
+    });
+    function gather() {
+      made = state.version;
+      madeAt = Date.now();
+      bars = [];
+      for (const [key, node] of state.nodes) {
+        const gate = asked.get(key) || state.gates.get(key);
+        const from = node.startedAtMs || gate && gate.requestedAtMs;
+        const to = node.startedAtMs ? node.finishedAtMs : gate && gate.decidedAtMs ||
+          node.finishedAtMs;
+        if (from) bars.push({ node, from, to });
+      }
+      bars.sort((a, b) => a.from - b.from);
+    }
+    function draw() {
+      const total = bars.length, above = -box.getBoundingClientRect().top;
+      box.style.height = total * HEIGHT + "px";
+      const first = Math.max(0, Math.floor(above / HEIGHT) - 4);
+      const end = Math.min(total, Math.max(0, Math.ceil((above + innerHeight) / HEIGHT) + 4));
+      const run = state.run, begin = Math.min(run.startedAtMs || Infinity, bars[0].from);
+      const last = isOver() && run.finishedAtMs ? run.finishedAtMs : now();
+      const x = (at) => 100 * Math.min(1, Math.max(0, (at - begin) / Math.max(1, last - begin)));
+      say(axis.firstChild, clock(begin));
+      say(axis.lastChild, span(last - begin) + " · " + (isOver() ? clock(last) : "now"));
+      picture.style.top = first * HEIGHT + "px";
+      picture.setAttribute("height", Math.max(0, end - first) * HEIGHT);
+      const active = picture.contains(document.activeElement) &&
+        document.activeElement.getAttribute("href");
+      picture.textContent = "";
+      for (let at = first; at < end; at++) {
+        const { node, from, to } = bars[at], y = (at - first) * HEIGHT;
+        const took = span((to || last) - from), word = wordOf(node.state);
+        const row = svg("a", { href: link("node", node.nodeId, node.iteration),
+          "aria-label": [nameOf(node), word[0], took].join(", ") },
+        svg("rect", { class: "back", x: 0, y: y + 24, width: "100%", height: 10, rx: 3 }),
+        svg("rect", { class: word[1], x: x(from) + "%", y: y + 24, height: 10, rx: 3,
+          width: Math.max(.6, x(to || last) - x(from)) + "%" }),
+        svg("text", { x: 0, y: y + 17 }, nameOf(node) + " · " + word[0] + " · " + took));
+        picture.append(row);
+        if (row.getAttribute("href") === active) row.focus({ preventScroll: true });
+      }
+    }
+    reload();
+    addEventListener("scroll", dirty, { passive: true });
+    const close = () => removeEventListener("scroll", dirty);
+    return { name: "timeline", root, title, reload, close,
+      onEvent(event) { if (event.type.startsWith("Approval")) reload(); },
+      update() {
+        // With 10,000 nodes gathering takes some milliseconds: not for every event.
+        if (made !== state.version && (made < 0 || Date.now() - madeAt > 1000)) gather();
+        empty.hidden = bars.length > 0;
+        axis.hidden = box.hidden = !bars.length;
+        if (bars.length && state.run) draw();
+      } };
+  }
+
+  // The token
+  function tokenView() {
+    const title = el("h1", { tabindex: -1 }, "This run is locked");
+    const field = el("input", { type: "password", autocomplete: "off", spellcheck: "false",
+      "aria-describedby": "token-said",
+      onkeydown: (event) => { if (event.key === "Enter") unlock(); } });
+    const said = el("p", { id: "token-said", role: "status" });
+    function unlock() {
+      token = kept("token", field.value.trim());
+      if (!/^[!-~]+$/.test(token)) {
+        say(said, "A token is visible characters without spaces.");
+        token = "";
+        field.focus();
+        return;
+      }
+      phase = "loading";
+      say(said, "Trying…");
+      openView();
+      connect();
+    }
+    const root = el("section", { class: "card" }, title,
+      el("p", { class: "quiet" }, "Its server asks for the token that it was started with. " +
+        "It is kept in this tab only, and never part of an address."),
+      el("label", null, "Token", field), said,
+      el("button", { type: "button", class: "yes", onclick: unlock }, "Unlock"));
+    return { name: "token", root, title, update() {
+      if (phase === "refused") {
+        say(said, "That token was refused. Try another one.");
+        said.className = "notice bad";
+        token = kept("token", "");
+        phase = "token";
+      }
+    } };
+  }
+
+  // A dialog: the keyboard stays in it until it is answered; what was in focus gets it back.
+  let dialog = null;
+  function openDialog(title, parts, back, go, kind, act) {
+    closeDialog();
+    const before = document.activeElement;
+    const cancel = el("button", { type: "button", onclick: closeDialog }, back);
+    const doIt = el("button", { type: "button", class: kind,
+      onclick: () => { closeDialog(); act(); } }, go);
+    const box = el("div", { class: "dialog", role: "dialog", "aria-modal": "true",
+      "aria-labelledby": "dialog-title" }, el("h2", { id: "dialog-title" }, title), parts,
+    el("div", { class: "answers" }, cancel, doIt));
+    const veil = el("div", { class: "veil", onkeydown: (event) => {
+      if (event.key === "Escape") closeDialog();
+      if (event.key !== "Tab") return;
+      const stops = Array.from(box.querySelectorAll("input, textarea, button"));
+      const at = stops.indexOf(document.activeElement);
+      event.preventDefault();
+      stops[(at + (event.shiftKey ? stops.length - 1 : 1)) % stops.length].focus();
+    } }, box);
+    const page = document.getElementById("page");
+    page.setAttribute("aria-hidden", "true");
+    page.inert = true;
+    document.body.append(veil);
+    dialog = { veil, page, before };
+    (box.querySelector("input") || cancel).focus();
+  }
+  function closeDialog() {
+    if (!dialog) return;
+    const { veil, page, before } = dialog;
+    dialog = null;
+    veil.remove();
+    page.removeAttribute("aria-hidden");
+    page.inert = false;
+    if (before && before.isConnected) before.focus({ preventScroll: true });
+    else view.title.focus({ preventScroll: true });
+  }
+
+  // Addresses
+  const places = new Map();  // how far each one was scrolled, for Back
+  let here = null;
+  function openView(event) {
+    if (here !== null) places.set(here, window.scrollY);
+    closeDialog();
+    let parts;
+    try {
+      parts = location.hash.replace(/^#\/?/, "").split("/").map(decodeURIComponent);
+    } catch (error) { parts = [""]; }
+    const oldPath = runPath;
+    runPath = "";
+    if (parts[0] === "runs" && parts.length > 1) {
+      runPath = "runs/" + encodeURIComponent(parts[1]) + "/";
+      parts = parts.slice(2).concat("");
+    }
+    if (oldPath !== runPath) {
+      hangUp();
+      forget();
+      told = null;
+      phase = "loading";
+    }
+    if (view && view.close) view.close();
+    const isLocked = phase === "token" || phase === "refused";
+    view = isLocked ? tokenView()
+      : parts[0] === "node" && parts[1] ? nodeView(parts[1], Number(parts[2]) || 0)
+      : parts[0] === "log" ? logView()
+      : parts[0] === "timeline" ? timelineView() : runView();
+    show(main, view.root);
+    here = location.hash;
+    if (view.update) view.update();
+    window.scrollTo(0, places.get(here) || 0);
+    if (event) view.title.focus({ preventScroll: true });
+    dirty();
+    connect();
+  }
+
+  history.scrollRestoration = "manual";
+  addEventListener("hashchange", openView);
+  addEventListener("resize", dirty);
+  addEventListener("online", connect);
+  let peek = 0;
+  document.addEventListener("visibilitychange", () => {
+    clearInterval(peek);
+    if (!document.hidden) {
+      connect();
+      return;
+    }
+    hangUp();
+    if (phase === "live" || phase === "offline") phase = "paused";
+    // A look now and then, so that the title still tells of a gate.
+    peek = setInterval(async () => {
+      try {
+        const found = await read("approvals");
+        document.title = document.title.replace(/^\(\d+\) /, "");
+        if (found.length) document.title = "(" + found.length + ") " + document.title;
+      } catch (error) { /* the next look, or the stream, will tell */ }
+    }, 30000);
+  });
+  document.querySelector(".skip").addEventListener("click", (event) => {
+    event.preventDefault();
+    view.title.focus();
+  });
+  setInterval(() => { if (!document.hidden) dirty(); }, 1000);
+  setInterval(() => { if (phase === "live" && !document.hidden) refreshWhy(); }, 15000);
+  openView();
+})();
+"""
+
+PAGE = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>Smithers</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<style>{PAGE_STYLE}</style>
+</head>
+<body>
+<a class="skip" href="#main">To the content</a>
+<div id="page">
+<header>
+  <div>
+    <div class="top" id="top"><strong>Smithers</strong><span class="pill" hidden></span>
+      <span class="live">Loading</span></div>
+    <nav aria-label="Views" hidden><a data-view="run">Run</a><a data-view="log">Log</a><a
+      data-view="timeline">Timeline</a></nav>
+  </div>
+</header>
+<main>
+  <div id="notice" role="status" hidden></div>
+  <div id="main"><noscript>This page needs JavaScript.</noscript></div>
+</main>
+</div>
+<p id="news" class="hidden" aria-live="polite"></p>
+<script>{PAGE_SCRIPT}</script>
+</body>
+</html>
+"""
+
+
+def csp_hash(text: str) -> str:
+    """Return the source expression that allows just this inline text. Source: CSP Level 3."""
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+
+
+PAGE_HEADERS = (
+    ("Content-Type", "text/html; charset=utf-8"),
+    (
+        "Content-Security-Policy",
+        f"default-src 'none'; script-src {csp_hash(PAGE_SCRIPT)}; style-src {csp_hash(PAGE_STYLE)};"
+        " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none';"
+        " frame-ancestors 'none'",
+    ),
+    ("Cache-Control", "no-store"),
+    ("Referrer-Policy", "no-referrer"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "DENY"),
+)
+PAGE_RESPONSE = Response(200, PAGE.encode("utf-8"), PAGE_HEADERS)
+
+
+def get_page(app: ServeApp, request: Request) -> Response:
+    return PAGE_RESPONSE
+
+
+# ---------------------------------------------------------------------------
 # Routes: one short function per route, one table, one app
 # ---------------------------------------------------------------------------
 
@@ -6798,7 +8255,8 @@ def get_frames(app: ServeApp, request: Request) -> Response:
 
 
 def get_events(app: ServeApp, request: Request) -> Response:
-    after = integer_in("afterSeq", parse_query(request.head.query).get("afterSeq", "-1"), -1)
+    query = parse_query(request.head.query)
+    after = integer_in("afterSeq", query.get("afterSeq", "-1"), -1)
     last_id = request.head.headers.get("last-event-id")
     if last_id:  # empty is what some clients send before their first event
         after = integer_in("Last-Event-ID", last_id, -1)
@@ -6810,6 +8268,10 @@ def get_events(app: ServeApp, request: Request) -> Response:
         elif run is not None and run.is_terminal and newest <= after:
             # Tells an EventSource to stop.
             return Response(204, headers=(("Cache-Control", "no-store"),))
+    elif "last" in query:  # the newest so many, and what follows
+        with app.adapter.snapshot() as reads:
+            newest = reads.get_newest_seq(request.view.run_id)
+        after = max(after, newest - integer_in("last", query["last"], 0))
     app.check_stream_room()
     headers = (
         ("Content-Type", "text/event-stream"),
@@ -6893,6 +8355,7 @@ def get_metrics(app: ServeApp, request: Request) -> Response:
 APP_ROUTES = (
     Route("GET", "/health", get_health, public=True, is_quick=True),
     Route("GET", "/metrics", get_metrics, is_quick=True),
+    Route("GET", "/ui", get_page, public=True, is_quick=True),
 )
 RUN_ROUTES = (
     Route("GET", "/", get_status, is_quick=True),
@@ -7113,9 +8576,10 @@ class ServeApp:
         method = "GET" if head.method == "HEAD" else head.method
         matches = self._router.find(head.segments)
         match = next((match for match in matches if match.route.method == method), None)
+        if match is None or match.route.handler is not get_health:  # a probe may use any name
+            self._refuse_foreign_host(head.headers)
         if match is not None and match.route.public:
             return match
-        self._refuse_foreign_host(head.headers)
         who = self.identify(head.headers)
         if who is None:
             raise Unauthorized(
@@ -9228,6 +10692,7 @@ class Process:
         is_everywhere = self._args.host in ("0.0.0.0", "::", "")
         where = f", and on this machine's other addresses ({self._args.host})"
         say(f"HTTP server listening on {server.url}" + (where if is_everywhere else ""))
+        say(f"Page: {server.url}/ui")
         if not is_loopback(server.host) and not server.app.has_token:
             say(
                 "WARNING: anybody who reaches this port can approve gates and cancel the run:"
