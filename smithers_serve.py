@@ -6677,90 +6677,88 @@ PAGE_STYLE = """
 :root {
   color-scheme: light dark;
   --page: #f5f6f8; --card: #fff; --ink: #18202c; --quiet: #525d6e; --line: #dbe0e8;
-  --edge: #8490a2; --accent: #1f51bd; --sunk: #eef1f5;
+  --edge: #7a8698; --accent: #1f51bd; --sunk: #eef1f5; --yes: #1b6e40;
   --waiting: #854700; --waiting-bg: #fff1d6; --running: #1c4bb0; --running-bg: #e5edfd;
   --finished: #17653a; --finished-bg: #e0f3e6; --failed: #ad231c; --failed-bg: #fde8e6;
-  --other: #4d5869; --other-bg: #e9edf2; --yes: #1b6e40; --no: #ad231c;
+  --other: #4d5869; --other-bg: #e9edf2;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #10141b; --card: #181e28; --ink: #e8ecf3; --quiet: #a5b0c0; --line: #2b3442;
-    --edge: #77849a; --accent: #93b5ff; --sunk: #12171f;
+    --edge: #77849a; --accent: #93b5ff; --sunk: #12171f; --yes: #277a49;
     --waiting: #ffc875; --waiting-bg: #3b2a0e; --running: #a3c1ff; --running-bg: #1b2c50;
     --finished: #85dba0; --finished-bg: #14331f; --failed: #ffa49b; --failed-bg: #471c19;
-    --other: #b0bac8; --other-bg: #29313d; --yes: #277a49; --no: #ffa49b;
+    --other: #b0bac8; --other-bg: #29313d;
   }
 }
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
-html { scroll-padding-top: 8rem; -webkit-text-size-adjust: 100%; }
-body {
-  margin: 0; background: var(--page); color: var(--ink);
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
-}
-h1, h2, h3, p, dl, dd, ul, ol { margin: 0; padding: 0; }
-h1 { font-size: 1.5rem; line-height: 1.25; letter-spacing: -.01em; }
-h2 { font-size: 1.05rem; line-height: 1.4; }
-h3 { font-size: .95rem; }
-h1, h2, h3, p, td, dd, .name, .pill, button { overflow-wrap: anywhere; unicode-bidi: isolate; }
+html { scroll-padding-top: 7rem; overflow-y: scroll; -webkit-text-size-adjust: 100%; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
+h1, h2, p, dl, dd, pre { margin: 0; }
+h1 { font-size: 1.5rem; line-height: 1.3; }
+h2 { font-size: 1.05rem; }
+h1, h2, p, th, td, dd, button, .mono { overflow-wrap: anywhere; unicode-bidi: isolate; }
 h1:focus { outline: none; }
-ul, ol { list-style: none; }
 a { color: var(--accent); text-underline-offset: .15em; }
-code, .mono, pre, .log { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-code, .mono { font-size: .875em; overflow-wrap: anywhere; }
-:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; border-radius: .375rem; }
-.hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
-  white-space: nowrap; }
+.mono, pre, .log { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+.mono { font-size: .875em; }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; border-radius: .4rem; }
+.hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; white-space: nowrap;
+  clip-path: inset(50%); }
 .skip { position: fixed; left: 1rem; top: -4rem; z-index: 9; padding: .7rem 1rem;
   background: var(--card); }
 .skip:focus { top: .5rem; }
 .quiet { color: var(--quiet); }
 .small { font-size: .875rem; }
+.text { white-space: pre-wrap; }
 
 header { position: sticky; top: 0; z-index: 3; background: var(--card);
   border-bottom: 1px solid var(--line); }
-header > div { max-width: 62rem; margin: 0 auto; padding: 0 1.25rem; }
-.top { display: flex; align-items: center; gap: .75rem; padding-top: .75rem; min-width: 0; }
-.top strong { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; min-width: 3rem; }
-.live { margin-left: auto; flex: none; font-size: .875rem; color: var(--quiet); }
-.live::before { content: ""; display: inline-block; width: .55rem; height: .55rem;
+#top, main { max-width: 62rem; margin: 0 auto; padding: 0 1.25rem; }
+.bar { display: flex; align-items: center; gap: .75rem; padding-top: .75rem; }
+.bar strong { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.phase { margin-left: auto; flex: none; font-size: .875rem; color: var(--quiet); }
+.phase::before { content: ""; display: inline-block; width: .55rem; height: .55rem;
   margin-right: .45rem; border-radius: 50%; background: var(--edge); }
-.live.on::before { background: var(--finished); }
-.live.off { color: var(--failed); font-weight: 600; }
-.live.off::before { background: var(--failed); }
+.phase.live::before { background: var(--finished); }
+.phase.offline { color: var(--failed); font-weight: 600; }
+.phase.offline::before { background: var(--failed); }
 nav { display: flex; gap: 1.25rem; }
 nav a { display: flex; align-items: center; gap: .4rem; min-height: 2.75rem; min-width: 2.75rem;
   color: var(--quiet); text-decoration: none; border-bottom: 2px solid transparent; }
 nav a:hover { color: var(--ink); }
 nav a[aria-current] { color: var(--ink); font-weight: 600; border-color: var(--accent); }
-.badge { min-width: 1.35rem; padding: 0 .35rem; border-radius: 1rem; text-align: center;
-  font-size: .8rem; font-weight: 700; line-height: 1.35rem;
-  color: var(--waiting); background: var(--waiting-bg); }
+.badge, .pill { padding: .05rem .6rem; border-radius: 1rem; font-size: .8125rem;
+  font-weight: 600; white-space: nowrap; color: var(--other); background: var(--other-bg); }
+.pill { flex: none; justify-self: start; }
 
-main { max-width: 62rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
-main > * + *, .stack > * + * { margin-top: 1.5rem; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: .75rem;
-  padding: 1.25rem; }
-.card > * + *, .tight > * + * { margin-top: .75rem; }
-.notice { border-radius: .75rem; padding: .9rem 1.25rem; background: var(--other-bg); }
-.notice > * + * { margin-top: .5rem; }
-.notice.bad { background: var(--failed-bg); color: var(--failed); }
-.notice.wait { background: var(--waiting-bg); color: var(--waiting); }
-.notice.good { background: var(--finished-bg); color: var(--finished); }
-.notice pre { color: inherit; background: none; border-color: currentColor; }
-.split { display: flex; flex-wrap: wrap; gap: .75rem 1rem; align-items: flex-start; }
-.split > :first-child { flex: 1 1 16rem; min-width: 0; }
+main { padding-bottom: 4rem; }
+#notice > *, #main > * { margin-top: 1.5rem; }
+#main > p:first-child { margin: .5rem 0 -1.25rem; }
+.stack > * + *, .card > * + *, .item > * + *, .notice > * + * { margin-top: .75rem; }
+.stack:empty, [role=status]:empty { margin: 0 !important; }
+.card, .notice, dialog { border: 1px solid var(--line); border-radius: .75rem; padding: 1.25rem;
+  background: var(--card); }
+.item + .item { padding-top: 1rem; border-top: 1px solid var(--line); }
+.notice { padding: .9rem 1.25rem; background: var(--other-bg); border: 0; }
+.waiting { color: var(--waiting); background: var(--waiting-bg); }
+.running { color: var(--running); background: var(--running-bg); }
+.finished { color: var(--finished); background: var(--finished-bg); }
+.failed { color: var(--failed); background: var(--failed-bg); }
+.bad { color: var(--failed); }
+.split, .facts, .chips, .answers { display: flex; flex-wrap: wrap; gap: .5rem 1rem;
+  align-items: center; }
+.split > :first-child { flex: 1 1 14rem; min-width: 0; }
+.split > input { flex: 0 1 16rem; margin: 0; }
+.facts { gap: .35rem .75rem; }
 .meter { height: .375rem; border-radius: 1rem; background: var(--other-bg); overflow: hidden; }
-.meter div { height: 100%; background: var(--accent); border-radius: 1rem; }
-
-.pill { display: inline-block; flex: none; padding: .05rem .6rem; border-radius: 1rem;
-  font-size: .8125rem; font-weight: 600; line-height: 1.5rem; white-space: nowrap;
-  color: var(--other); background: var(--other-bg); }
-.pill.waiting { color: var(--waiting); background: var(--waiting-bg); }
-.pill.running { color: var(--running); background: var(--running-bg); }
-.pill.finished { color: var(--finished); background: var(--finished-bg); }
-.pill.failed { color: var(--failed); background: var(--failed-bg); }
-.facts { display: flex; flex-wrap: wrap; align-items: center; gap: .35rem .75rem; }
+.meter div { height: 100%; background: var(--accent); }
+.gate { border-left: .3rem solid var(--waiting); }
+.gate > * { margin: 0; }
+.fail { border-left: .3rem solid var(--failed); }
+.back { display: inline-flex; align-items: center; min-height: 2.75rem; }
 
 button, .button { display: inline-flex; align-items: center; justify-content: center;
   min-height: 2.75rem; padding: .5rem 1.1rem; border: 1px solid var(--edge); border-radius: .5rem;
@@ -6769,1300 +6767,982 @@ button, .button { display: inline-flex; align-items: center; justify-content: ce
 button:hover, .button:hover { background: var(--sunk); }
 button[disabled] { opacity: .55; cursor: not-allowed; }
 button.yes { color: #fff; background: var(--yes); border-color: var(--yes); }
-button.no { color: var(--no); border-color: currentColor; }
-button.yes:hover { filter: brightness(1.1); }
-button.chip { border-radius: 2rem; padding: .25rem .9rem; font-weight: 500; gap: .4rem;
-  border-color: var(--line); }
-button.chip[aria-pressed=true] { color: var(--accent); border-color: var(--accent);
-  font-weight: 600; }
-.chips { display: flex; flex-wrap: wrap; gap: .5rem; }
-.answers { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 1.5rem; }
-label { display: block; font-weight: 600; font-size: .9375rem; }
+button.no { color: var(--failed); border-color: currentColor; }
+.chips { gap: .5rem; }
+.chips button { border-radius: 2rem; padding: .25rem .9rem; font-weight: 500; gap: .4rem; }
+.chips [aria-pressed=true] { color: var(--accent); border-color: var(--accent);
+  box-shadow: inset 0 0 0 1px var(--accent); }
+.answers { justify-content: space-between; gap: 1.5rem; }
+label { display: block; font-weight: 600; }
 label .quiet { font-weight: 400; }
 input, textarea { display: block; width: 100%; min-height: 2.75rem; margin-top: .3rem;
   padding: .55rem .75rem; border: 1px solid var(--edge); border-radius: .5rem; font: inherit;
   color: inherit; background: var(--page); }
 textarea { min-height: 5.5rem; resize: vertical; }
-.tick { display: inline-flex; align-items: center; gap: .6rem; min-height: 2.75rem; }
-.tick input { width: 1.25rem; min-height: 1.25rem; margin: 0; accent-color: var(--accent); }
+.tick { display: flex; align-items: center; gap: .6rem; min-height: 2.75rem; }
+.tick input { width: 1.25rem; min-height: 1.25rem; margin: 0; }
 
-.list { position: relative; border-top: 1px solid var(--line); overflow: hidden; }
-.list > div { position: absolute; left: 0; right: 0; height: 3.75rem;
-  border-bottom: 1px solid var(--line); }
+.list, .log > div, .times { position: relative; overflow: hidden; }
+.list > div { position: absolute; width: 100%; height: 3.75rem;
+  border-top: 1px solid var(--line); }
 .node { display: grid; grid-template-columns: 6.5rem 1fr auto; gap: 0 1rem; align-items: center;
-  height: 100%; padding: 0 .75rem; color: inherit; text-decoration: none; }
+  height: 100%; padding: 0 .5rem; color: inherit; text-decoration: none; }
 .node:hover { background: var(--sunk); }
-.node:focus-visible { outline-offset: -3px; }
-.node .pill { justify-self: start; }
-.node .name, .node .more { overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
-  display: block; }
-.node .more { font-size: .8125rem; line-height: 1.25; color: var(--quiet); }
-.node .more.bad { color: var(--failed); }
-.node .took { font-variant-numeric: tabular-nums; font-size: .875rem; color: var(--quiet); }
-.gate { display: flex; flex-wrap: wrap; gap: .75rem 1.5rem; align-items: center;
-  border-left: .3rem solid var(--waiting); }
-.gate > :first-child { flex: 1 1 14rem; min-width: 0; }
-.gate > * + * { margin-top: 0; }
-.fail { border-left: .3rem solid var(--failed); }
+.node:focus-visible, .log:focus-visible { outline-offset: -3px; }
+.what { min-width: 0; }
+.what span { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.more { font-size: .8125rem; line-height: 1.25; }
+.took, .axis { font-variant-numeric: tabular-nums; }
 table { border-collapse: collapse; width: 100%; table-layout: fixed; }
-th, td { padding: .5rem .75rem .5rem 0; text-align: left; vertical-align: top; font-weight: 400;
-  border-top: 1px solid var(--line); overflow-wrap: anywhere; }
-th { width: 11rem; color: var(--quiet); }
-pre, .log { margin: 0; padding: .75rem 1rem; overflow: auto; border-radius: .5rem;
-  background: var(--sunk); border: 1px solid var(--line); font-size: .8125rem; line-height: 1.5; }
-pre { max-height: 22rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-.text { white-space: pre-wrap; }
-dl.does { display: grid; grid-template-columns: auto 1fr; gap: .5rem 1rem; }
-dl.does dt { font-weight: 600; }
-.log { position: relative; height: calc(100vh - 17rem); min-height: 16rem; padding: 0; }
-.log > div { position: relative; }
-.log > div > div { position: absolute; min-width: 100%; height: 1.5rem; padding: 0 1rem;
-  line-height: 1.5rem; white-space: pre; }
+th, td { padding: .5rem .75rem .5rem 0; text-align: left; vertical-align: top;
+  border-top: 1px solid var(--line); }
+th { width: 11rem; font-weight: 400; color: var(--quiet); }
+pre, .log { border-radius: .5rem; background: var(--sunk); border: 1px solid var(--line);
+  font-size: .8125rem; color: var(--ink); overflow: auto; }
+pre { padding: .75rem 1rem; max-height: 22rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: .5rem 1rem; }
+dt { font-weight: 600; }
+.log { height: calc(100vh - 16rem); min-height: 16rem; }
+.log > div { overflow: visible; }
+.log > div > div { position: absolute; min-width: 100%; padding: 0 1rem; line-height: 1.5rem;
+  white-space: pre; }
 .log time, .log a { margin-right: 1rem; color: var(--quiet); }
 .log .word { color: var(--accent); }
-.log .bad { color: var(--failed); }
-.times { position: relative; overflow: hidden; }
-.times svg { position: absolute; left: 0; width: 100%; display: block; }
+.axis { display: flex; justify-content: space-between; }
+.times svg { position: absolute; width: 100%; }
 .times text { font-size: .8125rem; fill: var(--ink); }
 .times rect { fill: var(--edge); }
-.times .running { fill: var(--running); } .times .finished { fill: var(--finished); }
-.times .failed { fill: var(--failed); } .times .waiting { fill: var(--waiting); }
-.times .back { fill: var(--sunk); }
-.axis { display: flex; justify-content: space-between; font-variant-numeric: tabular-nums; }
-.veil { position: fixed; inset: 0; top: 0; left: 0; right: 0; bottom: 0; z-index: 5; padding: 1rem;
-  overflow: auto; background: rgba(8, 12, 18, .6); display: flex; }
-.dialog { margin: auto; width: 32rem; max-width: 100%; padding: 1.5rem; border-radius: 1rem;
-  background: var(--card); box-shadow: 0 1rem 3rem rgba(0, 0, 0, .35); }
-.dialog > * + * { margin-top: 1rem; }
+.times .waiting, .times .running, .times .finished, .times .failed { fill: currentColor; }
+.times .lane { fill: var(--sunk); }
+dialog { width: 32rem; max-width: calc(100% - 2rem); color: inherit; }
+dialog::backdrop { background: rgba(8, 12, 18, .6); }
+dialog > * + * { margin-top: 1rem; }
 @media (max-width: 40rem) {
-  main { padding: 1rem .75rem 4rem; }
-  header > div { padding: 0 .75rem; }
+  #top, main { padding-left: .75rem; padding-right: .75rem; }
   .card { padding: 1rem; }
   h1 { font-size: 1.3rem; }
   .answers { flex-direction: column-reverse; align-items: stretch; }
-  .gate .button { width: 100%; }
+  .gate .button, .split > input { flex: 1 1 100%; }
   .list > div { height: 4.5rem; }
-  .node { grid-template-columns: auto 1fr; align-content: center; gap: .15rem .75rem;
-    padding: 0 .25rem; }
-  .node .what { grid-column: 1 / 3; grid-row: 1; }
-  .node .more:not(.bad) { display: none; }
-  .node .took { justify-self: end; }
-  th, td { display: block; width: auto; padding: .25rem 0; }
-  th { padding-top: .6rem; } td { border: 0; padding-bottom: .6rem; }
-  dl.does { grid-template-columns: 1fr; gap: .1rem; } dl.does dd { margin-bottom: .5rem; }
-}
-@media (prefers-reduced-motion: no-preference) {
-  .meter div { transition: width .3s; }
+  .node { grid-template-columns: auto 1fr; align-content: center; gap: .15rem 1rem; padding: 0; }
+  .what { grid-column: 1 / 3; grid-row: 1; }
+  .more.quiet { display: none !important; }
+  .took { justify-self: end; }
+  table, tbody, tr, th, td, dl { display: block; width: 100%; }
+  td { border: 0; padding-top: 0; }
+  dd + dt { margin-top: .75rem; }
 }
 """
 
 PAGE_SCRIPT = r"""
 "use strict";
-(function () {
-  // One document for every run: where a run's routes are, relative to this page.
-  // "#/node/..." is the run at "./"; "#/runs/ID/node/..." is one of "./v1/runs/".
-  let runPath = "";
-  const base = () => runPath ? "./v1/" + runPath : "./";
-  const link = (...parts) => "#/" + runPath + parts.map(encodeURIComponent).join("/");
+// A run's routes lie beside this page: "#/node/..." is the run at "./", "#/runs/ID/node/..." one
+// of many at "./v1/runs/ID/". Nothing else here knows where a run is.
+let runPath = "";
+const base = () => (runPath ? "./v1/" + runPath : "./");
+const link = (...parts) => "#/" + runPath + parts.map(encodeURIComponent).join("/");
 
-  const WORDS = {
-    "pending": ["Pending", ""], "queued": ["Queued", ""], "in-progress": ["Running", "running"],
-    "running": ["Running", "running"], "waiting-approval": ["Waiting", "waiting"],
-    "finished": ["Finished", "finished"], "succeeded": ["Finished", "finished"],
-    "continued": ["Finished", "finished"], "failed": ["Failed", "failed"],
-    "cancelled": ["Cancelled", ""], "skipped": ["Skipped", ""], "requested": ["Waiting", "waiting"],
-    "approved": ["Approved", "finished"], "denied": ["Denied", "failed"],
-  };
-  const ENDS = ["finished", "failed", "cancelled", "continued"];
-  const OVER = ["finished", "failed", "cancelled", "skipped"];
-  const KEPT_LINES = 20000, FIRST_LINES = 500, OLDER_LINES = 1000;
+const WORDS = {  // of every status and state: what is said, and its colour
+  "in-progress": ["Running", "running"], running: ["Running", "running"],
+  "waiting-approval": ["Waiting", "waiting"], requested: ["Waiting", "waiting"],
+  finished: ["Finished", "finished"], continued: ["Finished", "finished"],
+  approved: ["Approved", "finished"], failed: ["Failed", "failed"], denied: ["Denied", "failed"],
+};
+const OVER = ["finished", "failed", "cancelled", "skipped"], ENDED = OVER.concat("continued");
+const FIRST_LINES = 500, OLDER_LINES = 1000, KEPT_LINES = 20000;
 
-  // What is known of the run. `order` is the tree's; `gates` are those that wait.
-  let state;
-  function forget() {
-    state = { run: null, error: null, why: null, nodes: new Map(), order: [], unplaced: new Set(),
-      gates: new Map(), lines: [], first: -1, last: -1, isWhole: false, version: 0, clock: 0 };
-  }
-  forget();
-  let phase = "loading";  // live, offline, ended, paused, token, refused, missing
-  let skew = 0;  // how far the server's clock is ahead of this one
-  let view = null;
-  const notes = new Map();  // what somebody has begun to write, by gate: never lost
-  const now = () => Date.now() + skew;
-  const isOver = () => state.run !== null && ENDS.includes(state.run.status);
-  const hasNoEngine = () =>
-    state.why !== null && !isOver() && state.why.blocked.some((item) => item.kind === "owner");
-  const keyOf = (node) => node.nodeId + "::" + node.iteration;
+// What is known of the run: `order` is the tree's, `gates` are those that wait; the clocks count
+// what events have said.
+let state;
+function forget() {
+  state = { run: null, error: null, why: null, nodes: new Map(), order: [], unplaced: new Set(),
+    gates: new Map(), lines: [], first: -1, last: -1, isWhole: false, version: 0, clock: 0,
+    gateClock: 0 };
+}
+forget();
+let phase = "loading";  // then live, offline, ended, paused, missing, locked or refused
+let skew = 0;  // how far the server's clock is ahead of this one's
+let view = null;
+const notes = new Map();  // what somebody has begun to write, by gate: never lost
+const now = () => Date.now() + skew;
+const isLocked = () => phase === "locked" || phase === "refused";
+const isOver = () => state.run !== null && ENDED.includes(state.run.status);
+const hasNoEngine = () => state.why !== null && !isOver() &&
+  state.why.blocked.some((item) => item.kind === "owner");
+const keyOf = (node) => node.nodeId + "::" + node.iteration;
+const nodePath = (node) =>
+  "nodes/" + encodeURIComponent(node.nodeId) + "?iteration=" + node.iteration;
 
-  function kept(name, value) {  // for this tab only; some browsers allow none
-    const key = "smithers." + name + "@" + location.pathname;
-    try {
-      if (value === undefined) return sessionStorage.getItem(key) || "";
-      sessionStorage.setItem(key, value);
-    } catch (error) { /* then it lives as long as the document */ }
-    return value || "";
-  }
-  let token = kept("token"), myName = kept("name");
+function kept(name, value) {  // for this tab only
+  const key = "smithers." + name + "@" + location.pathname;
+  try {
+    if (value === undefined) return sessionStorage.getItem(key) || "";
+    sessionStorage.setItem(key, value);
+  } catch (error) { /* forbidden here: then it lives as long as the document */ }
+  return value || "";
+}
+let token = kept("token"), myName = kept("name");
 
-  // Elements. Text becomes text nodes; nothing here ever parses markup.
-  function fill(node, props, children) {
-    for (const name of Object.keys(props || {})) {
-      const value = props[name];
+// --- Elements. Text becomes text nodes: nothing here ever parses markup.
+function fill(node, parts) {
+  for (const part of parts.flat(9)) {
+    if (!part && part !== 0) continue;
+    if (Object.getPrototypeOf(part) !== Object.prototype) { node.append(part); continue; }
+    for (const [name, value] of Object.entries(part)) {
       if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-      else if (value !== null && value !== false && value !== undefined)
-        node.setAttribute(name, value === true ? "" : value);
+      else if (name === "style") node.style.cssText = value;
+      else if (value || value === 0) node.setAttribute(name, value === true ? "" : value);
     }
-    for (const child of children.flat(Infinity)) if (child) node.append(child);
-    return node;
   }
-  const el = (tag, props, ...children) => fill(document.createElement(tag), props, children);
-  const svg = (tag, props, ...children) =>
-    fill(document.createElementNS("http://www.w3.org/2000/svg", tag), props, children);
-  function show(node, ...children) {
-    node.textContent = "";
-    return fill(node, null, children);
-  }
-  function say(node, text) { if (node.textContent !== text) node.textContent = text; }
-  const wordOf = (name) => WORDS[name] || [name, ""];
-  const pill = (name) => el("span", { class: "pill " + wordOf(name)[1] }, wordOf(name)[0]);
-  const nameOf = (node) => node.nodeId + (node.iteration ? " · turn " + (node.iteration + 1) : "");
-  const jsonText = (value) => typeof value === "string" ? value : JSON.stringify(value, null, 2);
-  const plain = (text) => text.replace(/\x1b\[[0-9;?]*[A-Za-z]/g, "").replace(/\t/g, "    ");
+  return node;
+}
+function el(spec, ...parts) {
+  const [tag, ...classes] = spec.split(".");
+  return fill(document.createElement(tag), [classes[0] && { class: classes.join(" ") }, parts]);
+}
+const svg = (tag, ...parts) =>
+  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), parts);
+const byId = (id) => document.getElementById(id);
 
-  function span(ms) {
-    const s = Math.max(0, ms) / 1000;
-    if (s < 1) return Math.round(s * 1000) + " ms";
-    if (s < 10) return s.toFixed(1) + " s";
-    if (s < 60) return Math.floor(s) + " s";
-    const units = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
-    const at = units.findIndex((unit) => s >= unit[0]);
-    const rest = Math.floor(s % units[at][0] / units[at + 1][0]);
-    const head = Math.floor(s / units[at][0]) + " " + units[at][1];
-    return rest ? head + " " + rest + " " + units[at + 1][1] : head;
+// Make the children of `old` look like `fresh` with as few changes as there are differences, so
+// that focus, selection, scrolling and half-made clicks survive. Listeners stay the old ones.
+function morph(old, fresh) {
+  const keyed = new Map();
+  for (const child of old.children) {
+    if (child.dataset.key !== undefined) keyed.set(child.dataset.key, child);
   }
-  const ago = (at) => at === null ? "" : now() - at < 2000 ? "just now" : span(now() - at) + " ago";
-  const clock = (at) => new Date(at).toLocaleTimeString([], { hour12: false });
-  const many = (count, one, more) => count + " " + (count === 1 ? one : more);
-
-  // Questions and answers
-  async function send(path, options) {
-    const headers = Object.assign({}, options.headers);
-    if (token) headers.Authorization = "Bearer " + token;
-    const wanted = Object.assign({ cache: "no-store" }, options, { headers });
-    const response = await fetch(base() + path, wanted);
-    const served = Date.parse(response.headers.get("Date"));
-    if (Math.abs(served - Date.now()) > 2000) skew = served - Date.now();
-    if (response.ok) return response;
-    let said = {};
-    try { said = (await response.json()).error || {}; } catch (error) { /* not ours */ }
-    const failure = new Error(said.message || "the server answered " + response.status);
-    failure.status = response.status;
-    if (response.status === 401) askForToken();
-    throw failure;
+  let at = old.firstChild;
+  for (const want of fresh) {
+    const key = want.dataset && want.dataset.key;
+    const have = key === undefined ? at : keyed.get(key);
+    const isSame = have && have.nodeName === want.nodeName && (key !== undefined ||
+      !have.dataset || have.dataset.key === undefined);
+    if (!isSame) { old.insertBefore(want, at); continue; }
+    if (have === at) at = at.nextSibling;
+    else old.insertBefore(have, at);
+    if (want.nodeType === 3) {
+      if (have.data !== want.data) have.data = want.data;
+      continue;
+    }
+    for (const { name } of Array.from(have.attributes)) {
+      if (!want.hasAttribute(name)) have.removeAttribute(name);
+    }
+    for (const { name, value } of want.attributes) {
+      if (have.getAttribute(name) === value) continue;
+      if (name === "style") have.style.cssText = value;
+      else have.setAttribute(name, value);
+    }
+    if (want.type === "checkbox") have.checked = want.checked;
+    morph(have, Array.from(want.childNodes));
   }
-  const read = async (path) => (await send(path, {})).json();
-  const nodePath = (id, iteration) =>
-    "nodes/" + encodeURIComponent(id) + "?iteration=" + iteration;
+  while (at) {
+    const next = at.nextSibling;
+    at.remove();
+    at = next;
+  }
+}
 
-  function askForToken() {
-    phase = token ? "refused" : "token";
+const capital = (text) => text[0].toUpperCase() + text.slice(1);
+const wordOf = (name) => WORDS[name] || [capital(name), ""];
+const pill = (name) => el("span", { class: "pill " + wordOf(name)[1] }, wordOf(name)[0]);
+const nameOf = (node) => node.nodeId + (node.iteration ? " · turn " + (node.iteration + 1) : "");
+const hrefOf = (node) => link("node", node.nodeId, node.iteration);
+const button = (text, kind, onclick, more) =>
+  el("button", { type: "button", class: kind, onclick }, more, text);
+const card = (title, ...parts) => el("section.card", el("h2", title), parts);
+const pre = (text) => el("pre", { tabindex: 0 }, text);
+const quiet = (...parts) => el("p.quiet", parts);
+const jsonText = (value) => (typeof value === "string" ? value : JSON.stringify(value, null, 2));
+const plain = (text) => text.replace(/\x1b\[[0-9;?]*[A-Za-z]/g, "").replace(/\t/g, "    ");
+const many = (count, one, more) => count + " " + (count === 1 ? one : more);
+const clock = (at) => new Date(at).toLocaleTimeString([], { hour12: false });
+const ago = (at) => (now() - at < 2000 ? "just now" : span(now() - at) + " ago");
+function span(ms) {
+  const s = Math.max(0, ms) / 1000;
+  if (s < 1) return Math.round(s * 1000) + " ms";
+  if (s < 10) return s.toFixed(1) + " s";
+  if (s < 60) return Math.floor(s) + " s";
+  const units = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
+  const at = units.findIndex((unit) => s >= unit[0]);
+  const rest = Math.floor((s % units[at][0]) / units[at + 1][0]);
+  return Math.floor(s / units[at][0]) + " " + units[at][1] +
+    (rest ? " " + rest + " " + units[at + 1][1] : "");
+}
+
+// --- Questions
+async function send(path, options) {
+  const headers = Object.assign({}, options.headers);
+  if (token) headers.Authorization = "Bearer " + token;
+  const asked = Object.assign({ cache: "no-store" }, options, { headers });
+  const response = await fetch(base() + path, asked);
+  const served = Date.parse(response.headers.get("Date"));
+  if (Math.abs(served - now()) > 2000) skew = served - Date.now();
+  if (response.ok) return response;
+  let said = {};
+  try { said = (await response.json()).error || {}; } catch (error) { /* a proxy's own page */ }
+  if (response.status === 401) {
+    phase = token ? "refused" : "locked";
     hangUp();
     dirty();
   }
+  const message = said.message || "the server answered " + response.status;
+  throw Object.assign(new Error(message), { status: response.status });
+}
+const read = async (path) => (await send(path, {})).json();
+const post = (path, body) => send(path, { method: "POST", body: JSON.stringify(body) });
 
-  // The state, from snapshots and events. An event is newer than a snapshot that was asked for
-  // before it came, so what it says of a node stays.
-  function merge(shown, asked) {
-    const key = keyOf(shown);
-    const node = state.nodes.get(key);
-    const attempts = Array.isArray(shown.attempts) ? shown.attempts.length : shown.attempts;
-    const fresh = { nodeId: shown.nodeId, iteration: shown.iteration, label: shown.label,
-      state: shown.state, attempts, startedAtMs: shown.startedAtMs,
-      finishedAtMs: shown.finishedAtMs, error: shown.error, touched: 0 };
-    if (node === undefined) state.nodes.set(key, fresh);
-    else if (node.touched <= asked) Object.assign(node, fresh);
-    else {
-      node.label = fresh.label;
-      if (node.startedAtMs === null) node.startedAtMs = fresh.startedAtMs;
-      node.attempts = Math.max(node.attempts, attempts);
-    }
-    return key;
+// Return a function that has `work` done once, a little later, however often it is called. What
+// fails is asked for again after the next connection.
+function soon(ms, work) {
+  let timer = 0, isBusy = false, isWanted = false;
+  async function go() {
+    timer = 0;
+    if (isBusy) { isWanted = true; return; }
+    isBusy = true;
+    try { await work(state); } catch (error) { /* the stream tells when the server is gone */ }
+    isBusy = false;
+    if (isWanted) { isWanted = false; ask(); }
   }
+  function ask() { if (!timer) timer = setTimeout(go, ms); }
+  return ask;
+}
 
-  const MOVES = {
-    NodePending: "pending", NodeStarted: "in-progress", NodeFinished: "finished",
-    NodeFailed: "failed", NodeCancelled: "cancelled", NodeSkipped: "skipped",
-    NodeRetrying: "pending", NodeWaitingApproval: "waiting-approval",
-  };
-  function apply(event) {
-    const type = event.type;
-    if (type === "RunStatusChanged") state.run.status = event.status;
-    else if (type === "RunFinished" || type === "RunFailed" || type === "RunCancelled") {
-      state.run.status = type.slice(3).toLowerCase();
-      state.run.finishedAtMs = event.timestampMs;
-      if (event.error) state.error = event.error;
-    }
-    if (event.nodeId === undefined) return;
-    const key = keyOf(event);
-    if (type === "NodeWaitingApproval" && !state.gates.has(key)) {
-      state.gates.set(key, { nodeId: event.nodeId, iteration: event.iteration,
-        requestTitle: null, requestedAtMs: event.timestampMs, deadlineAtMs: null });
-      refreshGates();
-    }
-    if (type === "ApprovalGranted" || type === "ApprovalDenied") state.gates.delete(key);
-    const move = MOVES[type];
-    if (move === undefined) return;
-    let node = state.nodes.get(key);
-    if (node === undefined) {
-      node = { nodeId: event.nodeId, iteration: event.iteration, label: null, attempts: 0,
-        startedAtMs: null, finishedAtMs: null, error: null };
-      state.nodes.set(key, node);
-      state.unplaced.add(key);
-      if (state.isWhole) placeNew();
-    }
-    node.touched = ++state.clock;
-    node.state = move;
-    if (type === "NodeStarted") {
-      node.attempts = Math.max(node.attempts, event.attempt + 1);
-      if (node.startedAtMs === null) node.startedAtMs = event.timestampMs;
-      node.finishedAtMs = node.error = null;
-    }
-    if (event.error) node.error = event.error;
-    if (OVER.includes(move)) {
-      node.finishedAtMs = event.timestampMs;
-      state.gates.delete(key);
-    }
+// --- The state, from snapshots and events. An event may be newer than a snapshot that was asked
+// for before it came: what it says of a node stays.
+function merge(shown, asked) {
+  const key = keyOf(shown), node = state.nodes.get(key) || { touched: 0 };
+  const { attempts: tried, label, startedAtMs } = shown;  // a list, or how many
+  const attempts = Array.isArray(tried) ? tried.length : tried;
+  state.nodes.set(key, node);
+  if (node.touched <= asked) Object.assign(node, shown, { attempts });
+  else Object.assign(node, { label, startedAtMs });
+  return key;
+}
+
+const MOVES = {
+  NodePending: "pending", NodeStarted: "in-progress", NodeFinished: "finished",
+  NodeFailed: "failed", NodeCancelled: "cancelled", NodeSkipped: "skipped",
+  NodeRetrying: "pending", NodeWaitingApproval: "waiting-approval",
+};
+function apply(event) {
+  const { type, nodeId, iteration, timestampMs } = event;
+  if (type === "RunStatusChanged") state.run.status = event.status;
+  if (/^Run(Finished|Failed|Cancelled)$/.test(type)) {
+    Object.assign(state.run, { status: type.slice(3).toLowerCase(), finishedAtMs: timestampMs });
+    state.error = event.error || null;
   }
-
-  async function loadNodes() {
-    const mine = state;
-    let after = null, limit = 200;
-    const seen = new Set();
-    while (mine === state) {
-      const asked = mine.clock;
-      const query = "nodes?limit=" + limit + (after ? "&after=" + encodeURIComponent(after) : "");
-      const page = await read(query);
-      if (mine !== state) return;
-      for (const node of page) {
-        after = merge(node, asked);
-        if (!seen.has(after)) mine.order.push(after);
-        seen.add(after);
-        mine.unplaced.delete(after);
-      }
-      changed();
-      if (page.length < limit) break;
-      limit = 1000;
-    }
-    mine.isWhole = true;
-    changed();
-    placeNew();
+  const key = keyOf(event), move = MOVES[type];
+  const close = () => { if (state.gates.delete(key)) state.gateClock++; };
+  if (type === "ApprovalGranted" || type === "ApprovalDenied") close();
+  if (move === undefined) return;
+  let node = state.nodes.get(key);
+  if (node === undefined) {
+    node = { nodeId, iteration, label: null, attempts: 0, startedAtMs: null };
+    state.nodes.set(key, node);
+    state.unplaced.add(key);
+    if (state.isWhole) placeNew();
   }
+  node.touched = ++state.clock;
+  node.state = move;
+  if (event.error) node.error = event.error;
+  if (move === "in-progress") {
+    node.attempts = Math.max(node.attempts, event.attempt + 1);
+    node.startedAtMs = node.startedAtMs || timestampMs;
+    node.finishedAtMs = node.error = null;
+  } else if (move === "waiting-approval") {
+    const gate = { nodeId, iteration, requestTitle: null, requestedAtMs: timestampMs };
+    if (!state.gates.has(key)) state.gates.set(key, gate);
+    state.gateClock++;
+    refreshGates();
+  } else if (OVER.includes(move)) {
+    node.finishedAtMs = timestampMs;
+    close();
+  }
+}
 
-  // A node that an event has named first goes before whatever follows it in the tree.
-  const placeNew = soon(300, async () => {
-    const mine = state;
-    while (mine === state && mine.unplaced.size) {
-      const first = mine.unplaced.values().next().value;
-      const node = mine.nodes.get(first);
-      const asked = mine.clock;
-      const query = "nodes?limit=200&after=" + encodeURIComponent(first);
-      const [one, page] =
-        await Promise.all([read(nodePath(node.nodeId, node.iteration)), read(query)]);
-      if (mine !== state) return;
-      const found = [merge(one, asked)];
-      let place = mine.order.length;
-      for (const next of page) {
-        const key = merge(next, asked);
-        if (mine.unplaced.has(key)) found.push(key);
-        else if (mine.order.includes(key)) { place = mine.order.indexOf(key); break; }
-      }
-      mine.order.splice(place, 0, ...found);
-      for (const key of found) mine.unplaced.delete(key);
-      changed();
-    }
-  });
-
-  const refreshGates = soon(200, async () => {
-    const mine = state, asked = mine.clock;
-    const found = await read("approvals");
+async function loadNodes() {
+  const mine = state;
+  for (let after = null, limit = 200; !mine.isWhole; limit = 1000) {
+    const asked = mine.clock;
+    const from = after === null ? "" : "&after=" + encodeURIComponent(after);
+    const page = await read("nodes?limit=" + limit + from);
     if (mine !== state) return;
-    const old = mine.gates;
-    mine.gates = new Map();
-    for (const gate of found) {
-      const node = mine.nodes.get(keyOf(gate));
-      const isGone = old.size && !old.has(keyOf(gate)) && node && node.touched > asked;
-      if (!isGone) mine.gates.set(keyOf(gate), gate);
+    for (const node of page) {
+      after = merge(node, asked);
+      mine.order.push(after);
+      mine.unplaced.delete(after);
     }
-    for (const [key, gate] of old) {  // asked for while this answer was on its way
-      const node = mine.nodes.get(key);
-      if (node && node.touched > asked && !mine.gates.has(key)) mine.gates.set(key, gate);
-    }
+    mine.isWhole = page.length < limit;
     changed();
-  });
+  }
+  placeNew();
+}
 
-  const refreshWhy = soon(0, async () => {
-    const mine = state, why = await read("why");
+// A node that was first named by an event goes before what follows it in the tree.
+const placeNew = soon(300, async (mine) => {
+  while (mine === state && mine.unplaced.size) {
+    const first = mine.unplaced.values().next().value, asked = mine.clock;
+    const [one, page] = await Promise.all([read(nodePath(mine.nodes.get(first))),
+      read("nodes?limit=200&after=" + encodeURIComponent(first))]);
     if (mine !== state) return;
-    mine.why = why;
-    mine.error = why.error || mine.error;
-    dirty();
+    const found = [merge(one, asked)];
+    let place = mine.order.length;
+    for (const key of page.map((next) => merge(next, asked))) {
+      const known = mine.order.indexOf(key);
+      if (known >= 0) { place = known; break; }
+      if (!found.includes(key)) found.push(key);
+    }
+    mine.order.splice(place, 0, ...found);
+    for (const key of found) mine.unplaced.delete(key);
+    changed();
+  }
+});
+
+const refreshGates = soon(200, async (mine) => {
+  const asked = mine.gateClock, found = await read("approvals");
+  if (asked !== mine.gateClock) return refreshGates();  // an event was faster
+  mine.gates = new Map(found.map((gate) => [keyOf(gate), gate]));
+  changed();
+});
+
+const refreshWhy = soon(0, async (mine) => {
+  const why = await read("why");
+  Object.assign(mine, { why, error: why.error });
+  dirty();
+});
+
+// --- The stream: one at most, none in a hidden tab. After a break it goes on after the last event.
+let stream = null, tries = 0, redial = 0;
+function hangUp() {
+  clearTimeout(redial);
+  if (stream) stream.abort();
+  stream = null;
+}
+async function connect() {
+  clearTimeout(redial);
+  if (stream || document.hidden || isLocked()) return;
+  const control = stream = new AbortController();
+  let watch = 0;
+  const alive = () => {  // the server is silent for 10 s at most
+    clearTimeout(watch);
+    watch = setTimeout(() => control.abort(), 25000);
+  };
+  try {
+    alive();
+    const run = await read(""), old = state.run;
+    if (stream !== control) return;
+    if (old && (old.runId !== run.runId || old.startedAtMs !== run.startedAtMs)) forget();
+    state.run = run;
+    const isFirst = state.last < 0;
+    changed();
+    const response = await send(isFirst ? "events?last=" + FIRST_LINES : "events", {
+      headers: isFirst ? {} : { "Last-Event-ID": String(state.last) }, signal: control.signal });
+    if (stream !== control) return;
+    tries = 0;
+    phase = isOver() ? "ended" : "live";
+    if (!state.isWhole) {
+      state.order = [];
+      loadNodes().catch(() => control.abort());
+    }
+    refreshWhy();
+    refreshGates();
+    if (view.reload) view.reload();
+    changed();
+    if (response.status !== 204) await follow(response, alive, takeEvent);
+  } catch (error) {
+    if (error.status === 404) phase = "missing";
+  }
+  clearTimeout(watch);
+  if (stream !== control) return;
+  stream = null;
+  if (isLocked() || document.hidden) return;
+  if (isOver() && phase !== "missing" && state.isWhole) phase = "ended";
+  else {
+    if (phase !== "missing") phase = "offline";
+    const pause = Math.min(15000, 500 * Math.pow(2, tries++));
+    redial = setTimeout(connect, pause * (0.75 + Math.random() / 2));
+  }
+  refreshWhy();
+  dirty();
+}
+
+// Give each event of a stream to `take`, until it says true or the stream ends.
+async function follow(response, alive, take) {
+  const reader = response.body.getReader(), decoder = new TextDecoder();
+  for (let text = ""; ;) {
+    const piece = await reader.read();
+    if (piece.done) return;
+    alive();
+    const blocks = (text + decoder.decode(piece.value, { stream: true })).split("\n\n");
+    text = blocks.pop();
+    for (const block of blocks) {
+      const found = /^event: smithers\ndata: (.*)\nid: (\d+)$/.exec(block);
+      if (found && take(Number(found[2]), JSON.parse(found[1]))) return;
+    }
+  }
+}
+function takeEvent(seq, event) {
+  if (seq <= state.last) return;
+  if (state.first < 0) state.first = seq;
+  state.last = seq;
+  apply(event);
+  const line = lineOf(seq, event);
+  if (line) state.lines.push(line);
+  if (state.lines.length > KEPT_LINES * 1.2) {
+    state.lines.splice(0, state.lines.length - KEPT_LINES);
+    state.first = state.lines[0].seq;
+  }
+  if (view.onEvent) view.onEvent(event);
+  changed();
+}
+async function loadOlder() {
+  const mine = state, end = mine.first, from = Math.max(-1, end - OLDER_LINES - 1), older = [];
+  const control = new AbortController();
+  const response = await send("events?afterSeq=" + from, { signal: control.signal });
+  await follow(response, () => 0, (seq, event) => {
+    const line = seq < end && lineOf(seq, event);
+    if (line) older.push(line);
+    return seq >= end - 1;
   });
+  control.abort();
+  if (mine.first !== end) return;
+  mine.lines = older.concat(mine.lines);
+  mine.first = from + 1;
+  changed();
+}
 
-  // Run `work` once, a little later, however often it is asked for; what fails is asked for anew
-  // by the next connection.
-  function soon(ms, work) {
-    let timer = 0, isBusy = false, isWanted = false;
-    async function go() {
-      timer = 0;
-      if (isBusy) { isWanted = true; return; }
-      isBusy = true;
-      try { await work(); } catch (error) { /* the stream says when the server is gone */ }
-      isBusy = false;
-      if (isWanted) { isWanted = false; ask(); }
-    }
-    function ask() { if (!timer) timer = setTimeout(go, ms); }
-    return ask;
-  }
+const TOLD = {
+  NodeRetrying: "will be tried again", NodeWaitingApproval: "waits for approval",
+  ApprovalGranted: "approved",
+};
+const UNTOLD = /^(FrameCommitted|RunStatusChanged|NodePending|ApprovalRequested)$/;
+function lineOf(seq, event) {
+  const { nodeId, iteration, timestampMs } = event;
+  const line = { seq, nodeId, iteration, at: timestampMs };
+  if (event.type === "NodeOutput")
+    return Object.assign(line, { text: plain(event.text), isBad: event.stream === "stderr" });
+  if (UNTOLD.test(event.type)) return null;
+  const by = event.decidedBy || event.by, { error } = event;
+  const why = error ? error.message : event.note || event.reason;
+  const word = TOLD[event.type] || event.type.replace(/^(Node|Approval|Run)/, "").toLowerCase();
+  const text = [!nodeId && "The run", word, by && "by " + by, why && "· " + why].filter(Boolean);
+  return Object.assign(line, { text: text.join(" ").replace(/\s+/g, " "), isWord: true,
+    isBad: error });
+}
 
-  // The stream: one at most, none in a hidden tab; after a break it goes on after the last event.
-  let stream = null, tries = 0, redial = 0;
-  function hangUp() {
-    clearTimeout(redial);
-    if (stream) stream.abort();
-    stream = null;
-  }
-  async function connect() {
-    clearTimeout(redial);
-    if (stream || document.hidden || phase === "token" || phase === "refused") return;
-    const control = stream = new AbortController();
-    let watch = 0;
-    const alive = () => {  // the server is never silent for longer than 10 s
-      clearTimeout(watch);
-      watch = setTimeout(() => control.abort(), 25000);
-    };
-    try {
-      alive();
-      const run = await read("");
-      if (stream !== control) return;
-      const old = state.run;
-      if (old && (old.runId !== run.runId || old.startedAtMs !== run.startedAtMs)) forget();
-      state.run = run;
-      changed();
-      const isFirst = state.last < 0;
-      const headers = isFirst ? {} : { "Last-Event-ID": String(state.last) };
-      const path = isFirst ? "events?last=" + FIRST_LINES : "events";
-      const response = await send(path, { headers, signal: control.signal });
-      if (stream !== control) return;
-      tries = 0;
-      phase = isOver() ? "ended" : "live";
-      if (isFirst) loadNodes().catch(() => control.abort());
-      refreshWhy();
-      refreshGates();
-      if (view && view.reload) view.reload();
-      dirty();
-      if (response.status !== 204) await take(response.body.getReader(), alive);
-    } catch (error) {
-      if (error.status === 404) phase = "missing";
-    } finally {
-      clearTimeout(watch);
-      if (stream === control) {
-        stream = null;
-        if (isOver() && phase !== "missing") {
-          phase = "ended";
-          refreshWhy();
-        } else if (phase !== "token" && phase !== "refused" && !document.hidden) {
-          if (phase !== "missing") phase = "offline";
-          const pause = Math.min(15000, 500 * Math.pow(2, tries++)) * (.75 + Math.random() / 2);
-          redial = setTimeout(connect, pause);
-        }
-        dirty();
-      }
-    }
-  }
-  async function take(reader, alive) {
-    const decoder = new TextDecoder();
-    let text = "";
-    for (;;) {
-      const piece = await reader.read();
-      if (piece.done) return;
-      alive();
-      text += decoder.decode(piece.value, { stream: true });
-      const blocks = text.split("\n\n");
-      text = blocks.pop();
-      for (const block of blocks) takeBlock(block);
-    }
-  }
-  function parse(block) {
-    let seq = -1, data = "";
-    for (const line of block.split("\n")) {
-      if (line.startsWith("id: ")) seq = Number(line.slice(4));
-      else if (line.startsWith("data: ")) data = line.slice(6);
-    }
-    return data ? [seq, JSON.parse(data)] : null;
-  }
-  function takeBlock(block) {
-    const found = parse(block);
-    if (found === null || found[0] <= state.last) return;
-    const [seq, event] = found;
-    if (state.first < 0) state.first = seq;
-    state.last = seq;
-    apply(event);
-    const line = lineOf(seq, event);
-    if (line) {
-      state.lines.push(line);
-      if (state.lines.length > KEPT_LINES * 1.2) {
-        state.lines.splice(0, state.lines.length - KEPT_LINES);
-        state.first = state.lines[0].seq;
-      }
-    }
-    if (view && view.onEvent) view.onEvent(event);
-    changed();
-  }
-  async function loadOlder() {
-    const mine = state, from = Math.max(-1, mine.first - OLDER_LINES - 1);
-    const control = new AbortController();
-    const response = await send("events?afterSeq=" + from, { signal: control.signal });
-    const older = [], reader = response.body.getReader(), decoder = new TextDecoder();
-    for (let text = "", isDone = false; !isDone;) {
-      const piece = await reader.read();
-      if (piece.done) break;
-      const blocks = (text + decoder.decode(piece.value, { stream: true })).split("\n\n");
-      text = blocks.pop();
-      for (const found of blocks.map(parse)) {
-        if (found === null || isDone) continue;
-        if (found[0] >= mine.first) { isDone = true; continue; }
-        const line = lineOf(found[0], found[1]);
-        if (line) older.push(line);
-        isDone = found[0] === mine.first - 1;
-      }
-    }
-    control.abort();
-    if (mine !== state) return 0;
-    mine.lines = older.concat(mine.lines);
-    mine.first = from + 1;
-    changed();
-    return older.length;
-  }
+// --- Drawing: a view says what should be there; once a frame the document is made like it.
+let isDirty = false, drawTimer = 0;
+function dirty() {
+  if (!isDirty) requestAnimationFrame(draw);
+  isDirty = true;
+}
+function changed() {  // by events, which may be many: ten times a second is enough
+  state.version++;
+  if (!drawTimer) drawTimer = setTimeout(() => { drawTimer = 0; dirty(); }, 100);
+}
+function draw() {
+  isDirty = false;
+  if ((view.name === "token") !== isLocked()) { openView(); return; }
+  const run = state.run, waiting = state.gates.size;
+  document.title = (waiting ? "(" + waiting + ") " : "") +
+    (run ? run.workflowName + " · " + wordOf(run.status)[0] : "Smithers");
+  morph(byId("top"), drawTop(run, waiting));
+  morph(byId("notice"), drawNotice());
+  morph(byId("main"), view.draw().flat(9).filter(Boolean));
+  if (view.drawn) view.drawn();
+  tellGates();
+}
+function drawTop(run, waiting) {
+  const tab = (name, text, ...more) => el("a", { href: name === "run" ? link("") : link(name),
+    "aria-current": name === view.name && "page" }, text, more);
+  return [
+    el("div.bar", el("strong", run ? run.workflowName : "Smithers"), run && pill(run.status),
+      el("span", { class: "phase " + phase }, capital(phase))),
+    el("nav", { "aria-label": "Views", hidden: isLocked() },
+      tab("run", "Run", waiting > 0 && el("span.badge.waiting", String(waiting),
+        el("span.hidden", " waiting"))), tab("log", "Log"), tab("timeline", "Timeline")),
+  ];
+}
+function drawNotice() {
+  if (phase === "offline") return [el("p.notice.bad", "The server does not answer. This is what " +
+    "was last known; decisions are off until it is back. The page tries again by itself.")];
+  if (!hasNoEngine() || isLocked()) return [];
+  return [el("div.notice.waiting", el("p", "No engine drives this run. A decision is kept, and " +
+    "counts when somebody resumes the run:"),
+  pre("python3 -m smithers_serve up FILE --serve --resume --run-id " + state.run.runId))];
+}
+let toldOf = new Set();
+function tellGates() {  // to a screen reader: gates that come up, politely; never log lines
+  const gates = Array.from(state.gates.values()).filter((gate) => gate.status);
+  const fresh = gates.filter((gate) => !toldOf.has(keyOf(gate)));
+  if (fresh.length) byId("news").textContent = "Waiting for a decision: " +
+    (fresh.length > 1 ? fresh.length + " more" : fresh[0].requestTitle || nameOf(fresh[0]));
+  toldOf = new Set(gates.map(keyOf));
+}
 
-  const TOLD = {
-    NodeStarted: "started", NodeFinished: "finished", NodeFailed: "failed",
-    NodeCancelled: "cancelled", NodeSkipped: "skipped", NodeRetrying: "will be tried again",
-    NodeWaitingApproval: "waits for approval", ApprovalGranted: "approved",
-    ApprovalDenied: "denied", RunStarted: "The run started", RunFinished: "The run finished",
-    RunFailed: "The run failed", RunCancelled: "The run was cancelled",
-  };
-  function lineOf(seq, event) {
-    const line = { seq, at: event.timestampMs, nodeId: event.nodeId, iteration: event.iteration };
-    if (event.type === "NodeOutput") {
-      line.text = plain(event.text);
-      line.kind = event.stream === "stderr" ? "err" : "";
-      return line;
-    }
-    if (!TOLD[event.type]) return null;
-    const by = event.decidedBy || event.by;
-    const why = event.error ? event.error.message : event.note || event.reason;
-    line.text = TOLD[event.type] + (by ? " by " + by : "") + (why ? ": " + why : "");
-    line.text = line.text.replace(/\s+/g, " ");
-    line.kind = event.error ? "bad" : "word";
-    return line;
-  }
+// Return those rows of a long list that are in sight, a little more, and the height of all.
+function rowsInSight(id, total, height, scroller) {
+  const box = byId(id);
+  const one = box && box.firstElementChild && box.firstElementChild.offsetHeight || height;
+  const above = !box ? 0 : scroller ? scroller.scrollTop : -box.getBoundingClientRect().top;
+  const seen = scroller ? scroller.clientHeight : window.innerHeight;
+  const first = Math.max(0, Math.min(total - 1, Math.floor(above / one) - 8));
+  const end = Math.min(total, Math.max(0, Math.ceil((above + seen) / one)) + 8);
+  const rows = [];
+  for (let at = first; at < end; at++) rows.push(at);
+  return { rows, height: one, style: "height: " + total * one + "px",
+    at: (row) => "transform: translateY(" + row * one + "px)" };
+}
 
-  // Drawing: once a frame at most, and of long lists only what is seen.
-  let isDirty = false;
-  function dirty() {
-    if (isDirty) return;
-    isDirty = true;
-    requestAnimationFrame(draw);
+// --- The run
+const SHOWN = ["waiting-approval", "failed", "in-progress", "pending", "finished", "skipped",
+  "cancelled"];
+function runView() {
+  let filter = "", wanted = "", keys = [], listed = "", said = "";
+  function headline() {
+    const waiting = state.gates.size, status = state.run.status;
+    if (status === "failed") return "The run has failed";
+    if (status === "cancelled") return "The run was cancelled";
+    if (isOver()) return "The run has finished";
+    if (waiting) return many(waiting, "decision is", "decisions are") + " waiting";
+    return hasNoEngine() ? "The run stands still" : "The run is under way";
   }
-  function changed() {
-    state.version++;
-    dirty();
-  }
-  const main = document.getElementById("main");
-  const top = document.getElementById("top");
-  const notice = document.getElementById("notice");
-  const news = document.getElementById("news");
-  let told = null, noticed = "";
-
-  function draw() {
-    isDirty = false;
-    const wanted = phase === "token" || phase === "refused" ? "token" : "";
-    if (!view || (view.name === "token") !== (wanted === "token")) openView();
-    drawTop();
-    drawNotice();
-    tellGates();
-    if (view.update) view.update();
-  }
-  function drawTop() {
-    const run = state.run, waiting = state.gates.size || 0;
-    document.title = (waiting ? "(" + waiting + ") " : "") +
-      (run ? run.workflowName + " · " + wordOf(run.status)[0] : "Smithers");
-    const parts = top.parts || (top.parts = {
-      name: top.querySelector("strong"), pill: top.querySelector(".pill"),
-      live: top.querySelector(".live"), nav: document.querySelector("nav"),
-      badge: el("span", { class: "badge" }),
-    });
-    say(parts.name, run ? run.workflowName : "Smithers");
-    const shown = run ? run.status : "";
-    parts.pill.hidden = !run;
-    parts.pill.className = "pill " + wordOf(shown)[1];
-    say(parts.pill, wordOf(shown)[0]);
-    const words = { live: "Live", offline: "Offline", ended: "Ended", loading: "Loading",
-      paused: "Paused", missing: "No run", token: "Locked", refused: "Locked" };
-    parts.live.className = "live" + (phase === "live" ? " on" : phase === "offline" ? " off" : "");
-    say(parts.live, words[phase]);
-    parts.nav.hidden = view.name === "token";
-    for (const one of parts.nav.children) {
-      const name = one.dataset.view;
-      one.href = name === "run" ? link("") : link(name);
-      if (name === view.name) one.setAttribute("aria-current", "page");
-      else one.removeAttribute("aria-current");
-      if (name === "run" && waiting) {
-        say(parts.badge, String(waiting));
-        parts.badge.setAttribute("aria-label", waiting + " waiting");
-        parts.badge.setAttribute("role", "img");
-        one.append(parts.badge);
-      } else if (name === "run") parts.badge.remove();
-    }
-  }
-  function drawNotice() {
-    let kind = "", lines = [];
-    if (phase === "offline") {
-      kind = "bad";
-      lines = ["The server does not answer. What you see is what was last known; decisions are " +
-        "off until it is back. This page tries again by itself."];
-    } else if (phase === "missing") {
-      lines = ["There is no run here yet. This page looks again by itself."];
-    } else if (hasNoEngine() && view.name !== "token") {
-      kind = "wait";
-      const line = "python3 -m smithers_serve up FILE --serve --resume --run-id ";
-      lines = ["No engine drives this run. A decision is kept, and counts when somebody resumes " +
-        "the run:", line + state.run.runId];
-    }
-    const text = kind + lines.join();
-    if (text === noticed) return;
-    noticed = text;
-    notice.className = "notice " + kind;
-    notice.hidden = !lines.length;
-    show(notice, lines.map((line, at) => el(at ? "pre" : "p", null, line)));
-  }
-  function tellGates() {  // to a screen reader: gates that have come up, politely; never log lines
-    if (!state.isWhole) return;
-    const keys = Array.from(state.gates.keys());
-    const fresh = told ? keys.filter((key) => !told.has(key)) : [];
-    if (fresh.length === 1) {
-      const gate = state.gates.get(fresh[0]);
-      say(news, "Waiting for a decision: " + (gate.requestTitle || nameOf(gate)));
-    } else if (fresh.length) say(news, fresh.length + " more decisions are waiting");
-    told = new Set(keys);
-  }
-
-  // A list of which only the rows in sight are in the document.
-  function windowed(box, scroller, height, count, make, update) {
-    const rows = new Map();
-    let rowHeight = height;
-    function place() {
-      const total = count();
-      box.style.height = total * rowHeight + "px";
-      const above = scroller ? scroller.scrollTop : -box.getBoundingClientRect().top;
-      const seen = scroller ? scroller.clientHeight : window.innerHeight;
-      const first = Math.max(0, Math.floor(above / rowHeight) - 6);
-      const end = Math.min(total, Math.max(0, Math.ceil((above + seen) / rowHeight) + 6));
-      for (const [at, row] of rows) {
-        if (at < first || at >= end) { row.remove(); rows.delete(at); }
-      }
-      let before = null;
-      for (let at = end - 1; at >= first; at--) {
-        let row = rows.get(at);
-        if (!row) {
-          row = make();
-          rows.set(at, row);
-          box.insertBefore(row, before);
-          row.style.transform = "translateY(" + at * rowHeight + "px)";
-        }
-        update(row, at, total);
-        before = row;
-      }
-      const one = rows.values().next().value;
-      if (one && one.offsetHeight && one.offsetHeight !== rowHeight) {
-        rowHeight = one.offsetHeight;
-        for (const [at, row] of rows) row.style.transform = "translateY(" + at * rowHeight + "px)";
-        place();
-      }
-    }
-    (scroller || window).addEventListener("scroll", dirty, { passive: true });
-    return { place, close: () => window.removeEventListener("scroll", dirty),
-      height: () => rowHeight };
-  }
-
-  // The run
-  function runView() {
-    let filter = "", wanted = "", keys = [], listed = "", drawn = "", chipped = "";
-    const title = el("h1", { tabindex: -1 }, "Loading…");
-    const facts = el("p", { class: "quiet" });
-    const bar = el("div");
-    const cancel = el("button", { type: "button", onclick: askToCancel }, "Cancel run…");
-    const result = el("p", { role: "status" });
-    const attention = el("div", { class: "tight" });
-    const chips = el("div", { class: "chips", role: "group", "aria-label": "Show only" });
-    const search = el("input", { type: "search", "aria-label": "Find a step by its name",
-      placeholder: "Find a step", oninput: () => { wanted = search.value.toLowerCase(); dirty(); },
-      autocomplete: "off" });
-    const list = el("div", { class: "list", role: "list", "aria-label": "Steps" });
-    const empty = el("p", { class: "quiet" });
-    const root = el("div", { class: "stack" },
-      el("section", { class: "card" }, el("div", { class: "split" },
-        el("div", { class: "tight" }, title, facts), cancel),
-      el("div", { class: "meter", "aria-hidden": "true" }, bar), result),
-      attention,
-      el("section", { class: "card", "aria-labelledby": "steps" },
-        el("div", { class: "split" }, el("h2", { id: "steps" }, "Steps"), el("div", null, search)),
-        chips, empty, list));
-    const rows = windowed(list, null, 60, () => keys.length, makeRow, fillRow);
-
-    function makeRow() {
-      const row = el("div", { role: "listitem" });
-      row.parts = { pill: el("span"), name: el("span", { class: "name mono" }),
-        more: el("span"), took: el("span", { class: "took" }) };
-      const parts = row.parts;
-      parts.link = el("a", { class: "node" }, parts.pill,
-        el("span", { class: "what" }, parts.name, parts.more), parts.took);
-      row.append(parts.link);
-      return row;
-    }
-    function fillRow(row, at, total) {
-      const node = state.nodes.get(keys[at]), parts = row.parts;
-      const gate = state.gates.get(keys[at]);
-      const href = link("node", node.nodeId, node.iteration);
-      if (parts.href !== href) parts.link.setAttribute("href", parts.href = href);
-      if (parts.state !== node.state) {
-        const word = wordOf(parts.state = node.state);
-        parts.pill.className = "pill " + word[1];
-        say(parts.pill, word[0]);
-      }
-      row.setAttribute("aria-setsize", total);
-      row.setAttribute("aria-posinset", at + 1);
-      say(parts.name, nameOf(node));
-      parts.more.className = "more" + (node.error ? " bad" : "");
-      const label = node.label && node.label !== node.nodeId ? node.label : "";
-      const tries = node.attempts > 1 ? many(node.attempts, "attempt", "attempts") : "";
-      say(parts.more, node.error ? node.error.message.split("\n")[0]
-        : [label, tries].filter(Boolean).join(" · "));
-      const from = gate ? gate.requestedAtMs : node.startedAtMs;
-      const to = node.state === "in-progress" || gate ? now() : node.finishedAtMs;
-      say(parts.took, from && to ? span(to - from) : "");
-    }
-    function askToCancel() {
-      const by = el("input", { value: myName, autocomplete: "name", maxlength: 200 });
-      const why = el("textarea", { maxlength: 10000 });
-      openDialog("Cancel this run?", [
-        el("p", null, "What runs is stopped, what waits is closed, and nothing new begins. " +
-          "Finished steps stay as they are."),
-        el("label", null, "Your name ", by), el("label", null, "Why ", why),
-      ], "Keep it running", "Yes, cancel the run", "no", async () => {
-        myName = kept("name", by.value.trim());
-        const body = {};
-        if (by.value.trim()) body.decidedBy = by.value.trim();
-        if (why.value.trim()) body.reason = why.value.trim();
-        try {
-          await send("cancel", { method: "POST", body: JSON.stringify(body) });
-          say(result, "The run is being cancelled.");
-        } catch (error) { say(result, tellFailure(error, "The cancel")); }
-      });
-    }
-    function counts() {
-      if (!state.isWhole) return state.run ? state.run.summary : {};
-      const found = {};
-      for (const node of state.nodes.values()) found[node.state] = (found[node.state] || 0) + 1;
-      return found;
-    }
-    function headline() {
-      const waiting = state.gates.size, status = state.run.status;
-      if (status === "failed") return "The run has failed";
-      if (status === "cancelled") return "The run was cancelled";
-      if (isOver()) return "The run has finished";
-      if (waiting) return many(waiting, "decision is", "decisions are") + " waiting";
-      if (hasNoEngine()) return "The run stands still";
-      return status === "queued" ? "The run is queued" : "The run is under way";
-    }
-    function gateCard(gate) {
-      const due = gate.deadlineAtMs ? " · " + dueText(gate) : "";
-      return el("div", { class: "card gate" },
-        el("div", { class: "tight" }, el("h2", null, gate.requestTitle || nameOf(gate)),
-          el("p", { class: "quiet small" }, el("span", { class: "mono" }, nameOf(gate)),
-            " · asked " + ago(gate.requestedAtMs) + due)),
-        el("a", { class: "button", href: link("node", gate.nodeId, gate.iteration),
-          "aria-label": "Review " + (gate.requestTitle || nameOf(gate)) }, "Review"));
-    }
-    function drawAttention() {
-      const gates = Array.from(state.gates.values());
-      const text = JSON.stringify([state.version, Math.floor(now() / 10000), state.error]);
-      if (text === drawn) return;
-      drawn = text;
-      const failed = [];
-      for (const node of state.nodes.values()) if (node.state === "failed") failed.push(node);
-      const parts = gates.slice(0, 50).map(gateCard);
-      if (gates.length > 50) parts.push(el("p", { class: "quiet" },
-        "and " + (gates.length - 50) + " more: filter the steps below by Waiting"));
-      if (state.error && isOver()) parts.push(el("div", { class: "card fail" },
-        el("h2", null, "Why it failed"), el("p", { class: "text" }, state.error.message)));
-      for (const node of failed.slice(0, 5)) parts.push(el("div", { class: "card fail" },
-        el("div", { class: "facts" }, pill("failed"), el("a", { class: "mono",
-          href: link("node", node.nodeId, node.iteration) }, nameOf(node))),
-        el("p", { class: "text" }, node.error ? node.error.message : "It failed.")));
-      const text2 = parts.map((part) => part.textContent).join("\n");
-      if (attention.shown === text2) return;
-      const active = attention.contains(document.activeElement) &&
-        document.activeElement.getAttribute("href");
-      attention.shown = text2;
-      attention.hidden = !parts.length;
-      show(attention, parts);
-      if (active) for (const one of attention.querySelectorAll("a")) {
-        if (one.getAttribute("href") === active) one.focus();
-      }
-    }
-    function drawChips(found, total) {
-      const shown = ["waiting-approval", "failed", "in-progress", "pending", "finished",
-        "skipped", "cancelled"].filter((name) => found[name] || name === filter);
-      const text = JSON.stringify([found, total, filter]);
-      if (text === chipped) return;
-      chipped = text;
-      const old = chips.contains(document.activeElement) && document.activeElement.dataset.state;
-      show(chips, [""].concat(shown).map((name) => el("button", { type: "button", class: "chip",
-        "data-state": name, "aria-pressed": String(name === filter),
-        onclick: () => { filter = name; dirty(); } },
-      name ? wordOf(name)[0] : "All", el("span", { class: "quiet" },
-        String(name ? found[name] || 0 : total)))));
-      if (typeof old === "string") for (const one of chips.children) {
-        if (one.dataset.state === old) one.focus();
-      }
-    }
-    return { name: "run", root, title, close: rows.close, update() {
-      const run = state.run;
-      cancel.hidden = !run || isOver();
-      cancel.disabled = phase !== "live";
-      if (!run) { say(title, phase === "missing" ? "No run yet" : "Loading…"); return; }
-      const found = counts();
-      let total = 0, done = 0;
-      for (const name of Object.keys(found)) {
-        total += found[name];
-        if (OVER.includes(name)) done += found[name];
-      }
-      say(title, headline());
-      const end = isOver() ? run.finishedAtMs : now();
-      say(facts, [done + " of " + many(total, "step", "steps") + " done",
-        run.startedAtMs ? (isOver() ? "took " : "for ") + span(end - run.startedAtMs) : "",
-        run.runId].filter(Boolean).join(" · "));
-      bar.style.width = (total ? 100 * done / total : 0) + "%";
-      drawAttention();
-      drawChips(found, total);
-      const made = [filter, wanted, state.version].join();
-      if (made !== listed) {
-        listed = made;
-        keys = filter || wanted ? state.order.filter((key) => {
-          const node = state.nodes.get(key);
-          const text = (nameOf(node) + " " + (node.label || "")).toLowerCase();
-          return (!filter || node.state === filter) && text.includes(wanted);
-        }) : state.order;
-      }
-      empty.hidden = keys.length > 0;
-      say(empty, !state.isWhole ? "Loading the steps…" : total ? "No step matches."
-        : "No steps yet. They appear when the workflow is first rendered.");
-      list.hidden = !keys.length;
-      rows.place();
-    } };
-  }
-
-  const TIMED = { approve: "it is approved", deny: "it is denied", fail: "it fails" };
-  const dueText = (gate) => now() >= gate.deadlineAtMs ? "the time is up"
-    : (TIMED[gate.onTimeout] || "it ends") + " in " + span(gate.deadlineAtMs - now());
-  const DENIED = {
-    continue: "The run goes on, and the steps after it are told that it was denied.",
-    skip: "This step is skipped, and the run goes on.",
-    fail: "This step fails, and with it the run, unless the workflow provides for that.",
-  };
-
-  function tellFailure(error, what) {
-    if (error.status === undefined) return what + " may or may not have arrived: the connection " +
-      "was lost before an answer came. It shows here once the server is back.";
-    const heads = { 401: "A token is needed", 403: "This is not yours to decide",
-      404: "This is no longer there", 409: "Nothing was changed", 413: "The text is too long" };
-    return (heads[error.status] || "It did not work") + ": " + error.message + ".";
-  }
-
-  // A node, which may be a gate
-  function nodeView(id, iteration) {
-    const key = id + "::" + iteration;
-    const title = el("h1", { tabindex: -1 }, id);
-    const body = el("div", { class: "stack" });
-    const root = el("div", { class: "stack" },
-      el("p", null, el("a", { href: link("") }, "← All steps")), body);
-    let detail = null, earlier = [], form = null, ticks = [], answered = "", drawn = "";
-    const result = el("p", { role: "status", class: "notice" });
-    result.hidden = true;
-    const log = el("div");
-    const reload = soon(100, async () => {
+  function askToCancel() {
+    const by = el("input", { value: myName, autocomplete: "name", maxlength: 200 });
+    const why = el("textarea", { maxlength: 10000 });
+    openDialog("Cancel this run?", [el("p", "What runs is stopped, what waits is closed, and " +
+      "nothing new begins. Finished steps stay as they are."),
+    el("label", "Your name", by), el("label", "Why", why)],
+    "Keep it running", "Yes, cancel the run", "no", async () => {
+      myName = kept("name", by.value.trim());
+      const body = { decidedBy: myName || null, reason: why.value.trim() || null };
       try {
-        const found = await read(nodePath(id, iteration));
-        if (found.gate && found.gate.iteration > 0 && !earlier.length) {
-          const all = await read("approvals?status=all");
-          earlier = all.filter((gate) => gate.nodeId === id && gate.iteration < iteration);
-        }
-        detail = found;
-        const gate = found.gate;
-        if (gate && gate.status !== "requested") state.gates.delete(key);
-        answered = "";
-        build();
-      } catch (error) {
-        if (error.status === 404) answered = error.message;
-        else if (error.status === undefined) throw error;
-        else answered = error.message;
-        if (!detail) show(body, title, el("p", { class: "notice" }, "Not found: " + answered));
-      }
+        await post("cancel", body);
+        said = "The run is being cancelled.";
+      } catch (error) { said = tellFailure(error, "The cancel"); }
       dirty();
     });
-    function tell(kind, text) {
-      result.className = "notice " + kind;
-      result.hidden = false;
-      say(result, text);
-    }
-    function build() {
-      const gate = detail.gate;
-      const text = JSON.stringify([detail, earlier]).replace(/"waitingMs":\d+/g, "");
-      if (text === drawn) return;
-      drawn = text;
-      ticks = [];
-      say(title, gate ? gate.requestTitle || id : id);
-      const isOpen = gate && gate.status === "requested" && detail.state === "waiting-approval";
-      const head = el("section", { class: "card" },
-        el("div", { class: "facts" }, pill(isOpen ? "requested" : detail.state),
-          el("span", { class: "mono" }, id), iteration ? "turn " + (iteration + 1) : ""),
-        title, detail.label && detail.label !== title.textContent
-          ? el("p", { class: "quiet" }, detail.label) : null);
-      const parts = [head];
-      if (gate) {
-        if (gate.requestSummary) head.append(el("p", { class: "text" }, gate.requestSummary));
-        const when = el("p", { class: "quiet" });
-        head.append(when);
-        ticks.push(() => say(when, gate.status === "requested" ? "Asked " +
-          ago(gate.requestedAtMs) + (gate.deadlineAtMs ? ". Without an answer, " +
-          dueText(gate) + "." : "") : ""));
-        if (gate.status !== "requested") head.append(decided(gate));
-        const rows = Object.entries(gate.metadata || {});
-        if (rows.length) parts.push(section("Details", el("table", null, el("tbody", null,
-          rows.map(([name, value]) => el("tr", null, el("th", { scope: "row" }, name),
-            el("td", { class: "text" }, jsonText(value))))))));
-        parts.push(evidence(gate.evidence || []));
-        if (earlier.length) parts.push(section("Earlier decisions", earlier.map((one) =>
-          el("div", null, el("p", { class: "quiet small" }, "Turn " + (one.iteration + 1)),
-            decided(one)))));
-        if (isOpen) parts.push(form || (form = decisionForm()));
-        else if (form) parts.push(leftover());
-      }
-      parts.push(result);
-      if (!gate || detail.attempts.length) parts.push(attempts());
-      if (detail.output !== null && !(gate && !detail.attempts.length))
-        parts.push(section("Output", pre(jsonText(detail.output))));
-      if (!gate || detail.log.length) {
-        show(log, logLines(detail.log));
-        parts.push(section("What it printed", log));
-      }
-      const active = document.activeElement;
-      show(body, parts);
-      if (active && body.contains(active)) active.focus({ preventScroll: true });
-    }
-    const pre = (text) => el("pre", { tabindex: 0 }, text);
-    const section = (name, ...children) =>
-      el("section", { class: "card" }, el("h2", null, name), children);
-    const logLines = (lines) => lines.length
-      ? pre(lines.map((line) => plain(line.text)).join("\n"))
-      : el("p", { class: "quiet" }, "Nothing.");
-    function decided(gate) {
-      const by = gate.decidedBy ? " by " + gate.decidedBy : "";
-      const at = gate.decidedAtMs ? " at " + new Date(gate.decidedAtMs).toLocaleString() : "";
-      const word = gate.status === "approved" || gate.status === "denied"
-        ? wordOf(gate.status)[0] + by : "No longer asked";
-      return el("div", { class: "notice " + (gate.status === "approved" ? "good"
-        : gate.status === "denied" ? "bad" : "") }, el("p", null, word + at),
-      gate.note ? el("p", { class: "text" }, gate.note) : null);
-    }
-    function evidence(found) {
-      const cards = found.map((one) => el("div", { class: "tight" },
-        el("div", { class: "facts" }, pill(one.state),
-          el("a", { class: "mono", href: link("node", one.nodeId, one.iteration) }, nameOf(one))),
-        one.error ? el("p", { class: "notice bad text" }, one.error.message) : null,
-        one.output === null ? null : el("div", null, el("p", { class: "quiet small" },
-          one.isCut ? "Output, its beginning" : "Output"), pre(jsonText(one.output))),
-        one.log.length ? el("div", null, el("p", { class: "quiet small" }, "Last lines"),
-          logLines(one.log)) : null));
-      return section("What led here", cards.length ? cards
-        : el("p", { class: "quiet" }, "Nothing ran before this."));
-    }
-    function attempts() {
-      const rows = detail.attempts.map((one) => el("div", { class: "tight" },
-        el("div", { class: "facts" }, pill(one.state), "Attempt " + (one.attempt + 1),
-          el("span", { class: "quiet small" }, clock(one.startedAtMs) +
-            (one.finishedAtMs ? " · " + span(one.finishedAtMs - one.startedAtMs) : ""))),
-        one.error ? el("p", { class: "notice bad text" }, one.error.message) : null));
-      const needs = detail.needs.length ? el("p", { class: "quiet" }, "Needs " +
-        detail.needs.join(", ")) : null;
-      return section("Attempts", rows.length ? rows
-        : el("p", { class: "quiet" }, "It has not run yet."), needs);
-    }
-    function leftover() {  // a note that somebody else was faster than
-      const note = notes.get(key);
-      return note ? section("Your note was not sent", el("p", { class: "quiet" },
-        "It is kept here, to be copied."), pre(note)) : "";
-    }
-    function decisionForm() {
-      const by = el("input", { value: myName, autocomplete: "name", maxlength: 200,
-        oninput: () => { myName = kept("name", by.value); } });
-      const note = el("textarea", { maxlength: 10000, oninput: () => notes.set(key, note.value) });
-      note.value = notes.get(key) || "";
-      const gate = detail.gate, onDeny = DENIED[gate.onDeny] || DENIED.fail;
-      const made = { approve: "Approve " + id, deny: "Deny " + id };
-      const button = (verb, kind) => el("button", { type: "button", class: kind,
-        onclick: () => confirm(verb) }, made[verb]);
-      const yes = button("approve", "yes"), no = button("deny", "no");
-      const off = el("p", { class: "quiet" });
-      function confirm(verb) {
-        const said = note.value.trim();
-        openDialog(made[verb] + "?", [
-          el("p", null, detail.gate.requestTitle || id),
-          el("p", null, verb === "approve" ? "The run goes on." : onDeny),
-          el("p", { class: "quiet text" }, (by.value.trim() ? "As " + by.value.trim()
-            : "Without a name") + (said ? ", with the note: " + said : ", without a note")),
-        ], "Go back", "Yes, " + verb + " " + id, verb === "approve" ? "yes" : "no",
-        () => decide(verb, said, by.value.trim()));
-      }
-      ticks.push(() => {});
-      const shown = section("Your decision",
-        el("dl", { class: "does" }, el("dt", null, "Approve"), el("dd", null, "The run goes on."),
-          el("dt", null, "Deny"), el("dd", null, onDeny)),
-        gate.approvers && el("p", null, "May be decided by " + gate.approvers.join(", ") + "."),
-        el("label", null, "Your name ", el("span", { class: "quiet" }, "(shown with the decision)"),
-          by),
-        el("label", null, "Note ", el("span", { class: "quiet" }, "(optional)"), note),
-        off, el("div", { class: "answers" }, no, yes));
-      shown.update = () => {
-        yes.disabled = no.disabled = phase !== "live" || isOver();
-        off.hidden = !yes.disabled;
-        say(off, isOver() ? "The run has ended: there is nothing to decide any more."
-          : "Decisions are off until the connection is back. Your note stays.");
-      };
-      return shown;
-    }
-    async function decide(verb, note, by) {
-      const gate = detail.gate;
-      const body = { iteration, requestedAtMs: gate.requestedAtMs };
+  }
+  function gateCard(gate) {
+    const title = gate.requestTitle || nameOf(gate);
+    return el("div.card.gate.split", el("div", el("h2", title), el("p.quiet.small", el("span.mono",
+      nameOf(gate)), " · asked " + ago(gate.requestedAtMs) + (gate.deadlineAtMs ? " · " +
+      dueText(gate) : ""))), el("a.button", { href: hrefOf(gate),
+      "aria-label": "Review: " + title }, "Review"));
+  }
+  function attention() {
+    const failed = state.order.map((key) => state.nodes.get(key))
+      .filter((node) => node.state === "failed");
+    const more = (count) => count > 0 && quiet("and " + count + " more, in the list of steps");
+    return [Array.from(state.gates.values()).slice(0, 50).map(gateCard),
+      more(state.gates.size - 50),
+      state.error && isOver() && el("div.card.fail", el("h2", "Why it failed"),
+        el("p.text", state.error.message)),
+      failed.slice(0, 5).map((node) => el("div.card.fail", el("div.facts", pill("failed"),
+        el("a.mono", { href: hrefOf(node) }, nameOf(node))),
+      el("p.text", node.error ? node.error.message : "It failed."))),
+      more(failed.length - 5)];
+  }
+  function row(at, style) {
+    const node = state.nodes.get(keys[at]), gate = state.gates.get(keys[at]);
+    const from = gate ? gate.requestedAtMs : node.startedAtMs;
+    const to = node.state === "in-progress" || gate ? now() : node.finishedAtMs;
+    const label = node.label !== node.nodeId && node.label;
+    const more = [label, node.attempts > 1 && node.attempts + " attempts"].filter(Boolean);
+    return el("div", { role: "listitem", "data-key": keys[at], style,
+      "aria-setsize": keys.length, "aria-posinset": at + 1 },
+    el("a.node", { href: hrefOf(node) }, pill(node.state), el("span.what",
+      el("span.name.mono", nameOf(node)), node.error
+        ? el("span.more.bad", node.error.message.split("\n")[0]) : el("span.more.quiet",
+          more.join(" · "))), el("span.took.quiet.small", from && to ? span(to - from) : "")));
+  }
+  function choose(event) {
+    const chosen = event.target.closest("button");
+    if (chosen) filter = chosen.dataset.state;
+    dirty();
+  }
+  function list() {
+    const made = [filter, wanted, state.version, state.order.length].join();
+    if (made !== listed) keys = !filter && !wanted ? state.order : state.order.filter((key) => {
+      const node = state.nodes.get(key);
+      const text = (nameOf(node) + " " + (node.label || "")).toLowerCase();
+      return (!filter || node.state === filter) && text.includes(wanted);
+    });
+    listed = made;
+    if (!keys.length) return quiet(!state.isWhole ? "Loading the steps…" : state.nodes.size
+      ? "No step matches." : "No steps yet: they appear when the workflow is first rendered.");
+    const { rows, style, at } = rowsInSight("list", keys.length, 60);
+    return el("div.list", { id: "list", role: "list", "aria-label": "Steps", style },
+      rows.map((n) => row(n, at(n))));
+  }
+  return { name: "run", draw() {
+    const run = state.run;
+    if (!run) return [el("h1", { tabindex: -1 }, phase === "missing" ? "There is no run here yet"
+      : "Loading…")];
+    const found = state.isWhole ? {} : run.summary;
+    if (state.isWhole) for (const { state: name } of state.nodes.values())
+      found[name] = (found[name] || 0) + 1;
+    const sum = (names) => names.reduce((total, name) => total + (found[name] || 0), 0);
+    const total = sum(Object.keys(found)), done = sum(OVER);
+    const took = span((isOver() ? run.finishedAtMs : now()) - run.startedAtMs);
+    const chip = (name) => el("button", { type: "button", "data-state": name || "",
+      "data-key": name, "aria-pressed": String(name === filter) }, name ? wordOf(name)[0] : "All",
+    el("span.quiet", String(name ? found[name] || 0 : total)));
+    return [
+      el("section.card", el("div.split", el("div", el("h1", { tabindex: -1 }, headline()),
+        quiet(done + " of " + many(total, "step", "steps") + " done" + (run.startedAtMs
+          ? (isOver() ? " · took " : " · for ") + took : "") + " · ",
+        el("span.mono", run.runId))),
+      !isOver() && button("Cancel run…", "", askToCancel, { disabled: phase !== "live" })),
+      el("div.meter", { "aria-hidden": "true" },
+        el("div", { style: "width: " + (total ? (100 * done) / total : 0) + "%" })),
+      el("p", { role: "status" }, said)),
+      el("div.stack", attention()),
+      el("section.card", el("div.split", el("h2", "Steps"),
+        el("input", { type: "search", "aria-label": "Find a step", placeholder: "Find a step",
+          autocomplete: "off", oninput: (event) => {
+            wanted = event.target.value.toLowerCase();
+            dirty();
+          } })),
+      el("div.chips", { role: "group", "aria-label": "Show only", onclick: choose },
+        [""].concat(SHOWN.filter((name) => found[name] || name === filter)).map(chip)),
+      list()),
+    ];
+  } };
+}
+
+const TIMED = { approve: "it is approved", deny: "it is denied" };
+const dueText = (gate) => (now() >= gate.deadlineAtMs ? "its time is up"
+  : (TIMED[gate.onTimeout] || "it fails") + " in " + span(gate.deadlineAtMs - now()));
+const DENIED = {
+  continue: "The run goes on, and the steps after it are told that it was denied.",
+  skip: "This step is skipped, and the run goes on.",
+  fail: "This step fails, and the run with it, unless the workflow provides for that.",
+};
+function tellFailure(error, what) {
+  if (error.status === undefined) return what + " may or may not have arrived: the connection " +
+    "was lost before the answer. It shows here once the server is back.";
+  const heads = { 401: "A token is needed", 403: "You may not do this",
+    404: "This is no longer there", 409: "Nothing was changed", 413: "The text is too long" };
+  return (heads[error.status] || "It did not work") + ": " + error.message + ".";
+}
+
+// --- A node, which may be a gate
+function nodeView(nodeId, iteration) {
+  const me = { nodeId, iteration }, key = keyOf(me);
+  let detail = null, earlier = [], said = ["", ""], missing = "";
+  const reload = soon(100, async () => {
+    try {
+      const found = await read(nodePath(me));
+      if (found.gate && iteration > 0) earlier = (await read("approvals?status=all"))
+        .filter((gate) => gate.nodeId === nodeId && gate.iteration < iteration);
+      if (found.gate && found.gate.status !== "requested") state.gates.delete(key);
+      detail = found;
+    } catch (error) { if (error.status === 404) missing = error.message; }
+    dirty();
+  });
+  const lines = (found) => (found.length ? pre(found.map((line) => plain(line.text)).join("\n"))
+    : quiet("Nothing."));
+  function decided(gate) {
+    const isKnown = gate.status === "approved" || gate.status === "denied";
+    const by = gate.decidedBy ? " by " + gate.decidedBy : "";
+    const at = gate.decidedAtMs ? ", " + new Date(gate.decidedAtMs).toLocaleString() : "";
+    return el("div", { class: "notice " + (isKnown ? wordOf(gate.status)[1] : "") },
+      el("p", (isKnown ? wordOf(gate.status)[0] + by : "No longer asked") + at),
+      gate.note && el("p.text", gate.note));
+  }
+  function evidence(found) {
+    return el("div.item", el("div.facts", pill(found.state),
+      el("a.mono", { href: hrefOf(found) }, nameOf(found))),
+    found.error && el("p.notice.failed.text", found.error.message),
+    found.output !== null && [el("p.quiet.small", found.isCut ? "Output, cut" : "Output"),
+      pre(jsonText(found.output))],
+    found.log.length > 0 && [el("p.quiet.small", "Last lines"), lines(found.log)]);
+  }
+  function attempt(one) {
+    const took = one.finishedAtMs ? " · " + span(one.finishedAtMs - one.startedAtMs) : "";
+    return el("div.item", el("div.facts", pill(one.state), "Attempt " + (one.attempt + 1),
+      el("span.quiet.small", clock(one.startedAtMs) + took)),
+    one.error && el("p.notice.failed.text", one.error.message));
+  }
+  function ask(verb) {
+    const words = (verb === "approve" ? "Approve " : "Deny ") + nodeId;
+    const note = (notes.get(key) || "").trim(), by = myName.trim();
+    openDialog(words + "?", [el("p", detail.gate.requestTitle || nodeId),
+      el("p", verb === "deny" ? DENIED[detail.gate.onDeny] || DENIED.fail : "The run goes on."),
+      el("p.quiet.text", (by ? "As " + by : "Without a name") +
+        (note ? ", with the note: " + note : ", without a note"))],
+    "Go back", "Yes, " + verb + " " + nodeId, verb === "approve" ? "yes" : "no", async () => {
+      const body = { iteration, requestedAtMs: detail.gate.requestedAtMs };
       if (note) body.note = note;
       if (by) body.decidedBy = by;
-      tell("", "Sending…");
+      said = ["", "Sending…"];
+      dirty();
       try {
-        await send(verb + "/" + encodeURIComponent(id),
-          { method: "POST", body: JSON.stringify(body) });
+        await post(verb + "/" + encodeURIComponent(nodeId), body);
         notes.delete(key);
-        tell("good", (verb === "approve" ? "Approved." : "Denied.") + (hasNoEngine()
-          ? " It counts when somebody resumes the run." : ""));
+        said = ["finished", (verb === "approve" ? "Approved." : "Denied.") +
+          (hasNoEngine() ? " It counts when somebody resumes the run." : "")];
       } catch (error) {
-        tell("bad", tellFailure(error, "Your decision") + " Your note is kept.");
+        said = ["failed", tellFailure(error, "Your decision") + " Your note is kept."];
       }
-      result.scrollIntoView({ block: "nearest" });
       reload();
-    }
-    reload();
-    return { name: "node", root, title, reload,
-      onEvent(event) {
-        if (event.nodeId !== id || event.iteration !== iteration) return;
-        if (event.type !== "NodeOutput") reload();
-        else if (detail) {
-          detail.log = detail.log.concat({ text: event.text }).slice(-200);
-          show(log, logLines(detail.log));
-        }
-      },
-      update() {
-        ticks.forEach((tick) => tick());
-        if (form) form.update();
-      } };
-  }
-
-  // The log
-  function logView() {
-    let follows = true, isLoading = false;
-    const title = el("h1", { tabindex: -1 }, "Log");
-    const count = el("p", { class: "quiet" });
-    const older = el("button", { type: "button", onclick: loadMore }, "Older lines");
-    const follow = el("input", { type: "checkbox", checked: true,
-      onchange: () => { follows = follow.checked; dirty(); } });
-    const inner = el("div");
-    const panel = el("div", { class: "log", tabindex: 0, role: "region",
-      "aria-label": "Log lines" }, inner);
-    const empty = el("p", { class: "quiet" }, "Nothing has been printed yet.");
-    const root = el("div", { class: "stack" }, el("section", { class: "card" },
-      el("div", { class: "split" }, el("div", null, title, count), older,
-        el("label", { class: "tick" }, follow, "Follow")), empty, panel));
-    const rows = windowed(inner, panel, 24, () => state.lines.length, () => {
-      const row = el("div");
-      row.parts = [el("time"), el("a"), el("span")];
-      row.append(...row.parts);
-      return row;
-    }, (row, at) => {
-      const line = state.lines[at], [time, from, text] = row.parts;
-      if (row.line === line) return;
-      row.line = line;
-      time.textContent = clock(line.at);
-      from.hidden = line.nodeId === undefined;
-      if (!from.hidden) {
-        from.textContent = nameOf(line);
-        from.href = link("node", line.nodeId, line.iteration);
-      }
-      text.textContent = line.text;
-      text.className = line.kind === "err" ? "bad" : line.kind;
     });
-    panel.addEventListener("scroll", () => {  // who scrolls up wants to read
-      const isAtEnd = panel.scrollTop + panel.clientHeight > panel.scrollHeight - 30;
-      if (!isAtEnd && follows && panel.scrollTop < lastTop - 2) follow.checked = follows = false;
-      lastTop = panel.scrollTop;
-    }, { passive: true });
-    let lastTop = 0, lastFirst = null;
-    async function loadMore() {
-      isLoading = true;
-      follow.checked = follows = false;
-      dirty();
-      try { await loadOlder(); } catch (error) { /* said by the notice */ }
-      isLoading = false;
-      dirty();
-    }
-    return { name: "log", root, title, close: rows.close, update() {
-      const lines = state.lines;
-      older.disabled = isLoading || phase === "offline";
-      older.hidden = state.first <= 0;
-      say(older, isLoading ? "Loading…" : "Older lines");
-      say(count, many(lines.length, "line", "lines") + (state.first > 0 ? ", and older ones" : ""));
-      empty.hidden = lines.length > 0;
-      panel.hidden = !lines.length;
-      // What was in sight stays there when lines come in above it.
-      const moved = lastFirst === null ? 0 : lines.indexOf(lastFirst);
-      if (moved > 0) panel.scrollTop += moved * rows.height();
-      lastFirst = lines[0] || null;
-      rows.place();
-      if (follows) {
-        panel.scrollTop = panel.scrollHeight;
-        rows.place();
-      }
-    } };
   }
+  function decision(gate) {
+    const isOff = phase !== "live" || isOver();
+    const answer = (text, kind, verb) => button(text + nodeId, kind, () => ask(verb),
+      { disabled: isOff });
+    const note = el("textarea", { maxlength: 10000, name: "note",
+      oninput: (event) => notes.set(key, event.target.value) });
+    note.value = notes.get(key) || "";
+    return el("section.card", { "data-key": "decision" }, el("h2", "Your decision"),
+      el("dl", el("dt", "Approve"), el("dd", "The run goes on."), el("dt", "Deny"),
+        el("dd", DENIED[gate.onDeny] || DENIED.fail)),
+      gate.approvers && el("p", "May be decided by " + gate.approvers.join(", ") + "."),
+      el("label", "Your name ", el("span.quiet", "(shown with the decision)"),
+        el("input", { value: myName, autocomplete: "name", maxlength: 200, name: "by",
+          oninput: (event) => { myName = kept("name", event.target.value); } })),
+      el("label", "Note ", el("span.quiet", "(optional)"), note),
+      el("p.quiet", { hidden: !isOff }, isOver() ? "The run has ended: nothing is left to decide."
+        : "Decisions are off until the connection is back. Your note stays."),
+      el("div.answers", answer("Deny ", "no", "deny"), answer("Approve ", "yes", "approve")));
+  }
+  function gateCards(gate, isOpen) {
+    const facts = Object.entries(gate.metadata || {}), note = notes.get(key);
+    return [
+      facts.length > 0 && card("Details", el("table", el("tbody", facts.map(([name, value]) =>
+        el("tr", el("th", { scope: "row" }, name), el("td.text", jsonText(value))))))),
+      card("What led here", gate.evidence.length ? gate.evidence.map(evidence)
+        : quiet("Nothing ran before this.")),
+      earlier.length > 0 && card("Earlier decisions", earlier.map((one) => el("div.item",
+        el("p.quiet.small", "Turn " + (one.iteration + 1)), decided(one)))),
+      isOpen && decision(gate),
+      !isOpen && note && card("Your note was not sent", quiet("It is kept here, to be copied."),
+        pre(note)),
+    ];
+  }
+  reload();
+  return { name: "node", reload, draw() {
+    const gate = detail && detail.gate, back = el("p", el("a.back", { href: link("") }, "← Run"));
+    const title = gate && gate.requestTitle || nodeId;
+    const head = el("h1", { tabindex: -1 }, title);
+    if (!detail) return [back, el("section.card", head, quiet(missing ? "Not found: " + missing
+      : "Loading…"))];
+    const isOpen = gate && gate.status === "requested" && !OVER.includes(detail.state);
+    const { label, attempts, needs, output, log } = detail;
+    return [back,
+      el("section.card", el("div.facts", pill(isOpen ? "requested" : detail.state),
+        title !== nodeId && el("span.mono", nodeId), iteration > 0 && "turn " + (iteration + 1)),
+      head, label && label !== title && quiet(label),
+      gate && gate.requestSummary && el("p.text", gate.requestSummary),
+      isOpen && quiet("Asked " + ago(gate.requestedAtMs) + (gate.deadlineAtMs
+        ? ". Without an answer " + dueText(gate) : "") + "."),
+      gate && !isOpen && decided(gate)),
+      gate && gateCards(gate, isOpen),
+      el("p", { role: "status", class: said[1] && "notice " + said[0] }, said[1]),
+      (!gate || attempts.length > 0) && [
+        card("Attempts", attempts.length ? attempts.map(attempt) : quiet("It has not run yet."),
+          needs.length > 0 && quiet("Needs " + needs.join(", "))),
+        output !== null && card("Output", pre(jsonText(output))),
+        card("What it printed", lines(log))],
+    ];
+  }, onEvent(event) {
+    if (event.nodeId !== nodeId || event.iteration !== iteration) return;
+    if (event.type !== "NodeOutput") reload();
+    else if (detail) detail.log = detail.log.concat({ text: event.text }).slice(-200);
+  } };
+}
 
-  // The timeline
-  function timelineView() {
-    let bars = [], made = -1, madeAt = 0, asked = new Map();
-    const title = el("h1", { tabindex: -1 }, "Timeline");
-    const axis = el("div", { class: "axis quiet small" }, el("span"), el("span"));
-    const picture = svg("svg", { role: "group", "aria-label": "What ran when" });
-    const box = el("div", { class: "times" }, picture);
-    const empty = el("p", { class: "quiet" }, "Nothing has run yet.");
-    const root = el("div", { class: "stack" },
-      el("section", { class: "card" }, title, empty, axis, box));
-    const HEIGHT = 44;
-    const reload = soon(300, async () => {
-      for (const gate of await read("approvals?status=all")) asked.set(keyOf(gate), gate);
-      made = -1;
-      dirty();
-    });
-    function gather() {
-      made = state.version;
-      madeAt = Date.now();
-      bars = [];
-      for (const [key, node] of state.nodes) {
-        const gate = asked.get(key) || state.gates.get(key);
-        const from = node.startedAtMs || gate && gate.requestedAtMs;
-        const to = node.startedAtMs ? node.finishedAtMs : gate && gate.decidedAtMs ||
-          node.finishedAtMs;
-        if (from) bars.push({ node, from, to });
-      }
-      bars.sort((a, b) => a.from - b.from);
-    }
-    function draw() {
-      const total = bars.length, above = -box.getBoundingClientRect().top;
-      box.style.height = total * HEIGHT + "px";
-      const first = Math.max(0, Math.floor(above / HEIGHT) - 4);
-      const end = Math.min(total, Math.max(0, Math.ceil((above + innerHeight) / HEIGHT) + 4));
-      const run = state.run, begin = Math.min(run.startedAtMs || Infinity, bars[0].from);
-      const last = isOver() && run.finishedAtMs ? run.finishedAtMs : now();
-      const x = (at) => 100 * Math.min(1, Math.max(0, (at - begin) / Math.max(1, last - begin)));
-      say(axis.firstChild, clock(begin));
-      say(axis.lastChild, span(last - begin) + " · " + (isOver() ? clock(last) : "now"));
-      picture.style.top = first * HEIGHT + "px";
-      picture.setAttribute("height", Math.max(0, end - first) * HEIGHT);
-      const active = picture.contains(document.activeElement) &&
-        document.activeElement.getAttribute("href");
-      picture.textContent = "";
-      for (let at = first; at < end; at++) {
-        const { node, from, to } = bars[at], y = (at - first) * HEIGHT;
-        const took = span((to || last) - from), word = wordOf(node.state);
-        const row = svg("a", { href: link("node", node.nodeId, node.iteration),
-          "aria-label": [nameOf(node), word[0], took].join(", ") },
-        svg("rect", { class: "back", x: 0, y: y + 24, width: "100%", height: 10, rx: 3 }),
-        svg("rect", { class: word[1], x: x(from) + "%", y: y + 24, height: 10, rx: 3,
-          width: Math.max(.6, x(to || last) - x(from)) + "%" }),
-        svg("text", { x: 0, y: y + 17 }, nameOf(node) + " · " + word[0] + " · " + took));
-        picture.append(row);
-        if (row.getAttribute("href") === active) row.focus({ preventScroll: true });
-      }
-    }
-    reload();
-    addEventListener("scroll", dirty, { passive: true });
-    const close = () => removeEventListener("scroll", dirty);
-    return { name: "timeline", root, title, reload, close,
-      onEvent(event) { if (event.type.startsWith("Approval")) reload(); },
-      update() {
-        // With 10,000 nodes gathering takes some milliseconds: not for every event.
-        if (made !== state.version && (made < 0 || Date.now() - madeAt > 1000)) gather();
-        empty.hidden = bars.length > 0;
-        axis.hidden = box.hidden = !bars.length;
-        if (bars.length && state.run) draw();
-      } };
-  }
-
-  // The token
-  function tokenView() {
-    const title = el("h1", { tabindex: -1 }, "This run is locked");
-    const field = el("input", { type: "password", autocomplete: "off", spellcheck: "false",
-      "aria-describedby": "token-said",
-      onkeydown: (event) => { if (event.key === "Enter") unlock(); } });
-    const said = el("p", { id: "token-said", role: "status" });
-    function unlock() {
-      token = kept("token", field.value.trim());
-      if (!/^[!-~]+$/.test(token)) {
-        say(said, "A token is visible characters without spaces.");
-        token = "";
-        field.focus();
-        return;
-      }
-      phase = "loading";
-      say(said, "Trying…");
-      openView();
-      connect();
-    }
-    const root = el("section", { class: "card" }, title,
-      el("p", { class: "quiet" }, "Its server asks for the token that it was started with. " +
-        "It is kept in this tab only, and never part of an address."),
-      el("label", null, "Token", field), said,
-      el("button", { type: "button", class: "yes", onclick: unlock }, "Unlock"));
-    return { name: "token", root, title, update() {
-      if (phase === "refused") {
-        say(said, "That token was refused. Try another one.");
-        said.className = "notice bad";
-        token = kept("token", "");
-        phase = "token";
-      }
-    } };
-  }
-
-  // A dialog: the keyboard stays in it until it is answered; what was in focus gets it back.
-  let dialog = null;
-  function openDialog(title, parts, back, go, kind, act) {
-    closeDialog();
-    const before = document.activeElement;
-    const cancel = el("button", { type: "button", onclick: closeDialog }, back);
-    const doIt = el("button", { type: "button", class: kind,
-      onclick: () => { closeDialog(); act(); } }, go);
-    const box = el("div", { class: "dialog", role: "dialog", "aria-modal": "true",
-      "aria-labelledby": "dialog-title" }, el("h2", { id: "dialog-title" }, title), parts,
-    el("div", { class: "answers" }, cancel, doIt));
-    const veil = el("div", { class: "veil", onkeydown: (event) => {
-      if (event.key === "Escape") closeDialog();
-      if (event.key !== "Tab") return;
-      const stops = Array.from(box.querySelectorAll("input, textarea, button"));
-      const at = stops.indexOf(document.activeElement);
-      event.preventDefault();
-      stops[(at + (event.shiftKey ? stops.length - 1 : 1)) % stops.length].focus();
-    } }, box);
-    const page = document.getElementById("page");
-    page.setAttribute("aria-hidden", "true");
-    page.inert = true;
-    document.body.append(veil);
-    dialog = { veil, page, before };
-    (box.querySelector("input") || cancel).focus();
-  }
-  function closeDialog() {
-    if (!dialog) return;
-    const { veil, page, before } = dialog;
-    dialog = null;
-    veil.remove();
-    page.removeAttribute("aria-hidden");
-    page.inert = false;
-    if (before && before.isConnected) before.focus({ preventScroll: true });
-    else view.title.focus({ preventScroll: true });
-  }
-
-  // Addresses
-  const places = new Map();  // how far each one was scrolled, for Back
-  let here = null;
-  function openView(event) {
-    if (here !== null) places.set(here, window.scrollY);
-    closeDialog();
-    let parts;
-    try {
-      parts = location.hash.replace(/^#\/?/, "").split("/").map(decodeURIComponent);
-    } catch (error) { parts = [""]; }
-    const oldPath = runPath;
-    runPath = "";
-    if (parts[0] === "runs" && parts.length > 1) {
-      runPath = "runs/" + encodeURIComponent(parts[1]) + "/";
-      parts = parts.slice(2).concat("");
-    }
-    if (oldPath !== runPath) {
-      hangUp();
-      forget();
-      told = null;
-      phase = "loading";
-    }
-    if (view && view.close) view.close();
-    const isLocked = phase === "token" || phase === "refused";
-    view = isLocked ? tokenView()
-      : parts[0] === "node" && parts[1] ? nodeView(parts[1], Number(parts[2]) || 0)
-      : parts[0] === "log" ? logView()
-      : parts[0] === "timeline" ? timelineView() : runView();
-    show(main, view.root);
-    here = location.hash;
-    if (view.update) view.update();
-    window.scrollTo(0, places.get(here) || 0);
-    if (event) view.title.focus({ preventScroll: true });
+// --- The log
+function logView() {
+  let follows = true, isLoading = false, top = 0, first = null;
+  async function more() {
+    isLoading = true;
+    follows = false;
     dirty();
-    connect();
+    try { await loadOlder(); } catch (error) { /* the notice tells */ }
+    isLoading = false;
+    dirty();
   }
-
-  history.scrollRestoration = "manual";
-  addEventListener("hashchange", openView);
-  addEventListener("resize", dirty);
-  addEventListener("online", connect);
-  let peek = 0;
-  document.addEventListener("visibilitychange", () => {
-    clearInterval(peek);
-    if (!document.hidden) {
-      connect();
-      return;
+  function scrolled(event) {  // who scrolls up wants to read
+    const panel = event.target;
+    if (panel.scrollTop < top - 2 &&
+      panel.scrollTop + panel.clientHeight < panel.scrollHeight - 30) follows = false;
+    top = panel.scrollTop;
+    dirty();
+  }
+  function row(line, style) {
+    return el("div", { style, "data-key": line.seq }, el("time", clock(line.at)),
+      line.nodeId !== undefined && el("a", { href: hrefOf(line) }, nameOf(line)),
+      el("span", { class: line.isBad ? "bad" : line.isWord && "word" }, line.text));
+  }
+  return { name: "log", draw() {
+    const lines = state.lines, panel = byId("log");
+    // What was in sight stays there when lines come in above it.
+    const moved = first === null ? 0 : lines.indexOf(first);
+    first = lines[0] || null;
+    const sight = rowsInSight("lines", lines.length, 24, panel);
+    if (moved > 0 && panel) {
+      byId("lines").style.cssText = sight.style;
+      panel.scrollTop += moved * sight.height;
+      return this.draw();
     }
+    return [el("section.card", el("div.split",
+      el("div", el("h1", { tabindex: -1 }, "Log"), quiet(many(lines.length, "line", "lines") +
+        (state.first > 0 ? ", and older ones" : ""))),
+      state.first > 0 && el("button", { type: "button", "data-key": "older", onclick: more,
+        disabled: isLoading || phase === "offline" }, isLoading ? "Loading…" : "Older lines"),
+      el("label.tick", { "data-key": "follow" }, el("input", { type: "checkbox", checked: follows,
+        onchange: (event) => { follows = event.target.checked; dirty(); } }), "Follow")),
+    lines.length === 0 && quiet("Nothing has been printed yet."),
+    el("div.log", { id: "log", tabindex: 0, role: "region", "aria-label": "Log lines",
+      hidden: !lines.length, onscroll: scrolled }, el("div", { id: "lines", style: sight.style },
+      sight.rows.map((at) => row(lines[at], sight.at(at)))))),
+    ];
+  }, drawn() {
+    const panel = byId("log"), end = panel.scrollHeight - panel.clientHeight;
+    if (follows && panel.scrollTop < end - 1) {
+      panel.scrollTop = end;
+      dirty();
+    }
+  } };
+}
+
+// --- The timeline
+function timelineView() {
+  const HEIGHT = 44;
+  let bars = [], made = -1, madeAt = 0;
+  const asked = new Map();
+  const reload = soon(300, async () => {
+    for (const gate of await read("approvals?status=all")) asked.set(keyOf(gate), gate);
+    made = -1;
+    dirty();
+  });
+  function gather() {  // at most once a second: with 10,000 nodes it takes some milliseconds
+    if (made === state.version || made >= 0 && Date.now() - madeAt < 1000) return;
+    [made, madeAt, bars] = [state.version, Date.now(), []];
+    for (const [key, node] of state.nodes) {
+      const gate = asked.get(key) || state.gates.get(key);
+      const from = node.startedAtMs || gate && gate.requestedAtMs;
+      const to = node.finishedAtMs || !node.startedAtMs && gate && gate.decidedAtMs;
+      if (from) bars.push({ key, node, from, to });
+    }
+    bars.sort((a, b) => a.from - b.from);
+  }
+  function picture() {
+    const begin = Math.min(state.run.startedAtMs || Infinity, bars[0].from);
+    const last = isOver() ? state.run.finishedAtMs : now();
+    const x = (at) => 100 * Math.min(1, Math.max(0, (at - begin) / Math.max(1, last - begin)));
+    const { rows, style } = rowsInSight("times", bars.length, HEIGHT);
+    const bar = ({ node, key, from, to }, y) => {
+      const took = span((to || last) - from), [word, kind] = wordOf(node.state);
+      const label = nameOf(node) + " · " + word + " · " + took;
+      return svg("a", { href: hrefOf(node), "data-key": key, "aria-label": label },
+        svg("rect", { class: "lane", x: 0, y: y + 24, width: "100%", height: 10, rx: 3 }),
+        svg("rect", { class: kind, x: x(from) + "%", y: y + 24, height: 10, rx: 3,
+          width: Math.max(0.6, x(to || last) - x(from)) + "%" }),
+        svg("text", { x: 0, y: y + 17 }, label));
+    };
+    return [el("div.axis.quiet.small", el("span", clock(begin)),
+      el("span", span(last - begin) + " · " + (isOver() ? clock(last) : "now"))),
+    el("div.times", { id: "times", style }, svg("svg", { role: "group", "aria-label":
+      "What ran when", height: rows.length * HEIGHT, style: "top: " + rows[0] * HEIGHT + "px" },
+    rows.map((at) => bar(bars[at], (at - rows[0]) * HEIGHT))))];
+  }
+  reload();
+  return { name: "timeline", reload, draw() {
+    gather();
+    return [el("section.card", el("h1", { tabindex: -1 }, "Timeline"),
+      state.run && bars.length ? picture() : quiet("Nothing has run yet."))];
+  }, onEvent(event) { if (event.type.startsWith("Approval")) reload(); } };
+}
+
+// --- The token
+function tokenView() {
+  let said = phase === "refused" ? "That token was refused. Try another one." : "";
+  token = kept("token", "");
+  phase = "locked";
+  function unlock() {
+    const text = byId("token").value.trim();
+    if (!/^[!-~]+$/.test(text)) {
+      said = "A token is visible characters without spaces.";
+      byId("token").focus();
+      return dirty();
+    }
+    token = kept("token", text);
+    phase = "loading";
+    openView();
+  }
+  return { name: "token", draw: () => [el("section.card",
+    el("h1", { tabindex: -1 }, "This run is locked"),
+    quiet("Its server asks for the token that it was started with. The token is kept in this tab " +
+      "only, and is never part of an address."),
+    el("label", "Token", el("input", { type: "password", id: "token", autocomplete: "off",
+      onkeydown: (event) => { if (event.key === "Enter") unlock(); } })),
+    el("p", { role: "status", class: said && "notice bad" }, said),
+    button("Unlock", "yes", unlock))] };
+}
+
+// --- A dialog: the browser keeps the keyboard in it, and gives the focus back after it.
+function openDialog(title, parts, back, go, kind, act) {
+  const box = el("dialog", { "aria-label": title, onclose: () => box.remove() },
+    el("h2", title), parts, el("div.answers", button(back, "", () => box.close()),
+      button(go, kind, () => { box.close(); act(); })));
+  document.body.append(box);
+  if (box.showModal) box.showModal();
+  else if (confirm(title)) act();  // a browser from before 2022
+}
+
+// --- Addresses
+const places = new Map();  // how far each was scrolled, for Back
+let here = null;
+function openView(event) {
+  for (const box of document.querySelectorAll("dialog")) box.close();
+  let parts = [""];
+  try {
+    parts = location.hash.replace(/^#\/?/, "").split("/").map(decodeURIComponent);
+  } catch (error) { /* no address of ours */ }
+  const oldPath = runPath;
+  runPath = parts[0] === "runs" ? "runs/" + encodeURIComponent(parts[1]) + "/" : "";
+  if (runPath) parts = parts.slice(2);
+  if (oldPath !== runPath) {
+    hangUp();
+    forget();
+    toldOf.clear();
+    phase = "loading";
+  }
+  if (here !== null) places.set(here, window.scrollY);
+  here = location.hash;
+  view = isLocked() ? tokenView() : parts[0] === "node" ? nodeView(parts[1], Number(parts[2]) || 0)
+    : parts[0] === "log" ? logView() : parts[0] === "timeline" ? timelineView() : runView();
+  byId("main").textContent = "";
+  draw();
+  window.scrollTo(0, places.get(here) || 0);
+  if (event) document.querySelector("h1").focus({ preventScroll: true });
+  dirty();
+  connect();
+}
+
+history.scrollRestoration = "manual";
+addEventListener("hashchange", openView);
+addEventListener("resize", dirty);
+addEventListener("scroll", dirty, { passive: true });
+addEventListener("online", connect);
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden) connect();
+  else {
     hangUp();
     if (phase === "live" || phase === "offline") phase = "paused";
-    // A look now and then, so that the title still tells of a gate.
-    peek = setInterval(async () => {
-      try {
-        const found = await read("approvals");
-        document.title = document.title.replace(/^\(\d+\) /, "");
-        if (found.length) document.title = "(" + found.length + ") " + document.title;
-      } catch (error) { /* the next look, or the stream, will tell */ }
-    }, 30000);
-  });
-  document.querySelector(".skip").addEventListener("click", (event) => {
-    event.preventDefault();
-    view.title.focus();
-  });
-  setInterval(() => { if (!document.hidden) dirty(); }, 1000);
-  setInterval(() => { if (phase === "live" && !document.hidden) refreshWhy(); }, 15000);
-  openView();
-})();
+  }
+});
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault();
+  document.querySelector("h1").focus();
+});
+setInterval(() => { if (!document.hidden) dirty(); }, 1000);
+setInterval(() => { if (phase === "live" && !document.hidden) refreshWhy(); }, 15000);
+openView();
 """
 
 PAGE = f"""<!doctype html>
@@ -8077,17 +7757,10 @@ PAGE = f"""<!doctype html>
 <body>
 <a class="skip" href="#main">To the content</a>
 <div id="page">
-<header>
-  <div>
-    <div class="top" id="top"><strong>Smithers</strong><span class="pill" hidden></span>
-      <span class="live">Loading</span></div>
-    <nav aria-label="Views" hidden><a data-view="run">Run</a><a data-view="log">Log</a><a
-      data-view="timeline">Timeline</a></nav>
-  </div>
-</header>
+<header><div id="top"></div></header>
 <main>
-  <div id="notice" role="status" hidden></div>
-  <div id="main"><noscript>This page needs JavaScript.</noscript></div>
+<div id="notice" role="status"></div>
+<div id="main"><noscript>This page needs JavaScript.</noscript></div>
 </main>
 </div>
 <p id="news" class="hidden" aria-live="polite"></p>
