@@ -6677,39 +6677,34 @@ PAGE_STYLE = """
 :root {
   color-scheme: light dark;
   --page: #f5f6f8; --card: #fff; --ink: #18202c; --quiet: #525d6e; --line: #dbe0e8;
-  --edge: #7a8698; --accent: #1f51bd; --sunk: #eef1f5; --yes: #1b6e40;
+  --edge: #7a8698; --accent: #1f51bd; --yes: #1b6e40;
   --waiting: #854700; --waiting-bg: #fff1d6; --running: #1c4bb0; --running-bg: #e5edfd;
   --finished: #17653a; --finished-bg: #e0f3e6; --failed: #ad231c; --failed-bg: #fde8e6;
-  --other: #4d5869; --other-bg: #e9edf2;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #10141b; --card: #181e28; --ink: #e8ecf3; --quiet: #a5b0c0; --line: #2b3442;
-    --edge: #77849a; --accent: #93b5ff; --sunk: #12171f; --yes: #277a49;
+    --edge: #77849a; --accent: #93b5ff; --yes: #277a49;
     --waiting: #ffc875; --waiting-bg: #3b2a0e; --running: #a3c1ff; --running-bg: #1b2c50;
     --finished: #85dba0; --finished-bg: #14331f; --failed: #ffa49b; --failed-bg: #471c19;
-    --other: #b0bac8; --other-bg: #29313d;
   }
 }
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
-html { scroll-padding-top: 7rem; overflow-y: scroll; -webkit-text-size-adjust: 100%; }
+html { scroll-padding: 7rem 0 2rem; overflow-y: scroll; -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--page); color: var(--ink);
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
+  font: 1rem/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }
 h1, h2, p, dl, dd, pre { margin: 0; }
 h1 { font-size: 1.5rem; line-height: 1.3; }
 h2 { font-size: 1.05rem; }
 h1, h2, p, th, td, dd, button, .mono { overflow-wrap: anywhere; unicode-bidi: isolate; }
 h1:focus { outline: none; }
 a { color: var(--accent); text-underline-offset: .15em; }
-.mono, pre, .log { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+.mono, pre, .log { font-family: ui-monospace, Menlo, Consolas, monospace; }
 .mono { font-size: .875em; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; border-radius: .4rem; }
 .hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; white-space: nowrap;
   clip-path: inset(50%); }
-.skip { position: fixed; left: 1rem; top: -4rem; z-index: 9; padding: .7rem 1rem;
-  background: var(--card); }
-.skip:focus { top: .5rem; }
 .quiet { color: var(--quiet); }
 .small { font-size: .875rem; }
 .text { white-space: pre-wrap; }
@@ -6717,21 +6712,20 @@ a { color: var(--accent); text-underline-offset: .15em; }
 header { position: sticky; top: 0; z-index: 3; background: var(--card);
   border-bottom: 1px solid var(--line); }
 #top, main { max-width: 62rem; margin: 0 auto; padding: 0 1.25rem; }
-.bar { display: flex; align-items: center; gap: .75rem; padding-top: .75rem; }
+.bar { display: flex; align-items: center; gap: .75rem; padding: .75rem 0 .25rem; }
 .bar strong { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .phase { margin-left: auto; flex: none; font-size: .875rem; color: var(--quiet); }
 .phase::before { content: ""; display: inline-block; width: .55rem; height: .55rem;
-  margin-right: .45rem; border-radius: 50%; background: var(--edge); }
+  margin-right: .45rem; border-radius: 50%; background: currentColor; }
 .phase.live::before { background: var(--finished); }
 .phase.offline { color: var(--failed); font-weight: 600; }
-.phase.offline::before { background: var(--failed); }
 nav { display: flex; gap: 1.25rem; }
-nav a { display: flex; align-items: center; gap: .4rem; min-height: 2.75rem; min-width: 2.75rem;
+nav a, .back, .tick { display: flex; align-items: center; gap: .4rem; min-height: 2.75rem; }
+nav a { min-width: 2.75rem;
   color: var(--quiet); text-decoration: none; border-bottom: 2px solid transparent; }
-nav a:hover { color: var(--ink); }
 nav a[aria-current] { color: var(--ink); font-weight: 600; border-color: var(--accent); }
 .badge, .pill { padding: .05rem .6rem; border-radius: 1rem; font-size: .8125rem;
-  font-weight: 600; white-space: nowrap; color: var(--other); background: var(--other-bg); }
+  font-weight: 600; white-space: nowrap; color: var(--quiet); background: var(--line); }
 .pill { flex: none; justify-self: start; }
 
 main { padding-bottom: 4rem; }
@@ -6742,7 +6736,7 @@ main { padding-bottom: 4rem; }
 .card, .notice, dialog { border: 1px solid var(--line); border-radius: .75rem; padding: 1.25rem;
   background: var(--card); }
 .item + .item { padding-top: 1rem; border-top: 1px solid var(--line); }
-.notice { padding: .9rem 1.25rem; background: var(--other-bg); border: 0; }
+.notice { padding: .9rem 1.25rem; background: var(--line); border: 0; }
 .waiting { color: var(--waiting); background: var(--waiting-bg); }
 .running { color: var(--running); background: var(--running-bg); }
 .finished { color: var(--finished); background: var(--finished-bg); }
@@ -6752,23 +6746,20 @@ main { padding-bottom: 4rem; }
   align-items: center; }
 .split > :first-child { flex: 1 1 14rem; min-width: 0; }
 .split > input { flex: 0 1 16rem; margin: 0; }
-.facts { gap: .35rem .75rem; }
-.meter { height: .375rem; border-radius: 1rem; background: var(--other-bg); overflow: hidden; }
+.meter { height: .375rem; border-radius: 1rem; background: var(--line); overflow: hidden; }
 .meter div { height: 100%; background: var(--accent); }
 .gate { border-left: .3rem solid var(--waiting); }
 .gate > * { margin: 0; }
 .fail { border-left: .3rem solid var(--failed); }
-.back { display: inline-flex; align-items: center; min-height: 2.75rem; }
 
 button, .button { display: inline-flex; align-items: center; justify-content: center;
   min-height: 2.75rem; padding: .5rem 1.1rem; border: 1px solid var(--edge); border-radius: .5rem;
   font: inherit; font-weight: 600; color: var(--ink); background: var(--card); cursor: pointer;
   text-decoration: none; }
-button:hover, .button:hover { background: var(--sunk); }
+button:hover, .button:hover { background: var(--page); }
 button[disabled] { opacity: .55; cursor: not-allowed; }
 button.yes { color: #fff; background: var(--yes); border-color: var(--yes); }
 button.no { color: var(--failed); border-color: currentColor; }
-.chips { gap: .5rem; }
 .chips button { border-radius: 2rem; padding: .25rem .9rem; font-weight: 500; gap: .4rem; }
 .chips [aria-pressed=true] { color: var(--accent); border-color: var(--accent);
   box-shadow: inset 0 0 0 1px var(--accent); }
@@ -6777,9 +6768,8 @@ label { display: block; font-weight: 600; }
 label .quiet { font-weight: 400; }
 input, textarea { display: block; width: 100%; min-height: 2.75rem; margin-top: .3rem;
   padding: .55rem .75rem; border: 1px solid var(--edge); border-radius: .5rem; font: inherit;
-  color: inherit; background: var(--page); }
+  font-weight: 400; color: inherit; background: var(--page); }
 textarea { min-height: 5.5rem; resize: vertical; }
-.tick { display: flex; align-items: center; gap: .6rem; min-height: 2.75rem; }
 .tick input { width: 1.25rem; min-height: 1.25rem; margin: 0; }
 
 .list, .log > div, .times { position: relative; overflow: hidden; }
@@ -6787,7 +6777,7 @@ textarea { min-height: 5.5rem; resize: vertical; }
   border-top: 1px solid var(--line); }
 .node { display: grid; grid-template-columns: 6.5rem 1fr auto; gap: 0 1rem; align-items: center;
   height: 100%; padding: 0 .5rem; color: inherit; text-decoration: none; }
-.node:hover { background: var(--sunk); }
+.node:hover { background: var(--page); }
 .node:focus-visible, .log:focus-visible { outline-offset: -3px; }
 .what { min-width: 0; }
 .what span { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
@@ -6797,7 +6787,7 @@ table { border-collapse: collapse; width: 100%; table-layout: fixed; }
 th, td { padding: .5rem .75rem .5rem 0; text-align: left; vertical-align: top;
   border-top: 1px solid var(--line); }
 th { width: 11rem; font-weight: 400; color: var(--quiet); }
-pre, .log { border-radius: .5rem; background: var(--sunk); border: 1px solid var(--line);
+pre, .log { border-radius: .5rem; background: var(--page); border: 1px solid var(--line);
   font-size: .8125rem; color: var(--ink); overflow: auto; }
 pre { padding: .75rem 1rem; max-height: 22rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: .5rem 1rem; }
@@ -6813,14 +6803,13 @@ dt { font-weight: 600; }
 .times text { font-size: .8125rem; fill: var(--ink); }
 .times rect { fill: var(--edge); }
 .times .waiting, .times .running, .times .finished, .times .failed { fill: currentColor; }
-.times .lane { fill: var(--sunk); }
+.times .lane { fill: var(--page); }
 dialog { width: 32rem; max-width: calc(100% - 2rem); color: inherit; }
 dialog::backdrop { background: rgba(8, 12, 18, .6); }
 dialog > * + * { margin-top: 1rem; }
 @media (max-width: 40rem) {
   #top, main { padding-left: .75rem; padding-right: .75rem; }
   .card { padding: 1rem; }
-  h1 { font-size: 1.3rem; }
   .answers { flex-direction: column-reverse; align-items: stretch; }
   .gate .button, .split > input { flex: 1 1 100%; }
   .list > div { height: 4.5rem; }
@@ -6831,31 +6820,29 @@ dialog > * + * { margin-top: 1rem; }
   table, tbody, tr, th, td, dl { display: block; width: 100%; }
   td { border: 0; padding-top: 0; }
   dd + dt { margin-top: .75rem; }
+  .log time { display: none; }
 }
 """
 
 PAGE_SCRIPT = r"""
 "use strict";
-// A run's routes lie beside this page: "#/node/..." is the run at "./", "#/runs/ID/node/..." one
-// of many at "./v1/runs/ID/". Nothing else here knows where a run is.
+// Where a run's routes are: beside this page, or for an address "#/runs/ID/..." at "./v1/runs/ID/".
 let runPath = "";
 const base = () => (runPath ? "./v1/" + runPath : "./");
 const link = (...parts) => "#/" + runPath + parts.map(encodeURIComponent).join("/");
 
-const WORDS = {  // of every status and state: what is said, and its colour
-  "in-progress": ["Running", "running"], running: ["Running", "running"],
-  "waiting-approval": ["Waiting", "waiting"], requested: ["Waiting", "waiting"],
-  finished: ["Finished", "finished"], continued: ["Finished", "finished"],
-  approved: ["Approved", "finished"], failed: ["Failed", "failed"], denied: ["Denied", "failed"],
+const KINDS = {  // of statuses and states that are shown like another one
+  "in-progress": "running", "waiting-approval": "waiting", requested: "waiting",
+  continued: "finished", approved: "finished", denied: "failed",
 };
 const OVER = ["finished", "failed", "cancelled", "skipped"], ENDED = OVER.concat("continued");
-const FIRST_LINES = 500, OLDER_LINES = 1000, KEPT_LINES = 20000;
+const KEPT_LINES = 20000;
 
 // What is known of the run: `order` is the tree's, `gates` are those that wait; the clocks count
 // what events have said.
 let state;
 function forget() {
-  state = { run: null, error: null, why: null, nodes: new Map(), order: [], unplaced: new Set(),
+  state = { run: null, why: null, nodes: new Map(), order: [], unplaced: new Set(),
     gates: new Map(), lines: [], first: -1, last: -1, isWhole: false, version: 0, clock: 0,
     gateClock: 0 };
 }
@@ -6878,7 +6865,7 @@ function kept(name, value) {  // for this tab only
   try {
     if (value === undefined) return sessionStorage.getItem(key) || "";
     sessionStorage.setItem(key, value);
-  } catch (error) { /* forbidden here: then it lives as long as the document */ }
+  } catch (error) { /* forbidden here */ }
   return value || "";
 }
 let token = kept("token"), myName = kept("name");
@@ -6904,8 +6891,8 @@ const svg = (tag, ...parts) =>
   fill(document.createElementNS("http://www.w3.org/2000/svg", tag), parts);
 const byId = (id) => document.getElementById(id);
 
-// Make the children of `old` look like `fresh` with as few changes as there are differences, so
-// that focus, selection, scrolling and half-made clicks survive. Listeners stay the old ones.
+// Make the children of `old` like `fresh`, changing only what differs: focus, selection, scrolling
+// and half-made clicks survive. Listeners stay the old ones.
 function morph(old, fresh) {
   const keyed = new Map();
   for (const child of old.children) {
@@ -6913,17 +6900,16 @@ function morph(old, fresh) {
   }
   let at = old.firstChild;
   for (const want of fresh) {
-    const key = want.dataset && want.dataset.key;
+    const { key } = want.dataset || {};
     const have = key === undefined ? at : keyed.get(key);
-    const isSame = have && have.nodeName === want.nodeName && (key !== undefined ||
-      !have.dataset || have.dataset.key === undefined);
-    if (!isSame) { old.insertBefore(want, at); continue; }
-    if (have === at) at = at.nextSibling;
-    else old.insertBefore(have, at);
-    if (want.nodeType === 3) {
-      if (have.data !== want.data) have.data = want.data;
+    if (!have || have.nodeName !== want.nodeName || (have.dataset || {}).key !== key) {
+      old.insertBefore(want, at);
       continue;
     }
+    if (have === at) at = at.nextSibling;
+    else old.insertBefore(have, at);
+    if (want.data !== have.data) have.data = want.data;
+    if (want.nodeType === 3) continue;
     for (const { name } of Array.from(have.attributes)) {
       if (!want.hasAttribute(name)) have.removeAttribute(name);
     }
@@ -6936,51 +6922,53 @@ function morph(old, fresh) {
     morph(have, Array.from(want.childNodes));
   }
   while (at) {
-    const next = at.nextSibling;
-    at.remove();
-    at = next;
+    at = at.nextSibling;
+    (at ? at.previousSibling : old.lastChild).remove();
   }
 }
 
 const capital = (text) => text[0].toUpperCase() + text.slice(1);
-const wordOf = (name) => WORDS[name] || [capital(name), ""];
-const pill = (name) => el("span", { class: "pill " + wordOf(name)[1] }, wordOf(name)[0]);
+const kindOf = (name) => KINDS[name] || name;
+const wordOf = (name) => capital(/^(approved|denied)$/.test(name) ? name : kindOf(name));
+const pill = (name) => el("span", { class: "pill " + kindOf(name) }, wordOf(name));
 const nameOf = (node) => node.nodeId + (node.iteration ? " · turn " + (node.iteration + 1) : "");
 const hrefOf = (node) => link("node", node.nodeId, node.iteration);
 const button = (text, kind, onclick, more) =>
   el("button", { type: "button", class: kind, onclick }, more, text);
 const card = (title, ...parts) => el("section.card", el("h2", title), parts);
+const nameField = () => el("input", { value: myName, autocomplete: "name", maxlength: 200,
+  oninput: (event) => { myName = kept("name", event.target.value); } });
 const pre = (text) => el("pre", { tabindex: 0 }, text);
+const heading = (text) => el("h1", { tabindex: -1 }, text);
 const quiet = (...parts) => el("p.quiet", parts);
 const jsonText = (value) => (typeof value === "string" ? value : JSON.stringify(value, null, 2));
 const plain = (text) => text.replace(/\x1b\[[0-9;?]*[A-Za-z]/g, "").replace(/\t/g, "    ");
 const many = (count, one, more) => count + " " + (count === 1 ? one : more);
 const clock = (at) => new Date(at).toLocaleTimeString([], { hour12: false });
-const ago = (at) => (now() - at < 2000 ? "just now" : span(now() - at) + " ago");
+const seconds = (ms) => span(1000 * Math.floor(ms / 1000));
+const ago = (at) => (now() - at < 2000 ? "just now" : seconds(now() - at) + " ago");
 function span(ms) {
   const s = Math.max(0, ms) / 1000;
   if (s < 1) return Math.round(s * 1000) + " ms";
-  if (s < 10) return s.toFixed(1) + " s";
+  if (s < 10 && s % 1) return s.toFixed(1) + " s";
   if (s < 60) return Math.floor(s) + " s";
-  const units = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
-  const at = units.findIndex((unit) => s >= unit[0]);
-  const rest = Math.floor((s % units[at][0]) / units[at + 1][0]);
-  return Math.floor(s / units[at][0]) + " " + units[at][1] +
-    (rest ? " " + rest + " " + units[at + 1][1] : "");
+  const [size, unit, small, less] = s < 3600 ? [60, " min", 1, " s"]
+    : s < 86400 ? [3600, " h", 60, " min"] : [86400, " d", 3600, " h"];
+  const rest = Math.floor((s % size) / small);
+  return Math.floor(s / size) + unit + (rest ? " " + rest + less : "");
 }
 
 // --- Questions
 async function send(path, options) {
-  const headers = Object.assign({}, options.headers);
+  const headers = { ...options.headers }, used = token;
   if (token) headers.Authorization = "Bearer " + token;
-  const asked = Object.assign({ cache: "no-store" }, options, { headers });
-  const response = await fetch(base() + path, asked);
+  const response = await fetch(base() + path, { cache: "no-store", ...options, headers });
   const served = Date.parse(response.headers.get("Date"));
   if (Math.abs(served - now()) > 2000) skew = served - Date.now();
   if (response.ok) return response;
   let said = {};
   try { said = (await response.json()).error || {}; } catch (error) { /* a proxy's own page */ }
-  if (response.status === 401) {
+  if (response.status === 401 && used === token) {  // not the answer to an older one
     phase = token ? "refused" : "locked";
     hangUp();
     dirty();
@@ -6991,24 +6979,17 @@ async function send(path, options) {
 const read = async (path) => (await send(path, {})).json();
 const post = (path, body) => send(path, { method: "POST", body: JSON.stringify(body) });
 
-// Return a function that has `work` done once, a little later, however often it is called. What
-// fails is asked for again after the next connection.
+// Return a function that has `work` done once, a little later, however often it is called.
 function soon(ms, work) {
-  let timer = 0, isBusy = false, isWanted = false;
-  async function go() {
-    timer = 0;
-    if (isBusy) { isWanted = true; return; }
-    isBusy = true;
-    try { await work(state); } catch (error) { /* the stream tells when the server is gone */ }
-    isBusy = false;
-    if (isWanted) { isWanted = false; ask(); }
-  }
-  function ask() { if (!timer) timer = setTimeout(go, ms); }
-  return ask;
+  let timer = 0, last = Promise.resolve();
+  const go = () => { timer = 0; return work(state); };
+  return () => {  // what fails is asked for again after the next connection
+    if (!timer) timer = setTimeout(() => { last = last.then(go).catch(() => 0); }, ms);
+  };
 }
 
-// --- The state, from snapshots and events. An event may be newer than a snapshot that was asked
-// for before it came: what it says of a node stays.
+// --- The state, from snapshots and events. What an event says of a node stays when a snapshot
+// that was asked for before comes after it.
 function merge(shown, asked) {
   const key = keyOf(shown), node = state.nodes.get(key) || { touched: 0 };
   const { attempts: tried, label, startedAtMs } = shown;  // a list, or how many
@@ -7027,12 +7008,9 @@ const MOVES = {
 function apply(event) {
   const { type, nodeId, iteration, timestampMs } = event;
   if (type === "RunStatusChanged") state.run.status = event.status;
-  if (/^Run(Finished|Failed|Cancelled)$/.test(type)) {
-    Object.assign(state.run, { status: type.slice(3).toLowerCase(), finishedAtMs: timestampMs });
-    state.error = event.error || null;
-  }
+  if (isOver()) state.run.finishedAtMs = state.run.finishedAtMs || timestampMs;
   const key = keyOf(event), move = MOVES[type];
-  const close = () => { if (state.gates.delete(key)) state.gateClock++; };
+  const close = () => { state.gateClock += state.gates.delete(key); };
   if (type === "ApprovalGranted" || type === "ApprovalDenied") close();
   if (move === undefined) return;
   let node = state.nodes.get(key);
@@ -7050,8 +7028,8 @@ function apply(event) {
     node.startedAtMs = node.startedAtMs || timestampMs;
     node.finishedAtMs = node.error = null;
   } else if (move === "waiting-approval") {
-    const gate = { nodeId, iteration, requestTitle: null, requestedAtMs: timestampMs };
-    if (!state.gates.has(key)) state.gates.set(key, gate);
+    if (!state.gates.has(key))
+      state.gates.set(key, { nodeId, iteration, requestedAtMs: timestampMs });
     state.gateClock++;
     refreshGates();
   } else if (OVER.includes(move)) {
@@ -7107,11 +7085,11 @@ const refreshGates = soon(200, async (mine) => {
 
 const refreshWhy = soon(0, async (mine) => {
   const why = await read("why");
-  Object.assign(mine, { why, error: why.error });
+  mine.why = why;
   dirty();
 });
 
-// --- The stream: one at most, none in a hidden tab. After a break it goes on after the last event.
+// --- The stream: at most one, none in a hidden tab; after a break it goes on where it was.
 let stream = null, tries = 0, redial = 0;
 function hangUp() {
   clearTimeout(redial);
@@ -7135,7 +7113,7 @@ async function connect() {
     state.run = run;
     const isFirst = state.last < 0;
     changed();
-    const response = await send(isFirst ? "events?last=" + FIRST_LINES : "events", {
+    const response = await send(isFirst ? "events?last=500" : "events", {
       headers: isFirst ? {} : { "Last-Event-ID": String(state.last) }, signal: control.signal });
     if (stream !== control) return;
     tries = 0;
@@ -7196,7 +7174,7 @@ function takeEvent(seq, event) {
   changed();
 }
 async function loadOlder() {
-  const mine = state, end = mine.first, from = Math.max(-1, end - OLDER_LINES - 1), older = [];
+  const mine = state, end = mine.first, from = Math.max(-1, end - 1001), older = [];
   const control = new AbortController();
   const response = await send("events?afterSeq=" + from, { signal: control.signal });
   await follow(response, () => 0, (seq, event) => {
@@ -7220,14 +7198,13 @@ function lineOf(seq, event) {
   const { nodeId, iteration, timestampMs } = event;
   const line = { seq, nodeId, iteration, at: timestampMs };
   if (event.type === "NodeOutput")
-    return Object.assign(line, { text: plain(event.text), isBad: event.stream === "stderr" });
+    return { ...line, text: plain(event.text), isBad: event.stream === "stderr" };
   if (UNTOLD.test(event.type)) return null;
   const by = event.decidedBy || event.by, { error } = event;
   const why = error ? error.message : event.note || event.reason;
   const word = TOLD[event.type] || event.type.replace(/^(Node|Approval|Run)/, "").toLowerCase();
   const text = [!nodeId && "The run", word, by && "by " + by, why && "· " + why].filter(Boolean);
-  return Object.assign(line, { text: text.join(" ").replace(/\s+/g, " "), isWord: true,
-    isBad: error });
+  return { ...line, text: text.join(" ").replace(/\s+/g, " "), isWord: true, isBad: error };
 }
 
 // --- Drawing: a view says what should be there; once a frame the document is made like it.
@@ -7245,7 +7222,7 @@ function draw() {
   if ((view.name === "token") !== isLocked()) { openView(); return; }
   const run = state.run, waiting = state.gates.size;
   document.title = (waiting ? "(" + waiting + ") " : "") +
-    (run ? run.workflowName + " · " + wordOf(run.status)[0] : "Smithers");
+    (run ? run.workflowName + " · " + wordOf(run.status) : "Smithers");
   morph(byId("top"), drawTop(run, waiting));
   morph(byId("notice"), drawNotice());
   morph(byId("main"), view.draw().flat(9).filter(Boolean));
@@ -7253,19 +7230,19 @@ function draw() {
   tellGates();
 }
 function drawTop(run, waiting) {
-  const tab = (name, text, ...more) => el("a", { href: name === "run" ? link("") : link(name),
-    "aria-current": name === view.name && "page" }, text, more);
+  const tab = (name, at, ...more) => el("a", { href: link(at),
+    "aria-current": name === view.name && "page" }, capital(name), more);
   return [
     el("div.bar", el("strong", run ? run.workflowName : "Smithers"), run && pill(run.status),
       el("span", { class: "phase " + phase }, capital(phase))),
     el("nav", { "aria-label": "Views", hidden: isLocked() },
-      tab("run", "Run", waiting > 0 && el("span.badge.waiting", String(waiting),
-        el("span.hidden", " waiting"))), tab("log", "Log"), tab("timeline", "Timeline")),
+      tab("run", "", waiting > 0 && el("span.badge.waiting", String(waiting),
+        el("span.hidden", " waiting"))), tab("log", "log"), tab("timeline", "timeline")),
   ];
 }
 function drawNotice() {
   if (phase === "offline") return [el("p.notice.bad", "The server does not answer. This is what " +
-    "was last known; decisions are off until it is back. The page tries again by itself.")];
+    "was last known; decisions are off until it is back.")];
   if (!hasNoEngine() || isLocked()) return [];
   return [el("div.notice.waiting", el("p", "No engine drives this run. A decision is kept, and " +
     "counts when somebody resumes the run:"),
@@ -7280,7 +7257,7 @@ function tellGates() {  // to a screen reader: gates that come up, politely; nev
   toldOf = new Set(gates.map(keyOf));
 }
 
-// Return those rows of a long list that are in sight, a little more, and the height of all.
+// Return which rows of a long list are in sight, or nearly so, and how high it is as a whole.
 function rowsInSight(id, total, height, scroller) {
   const box = byId(id);
   const one = box && box.firstElementChild && box.firstElementChild.offsetHeight || height;
@@ -7301,23 +7278,21 @@ function runView() {
   let filter = "", wanted = "", keys = [], listed = "", said = "";
   function headline() {
     const waiting = state.gates.size, status = state.run.status;
-    if (status === "failed") return "The run has failed";
     if (status === "cancelled") return "The run was cancelled";
-    if (isOver()) return "The run has finished";
+    if (isOver()) return status === "failed" ? "The run has failed" : "The run has finished";
     if (waiting) return many(waiting, "decision is", "decisions are") + " waiting";
     return hasNoEngine() ? "The run stands still" : "The run is under way";
   }
   function askToCancel() {
-    const by = el("input", { value: myName, autocomplete: "name", maxlength: 200 });
+    const by = nameField();
     const why = el("textarea", { maxlength: 10000 });
-    openDialog("Cancel this run?", [el("p", "What runs is stopped, what waits is closed, and " +
-      "nothing new begins. Finished steps stay as they are."),
+    openDialog("Cancel this run?", [el("p", "What runs is stopped, what waits is closed, " +
+      "nothing new begins."),
     el("label", "Your name", by), el("label", "Why", why)],
     "Keep it running", "Yes, cancel the run", "no", async () => {
-      myName = kept("name", by.value.trim());
-      const body = { decidedBy: myName || null, reason: why.value.trim() || null };
       try {
-        await post("cancel", body);
+        await post("cancel",
+          { decidedBy: by.value.trim() || null, reason: why.value.trim() || null });
         said = "The run is being cancelled.";
       } catch (error) { said = tellFailure(error, "The cancel"); }
       dirty();
@@ -7331,13 +7306,13 @@ function runView() {
       "aria-label": "Review: " + title }, "Review"));
   }
   function attention() {
+    const error = isOver() && state.why && state.why.error;
     const failed = state.order.map((key) => state.nodes.get(key))
       .filter((node) => node.state === "failed");
     const more = (count) => count > 0 && quiet("and " + count + " more, in the list of steps");
     return [Array.from(state.gates.values()).slice(0, 50).map(gateCard),
       more(state.gates.size - 50),
-      state.error && isOver() && el("div.card.fail", el("h2", "Why it failed"),
-        el("p.text", state.error.message)),
+      error && el("div.card.fail", el("h2", "Why it failed"), el("p.text", error.message)),
       failed.slice(0, 5).map((node) => el("div.card.fail", el("div.facts", pill("failed"),
         el("a.mono", { href: hrefOf(node) }, nameOf(node))),
       el("p.text", node.error ? node.error.message : "It failed."))),
@@ -7370,14 +7345,14 @@ function runView() {
     });
     listed = made;
     if (!keys.length) return quiet(!state.isWhole ? "Loading the steps…" : state.nodes.size
-      ? "No step matches." : "No steps yet: they appear when the workflow is first rendered.");
-    const { rows, style, at } = rowsInSight("list", keys.length, 60);
-    return el("div.list", { id: "list", role: "list", "aria-label": "Steps", style },
-      rows.map((n) => row(n, at(n))));
+      ? "No step matches." : "No steps yet.");
+    const sight = rowsInSight("list", keys.length, 60);
+    return el("div.list", { id: "list", role: "list", "aria-label": "Steps", style: sight.style },
+      sight.rows.map((at) => row(at, sight.at(at))));
   }
   return { name: "run", draw() {
     const run = state.run;
-    if (!run) return [el("h1", { tabindex: -1 }, phase === "missing" ? "There is no run here yet"
+    if (!run) return [heading(phase === "missing" ? "There is no run here yet"
       : "Loading…")];
     const found = state.isWhole ? {} : run.summary;
     if (state.isWhole) for (const { state: name } of state.nodes.values())
@@ -7386,10 +7361,10 @@ function runView() {
     const total = sum(Object.keys(found)), done = sum(OVER);
     const took = span((isOver() ? run.finishedAtMs : now()) - run.startedAtMs);
     const chip = (name) => el("button", { type: "button", "data-state": name || "",
-      "data-key": name, "aria-pressed": String(name === filter) }, name ? wordOf(name)[0] : "All",
+      "data-key": name, "aria-pressed": String(name === filter) }, name ? wordOf(name) : "All",
     el("span.quiet", String(name ? found[name] || 0 : total)));
     return [
-      el("section.card", el("div.split", el("div", el("h1", { tabindex: -1 }, headline()),
+      el("section.card", el("div.split", el("div", heading(headline()),
         quiet(done + " of " + many(total, "step", "steps") + " done" + (run.startedAtMs
           ? (isOver() ? " · took " : " · for ") + took : "") + " · ",
         el("span.mono", run.runId))),
@@ -7400,10 +7375,7 @@ function runView() {
       el("div.stack", attention()),
       el("section.card", el("div.split", el("h2", "Steps"),
         el("input", { type: "search", "aria-label": "Find a step", placeholder: "Find a step",
-          autocomplete: "off", oninput: (event) => {
-            wanted = event.target.value.toLowerCase();
-            dirty();
-          } })),
+          oninput: (event) => { wanted = event.target.value.toLowerCase(); dirty(); } })),
       el("div.chips", { role: "group", "aria-label": "Show only", onclick: choose },
         [""].concat(SHOWN.filter((name) => found[name] || name === filter)).map(chip)),
       list()),
@@ -7413,16 +7385,16 @@ function runView() {
 
 const TIMED = { approve: "it is approved", deny: "it is denied" };
 const dueText = (gate) => (now() >= gate.deadlineAtMs ? "its time is up"
-  : (TIMED[gate.onTimeout] || "it fails") + " in " + span(gate.deadlineAtMs - now()));
+  : (TIMED[gate.onTimeout] || "it fails") + " in " + seconds(gate.deadlineAtMs - now()));
 const DENIED = {
-  continue: "The run goes on, and the steps after it are told that it was denied.",
+  continue: "The run goes on, and later steps are told that it was denied.",
   skip: "This step is skipped, and the run goes on.",
   fail: "This step fails, and the run with it, unless the workflow provides for that.",
 };
 function tellFailure(error, what) {
-  if (error.status === undefined) return what + " may or may not have arrived: the connection " +
-    "was lost before the answer. It shows here once the server is back.";
-  const heads = { 401: "A token is needed", 403: "You may not do this",
+  if (error.status === undefined) return what + " may have arrived or not: the " +
+    "connection was lost. It shows here once the server is back.";
+  const heads = { 403: "You may not do this",
     404: "This is no longer there", 409: "Nothing was changed", 413: "The text is too long" };
   return (heads[error.status] || "It did not work") + ": " + error.message + ".";
 }
@@ -7433,38 +7405,34 @@ function nodeView(nodeId, iteration) {
   let detail = null, earlier = [], said = ["", ""], missing = "";
   const reload = soon(100, async () => {
     try {
-      const found = await read(nodePath(me));
-      if (found.gate && iteration > 0) earlier = (await read("approvals?status=all"))
+      detail = await read(nodePath(me));
+      if (detail.gate && iteration > 0) earlier = (await read("approvals?status=all"))
         .filter((gate) => gate.nodeId === nodeId && gate.iteration < iteration);
-      if (found.gate && found.gate.status !== "requested") state.gates.delete(key);
-      detail = found;
     } catch (error) { if (error.status === 404) missing = error.message; }
     dirty();
   });
-  const lines = (found) => (found.length ? pre(found.map((line) => plain(line.text)).join("\n"))
-    : quiet("Nothing."));
+  const lines = (found) => found.length ? pre(found.map((line) => plain(line.text)).join("\n"))
+    : quiet("Nothing.");
   function decided(gate) {
     const isKnown = gate.status === "approved" || gate.status === "denied";
     const by = gate.decidedBy ? " by " + gate.decidedBy : "";
     const at = gate.decidedAtMs ? ", " + new Date(gate.decidedAtMs).toLocaleString() : "";
-    return el("div", { class: "notice " + (isKnown ? wordOf(gate.status)[1] : "") },
-      el("p", (isKnown ? wordOf(gate.status)[0] + by : "No longer asked") + at),
+    return el("div", { class: "notice " + (isKnown ? kindOf(gate.status) : "") },
+      el("p", (isKnown ? wordOf(gate.status) + by : "No longer asked") + at),
       gate.note && el("p.text", gate.note));
   }
   function evidence(found) {
     return el("div.item", el("div.facts", pill(found.state),
       el("a.mono", { href: hrefOf(found) }, nameOf(found))),
-    found.error && el("p.notice.failed.text", found.error.message),
+    problem(found),
     found.output !== null && [el("p.quiet.small", found.isCut ? "Output, cut" : "Output"),
       pre(jsonText(found.output))],
     found.log.length > 0 && [el("p.quiet.small", "Last lines"), lines(found.log)]);
   }
-  function attempt(one) {
-    const took = one.finishedAtMs ? " · " + span(one.finishedAtMs - one.startedAtMs) : "";
-    return el("div.item", el("div.facts", pill(one.state), "Attempt " + (one.attempt + 1),
-      el("span.quiet.small", clock(one.startedAtMs) + took)),
-    one.error && el("p.notice.failed.text", one.error.message));
-  }
+  const problem = (one) => one.error && el("p.notice.failed.text", one.error.message);
+  const attempt = (one) => el("div.item", el("div.facts", pill(one.state),
+    "Attempt " + (one.attempt + 1), el("span.quiet.small", clock(one.startedAtMs) +
+      (one.finishedAtMs ? " · " + span(one.finishedAtMs - one.startedAtMs) : ""))), problem(one));
   function ask(verb) {
     const words = (verb === "approve" ? "Approve " : "Deny ") + nodeId;
     const note = (notes.get(key) || "").trim(), by = myName.trim();
@@ -7473,9 +7441,8 @@ function nodeView(nodeId, iteration) {
       el("p.quiet.text", (by ? "As " + by : "Without a name") +
         (note ? ", with the note: " + note : ", without a note"))],
     "Go back", "Yes, " + verb + " " + nodeId, verb === "approve" ? "yes" : "no", async () => {
-      const body = { iteration, requestedAtMs: detail.gate.requestedAtMs };
-      if (note) body.note = note;
-      if (by) body.decidedBy = by;
+      const body = { iteration, requestedAtMs: detail.gate.requestedAtMs, note: note || null,
+        decidedBy: by || null };
       said = ["", "Sending…"];
       dirty();
       try {
@@ -7493,7 +7460,7 @@ function nodeView(nodeId, iteration) {
     const isOff = phase !== "live" || isOver();
     const answer = (text, kind, verb) => button(text + nodeId, kind, () => ask(verb),
       { disabled: isOff });
-    const note = el("textarea", { maxlength: 10000, name: "note",
+    const note = el("textarea", { maxlength: 10000,
       oninput: (event) => notes.set(key, event.target.value) });
     note.value = notes.get(key) || "";
     return el("section.card", { "data-key": "decision" }, el("h2", "Your decision"),
@@ -7501,11 +7468,10 @@ function nodeView(nodeId, iteration) {
         el("dd", DENIED[gate.onDeny] || DENIED.fail)),
       gate.approvers && el("p", "May be decided by " + gate.approvers.join(", ") + "."),
       el("label", "Your name ", el("span.quiet", "(shown with the decision)"),
-        el("input", { value: myName, autocomplete: "name", maxlength: 200, name: "by",
-          oninput: (event) => { myName = kept("name", event.target.value); } })),
+        nameField()),
       el("label", "Note ", el("span.quiet", "(optional)"), note),
-      el("p.quiet", { hidden: !isOff }, isOver() ? "The run has ended: nothing is left to decide."
-        : "Decisions are off until the connection is back. Your note stays."),
+      isOff && el("p.quiet", { "data-key": "off" }, "Decisions are off " + (isOver()
+        ? "after the end." : "until the connection is back. Your note stays.")),
       el("div.answers", answer("Deny ", "no", "deny"), answer("Approve ", "yes", "approve")));
   }
   function gateCards(gate, isOpen) {
@@ -7518,15 +7484,14 @@ function nodeView(nodeId, iteration) {
       earlier.length > 0 && card("Earlier decisions", earlier.map((one) => el("div.item",
         el("p.quiet.small", "Turn " + (one.iteration + 1)), decided(one)))),
       isOpen && decision(gate),
-      !isOpen && note && card("Your note was not sent", quiet("It is kept here, to be copied."),
-        pre(note)),
+      !isOpen && note && card("Your note was not sent", pre(note)),
     ];
   }
   reload();
   return { name: "node", reload, draw() {
     const gate = detail && detail.gate, back = el("p", el("a.back", { href: link("") }, "← Run"));
     const title = gate && gate.requestTitle || nodeId;
-    const head = el("h1", { tabindex: -1 }, title);
+    const head = heading(title);
     if (!detail) return [back, el("section.card", head, quiet(missing ? "Not found: " + missing
       : "Loading…"))];
     const isOpen = gate && gate.status === "requested" && !OVER.includes(detail.state);
@@ -7565,11 +7530,10 @@ function logView() {
     isLoading = false;
     dirty();
   }
-  function scrolled(event) {  // who scrolls up wants to read
-    const panel = event.target;
-    if (panel.scrollTop < top - 2 &&
-      panel.scrollTop + panel.clientHeight < panel.scrollHeight - 30) follows = false;
-    top = panel.scrollTop;
+  function scrolled({ target }) {  // who scrolls up wants to read
+    const below = target.scrollHeight - target.clientHeight - target.scrollTop;
+    if (target.scrollTop < top - 2 && below > 30) follows = false;
+    top = target.scrollTop;
     dirty();
   }
   function row(line, style) {
@@ -7589,7 +7553,7 @@ function logView() {
       return this.draw();
     }
     return [el("section.card", el("div.split",
-      el("div", el("h1", { tabindex: -1 }, "Log"), quiet(many(lines.length, "line", "lines") +
+      el("div", heading("Log"), quiet(many(lines.length, "line", "lines") +
         (state.first > 0 ? ", and older ones" : ""))),
       state.first > 0 && el("button", { type: "button", "data-key": "older", onclick: more,
         disabled: isLoading || phase === "offline" }, isLoading ? "Loading…" : "Older lines"),
@@ -7628,7 +7592,7 @@ function timelineView() {
       const to = node.finishedAtMs || !node.startedAtMs && gate && gate.decidedAtMs;
       if (from) bars.push({ key, node, from, to });
     }
-    bars.sort((a, b) => a.from - b.from);
+    bars.sort((one, other) => one.from - other.from);
   }
   function picture() {
     const begin = Math.min(state.run.startedAtMs || Infinity, bars[0].from);
@@ -7636,11 +7600,11 @@ function timelineView() {
     const x = (at) => 100 * Math.min(1, Math.max(0, (at - begin) / Math.max(1, last - begin)));
     const { rows, style } = rowsInSight("times", bars.length, HEIGHT);
     const bar = ({ node, key, from, to }, y) => {
-      const took = span((to || last) - from), [word, kind] = wordOf(node.state);
-      const label = nameOf(node) + " · " + word + " · " + took;
+      const took = span((to || last) - from);
+      const label = nameOf(node) + " · " + wordOf(node.state) + " · " + took;
       return svg("a", { href: hrefOf(node), "data-key": key, "aria-label": label },
         svg("rect", { class: "lane", x: 0, y: y + 24, width: "100%", height: 10, rx: 3 }),
-        svg("rect", { class: kind, x: x(from) + "%", y: y + 24, height: 10, rx: 3,
+        svg("rect", { class: kindOf(node.state), x: x(from) + "%", y: y + 24, height: 10, rx: 3,
           width: Math.max(0.6, x(to || last) - x(from)) + "%" }),
         svg("text", { x: 0, y: y + 17 }, label));
     };
@@ -7653,31 +7617,29 @@ function timelineView() {
   reload();
   return { name: "timeline", reload, draw() {
     gather();
-    return [el("section.card", el("h1", { tabindex: -1 }, "Timeline"),
+    return [el("section.card", heading("Timeline"),
       state.run && bars.length ? picture() : quiet("Nothing has run yet."))];
   }, onEvent(event) { if (event.type.startsWith("Approval")) reload(); } };
 }
 
 // --- The token
 function tokenView() {
-  let said = phase === "refused" ? "That token was refused. Try another one." : "";
+  let said = phase === "refused" && "That token was refused. Try another one.";
   token = kept("token", "");
   phase = "locked";
   function unlock() {
     const text = byId("token").value.trim();
-    if (!/^[!-~]+$/.test(text)) {
-      said = "A token is visible characters without spaces.";
-      byId("token").focus();
-      return dirty();
+    if (/^[!-~]+$/.test(text)) {
+      token = kept("token", text);
+      phase = "loading";
+      return openView();
     }
-    token = kept("token", text);
-    phase = "loading";
-    openView();
+    said = "A token is visible characters without spaces.";
+    dirty();
   }
   return { name: "token", draw: () => [el("section.card",
-    el("h1", { tabindex: -1 }, "This run is locked"),
-    quiet("Its server asks for the token that it was started with. The token is kept in this tab " +
-      "only, and is never part of an address."),
+    heading("This run is locked"),
+    quiet("Its server asks for a token. It is kept in this tab only, never in an address."),
     el("label", "Token", el("input", { type: "password", id: "token", autocomplete: "off",
       onkeydown: (event) => { if (event.key === "Enter") unlock(); } })),
     el("p", { role: "status", class: said && "notice bad" }, said),
@@ -7691,7 +7653,7 @@ function openDialog(title, parts, back, go, kind, act) {
       button(go, kind, () => { box.close(); act(); })));
   document.body.append(box);
   if (box.showModal) box.showModal();
-  else if (confirm(title)) act();  // a browser from before 2022
+  else if (confirm(title)) act();
 }
 
 // --- Addresses
@@ -7702,7 +7664,7 @@ function openView(event) {
   let parts = [""];
   try {
     parts = location.hash.replace(/^#\/?/, "").split("/").map(decodeURIComponent);
-  } catch (error) { /* no address of ours */ }
+  } catch (error) { }
   const oldPath = runPath;
   runPath = parts[0] === "runs" ? "runs/" + encodeURIComponent(parts[1]) + "/" : "";
   if (runPath) parts = parts.slice(2);
@@ -7736,10 +7698,6 @@ document.addEventListener("visibilitychange", () => {
     if (phase === "live" || phase === "offline") phase = "paused";
   }
 });
-document.querySelector(".skip").addEventListener("click", (event) => {
-  event.preventDefault();
-  document.querySelector("h1").focus();
-});
 setInterval(() => { if (!document.hidden) dirty(); }, 1000);
 setInterval(() => { if (phase === "live" && !document.hidden) refreshWhy(); }, 15000);
 openView();
@@ -7755,7 +7713,6 @@ PAGE = f"""<!doctype html>
 <style>{PAGE_STYLE}</style>
 </head>
 <body>
-<a class="skip" href="#main">To the content</a>
 <div id="page">
 <header><div id="top"></div></header>
 <main>
