@@ -9912,6 +9912,11 @@ def make_ssl_context(certfile: str | None, keyfile: str | None) -> ssl.SSLContex
     return context
 
 
+def page_url(url: str | None) -> str | None:
+    """Return where the page of a server is, None when there is none."""
+    return None if url is None else f"{url}/ui"
+
+
 def ordinal(number: int) -> str:
     ends = {1: "st", 2: "nd", 3: "rd"}
     is_teen = number % 100 in (11, 12, 13)
@@ -10043,7 +10048,7 @@ class Notifier:
             "runId": run.run_id,
             "workflowName": run.workflow_name,
             "status": run.status,
-            "url": None if self._url is None else f"{self._url}/ui",
+            "url": page_url(self._url),
         }
         if gate is not None:
             request = json.loads(gate.request_json or "{}")
@@ -10056,7 +10061,7 @@ class Notifier:
                     self._expiring.set("gate-expiring", key, deadline - timeout * self.SOON_SHARE)
             if self._url is not None:
                 node = urllib.parse.quote(gate.node_id, safe="")
-                facts["url"] = f"{self._url}/ui#/node/{node}/{gate.iteration}"
+                facts["url"] = f"{page_url(self._url)}#/node/{node}/{gate.iteration}"
         if kind != "gate-known":
             self._start(to_json(facts).encode())
 
@@ -10322,7 +10327,7 @@ class Process:
         is_everywhere = self._args.host in ("0.0.0.0", "::", "")
         where = f", and on this machine's other addresses ({self._args.host})"
         say(f"HTTP server listening on {server.url}" + (where if is_everywhere else ""))
-        say(f"Page: {server.url}/ui")
+        say(f"Page: {page_url(server.url)}")
         if not is_loopback(server.host) and not server.app.has_token:
             say(
                 "WARNING: anybody who reaches this port can approve gates and cancel the run:"
@@ -10497,6 +10502,7 @@ def detach(args: argparse.Namespace, token: str | None) -> int:
         return EXIT_FAILURE
     facts = json.loads(ready)
     shown = {"runId": facts["runId"], "pid": child.pid, "logFile": log_path, "url": facts["url"]}
+    shown["page"] = page_url(facts["url"])
     print_result(args.out, shown)
     return 0
 
@@ -10624,6 +10630,7 @@ def run_row(reads: Reads, run: Run) -> dict[str, Any]:
         "engine": process_of(run.runtime_owner_id or "")[1] if life == "alive" else None,
         "waitsFor": f"{waits} approval{'s' * (waits > 1)}" if waits else None,
         "url": run.config.get("url") if life == "alive" else None,
+        "page": page_url(run.config.get("url") if life == "alive" else None),
         "logFile": run.config.get("logFile"),
     }
 
@@ -10635,13 +10642,13 @@ def run_ps(args: argparse.Namespace) -> int:
 
     def lines() -> Iterator[str]:
         form = "{:<20} {:<16} {:>9} {:>8}  {:<12} {:>7}  {:<16} {}"
-        heads = ("RUN", "STATE", "DONE", "AGE", "WAITS FOR", "ENGINE", "WORKFLOW", "URL")
+        heads = ("RUN", "STATE", "DONE", "AGE", "WAITS FOR", "ENGINE", "WORKFLOW", "PAGE")
         yield form.format(*heads)
         for row in found:
             yield form.format(
                 row["runId"], row["state"], f"{row['done']}/{row['nodes']}",
                 ago(row["createdAtMs"]), row["waitsFor"] or "", row["engine"] or "none",
-                row["workflowName"][:16], row["url"] or "",
+                row["workflowName"][:16], row["page"] or "",
             )  # fmt: skip
         if not found:
             yield "No run has still to end; -a lists all."

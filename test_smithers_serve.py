@@ -5348,7 +5348,8 @@ class DetachTest(CommandCase):
         self.assertEqual(code, 0, err)
         shown = json.loads(out)
         self.addCleanup(self.end, shown["pid"])
-        self.assertEqual(list(shown), ["runId", "pid", "logFile", "url"])
+        self.assertEqual(list(shown), ["runId", "pid", "logFile", "url", "page"])
+        self.assertEqual(shown["page"], shown["url"] + "/ui")
         self.assertEqual(shown["runId"], "r")
         self.assertNotEqual(os.getpgid(shown["pid"]), os.getpgid(0))
         if os.path.isdir("/proc/self"):
@@ -5385,6 +5386,7 @@ class DemoTest(CommandCase):
             line = child.wait_for(r"(curl -X POST \S+)")
             url = urllib.parse.urlsplit(shlex.split(line)[-1])
             self.assertEqual(url.port, child.port)
+            self.assertEqual(child.wait_for(r"Page: (\S+)"), f"http://127.0.0.1:{url.port}/ui")
             self.assertEqual(ask(child.port, "GET", "/").body["status"], "waiting-approval")
             self.assertEqual(ask(child.port, "POST", url.path).status, 200)
             child.wait_for(r"Workflow finished\. Server still running")
