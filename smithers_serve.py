@@ -23,7 +23,9 @@ The file reads from top to bottom; nothing is used before it is defined.
     Attempts, Steps      what is in flight; what is written when something happens
     Engine               claims a run and drives it
     HTTP, Event stream   a request's bytes read strictly; a run's log as SSE bytes
-    Views, Routes        what people ask of a run; the table of routes, tokens, the app
+    Views                what people ask of a run
+    Page                 one document that asks the routes: style, script, Content-Security-Policy
+    Routes               the table of routes, tokens, the app
     Conversation         the protocol of one connection, without a socket
     Network, Server      the thread that owns every socket; the socket that listens
     Command line         `up`, `demo`, the operator's commands and their table
@@ -6838,8 +6840,7 @@ const KINDS = {  // of statuses and states that are shown like another one
 const OVER = ["finished", "failed", "cancelled", "skipped"], ENDED = OVER.concat("continued");
 const KEPT_LINES = 20000;
 
-// What is known of the run: `order` is the tree's, `gates` are those that wait; the clocks count
-// what events have said.
+// What is known of the run: `order` is the tree's, `gates` those that wait, clocks count events.
 let state;
 function forget() {
   state = { run: null, why: null, nodes: new Map(), order: [], unplaced: new Set(),
@@ -6847,7 +6848,7 @@ function forget() {
     gateClock: 0 };
 }
 forget();
-let phase = "loading";  // then live, offline, ended, paused, missing, locked or refused
+let phase = "loading";  // live, offline, ended, paused, missing, locked or refused
 let skew = 0;  // how far the server's clock is ahead of this one's
 let view = null;
 const notes = new Map();  // what somebody has begun to write, by gate: never lost
@@ -7207,13 +7208,13 @@ function lineOf(seq, event) {
   return { ...line, text: text.join(" ").replace(/\s+/g, " "), isWord: true, isBad: error };
 }
 
-// --- Drawing: a view says what should be there; once a frame the document is made like it.
+// --- Drawing: a view says what should be there, and the document is made like it.
 let isDirty = false, drawTimer = 0;
 function dirty() {
   if (!isDirty) requestAnimationFrame(draw);
   isDirty = true;
 }
-function changed() {  // by events, which may be many: ten times a second is enough
+function changed() {  // by events, which may be many
   state.version++;
   if (!drawTimer) drawTimer = setTimeout(() => { drawTimer = 0; dirty(); }, 100);
 }
@@ -7257,7 +7258,7 @@ function tellGates() {  // to a screen reader: gates that come up, politely; nev
   toldOf = new Set(gates.map(keyOf));
 }
 
-// Return which rows of a long list are in sight, or nearly so, and how high it is as a whole.
+// Return which rows of a long list are in sight, or nearly so, and how high it is.
 function rowsInSight(id, total, height, scroller) {
   const box = byId(id);
   const one = box && box.firstElementChild && box.firstElementChild.offsetHeight || height;
@@ -7312,10 +7313,11 @@ function runView() {
     const more = (count) => count > 0 && quiet("and " + count + " more, in the list of steps");
     return [Array.from(state.gates.values()).slice(0, 50).map(gateCard),
       more(state.gates.size - 50),
-      error && el("div.card.fail", el("h2", "Why it failed"), el("p.text", error.message)),
+      error && el("div.card.fail", el("h2", "Why it failed"),
+        el("p.text", jsonText(error.message))),
       failed.slice(0, 5).map((node) => el("div.card.fail", el("div.facts", pill("failed"),
         el("a.mono", { href: hrefOf(node) }, nameOf(node))),
-      el("p.text", node.error ? node.error.message : "It failed."))),
+      el("p.text", node.error ? jsonText(node.error.message) : "It failed."))),
       more(failed.length - 5)];
   }
   function row(at, style) {
@@ -7328,7 +7330,7 @@ function runView() {
       "aria-setsize": keys.length, "aria-posinset": at + 1 },
     el("a.node", { href: hrefOf(node) }, pill(node.state), el("span.what",
       el("span.name.mono", nameOf(node)), node.error
-        ? el("span.more.bad", node.error.message.split("\n")[0]) : el("span.more.quiet",
+        ? el("span.more.bad", jsonText(node.error.message).split("\n")[0]) : el("span.more.quiet",
           more.join(" · "))), el("span.took.quiet.small", from && to ? span(to - from) : "")));
   }
   function choose(event) {
@@ -7429,7 +7431,7 @@ function nodeView(nodeId, iteration) {
       pre(jsonText(found.output))],
     found.log.length > 0 && [el("p.quiet.small", "Last lines"), lines(found.log)]);
   }
-  const problem = (one) => one.error && el("p.notice.failed.text", one.error.message);
+  const problem = (one) => one.error && el("p.notice.failed.text", jsonText(one.error.message));
   const attempt = (one) => el("div.item", el("div.facts", pill(one.state),
     "Attempt " + (one.attempt + 1), el("span.quiet.small", clock(one.startedAtMs) +
       (one.finishedAtMs ? " · " + span(one.finishedAtMs - one.startedAtMs) : ""))), problem(one));
@@ -7490,7 +7492,7 @@ function nodeView(nodeId, iteration) {
   reload();
   return { name: "node", reload, draw() {
     const gate = detail && detail.gate, back = el("p", el("a.back", { href: link("") }, "← Run"));
-    const title = gate && gate.requestTitle || nodeId;
+    const title = jsonText(gate && gate.requestTitle || nodeId);
     const head = heading(title);
     if (!detail) return [back, el("section.card", head, quiet(missing ? "Not found: " + missing
       : "Loading…"))];
@@ -7500,7 +7502,7 @@ function nodeView(nodeId, iteration) {
       el("section.card", el("div.facts", pill(isOpen ? "requested" : detail.state),
         title !== nodeId && el("span.mono", nodeId), iteration > 0 && "turn " + (iteration + 1)),
       head, label && label !== title && quiet(label),
-      gate && gate.requestSummary && el("p.text", gate.requestSummary),
+      gate && gate.requestSummary && el("p.text", jsonText(gate.requestSummary)),
       isOpen && quiet("Asked " + ago(gate.requestedAtMs) + (gate.deadlineAtMs
         ? ". Without an answer " + dueText(gate) : "") + "."),
       gate && !isOpen && decided(gate)),
@@ -7583,7 +7585,7 @@ function timelineView() {
     made = -1;
     dirty();
   });
-  function gather() {  // at most once a second: with 10,000 nodes it takes some milliseconds
+  function gather() {  // of 10,000 nodes it takes some milliseconds: at most once a second
     if (made === state.version || made >= 0 && Date.now() - madeAt < 1000) return;
     [made, madeAt, bars] = [state.version, Date.now(), []];
     for (const [key, node] of state.nodes) {
@@ -7646,7 +7648,7 @@ function tokenView() {
     button("Unlock", "yes", unlock))] };
 }
 
-// --- A dialog: the browser keeps the keyboard in it, and gives the focus back after it.
+// --- A dialog: the browser keeps the keyboard in it, and gives the focus back.
 function openDialog(title, parts, back, go, kind, act) {
   const box = el("dialog", { "aria-label": title, onclose: () => box.remove() },
     el("h2", title), parts, el("div.answers", button(back, "", () => box.close()),
