@@ -6838,7 +6838,6 @@ const KINDS = {  // of statuses and states that are shown like another one
   continued: "finished", approved: "finished", denied: "failed",
 };
 const OVER = ["finished", "failed", "cancelled", "skipped"], ENDED = OVER.concat("continued");
-const KEPT_LINES = 20000;
 
 // What is known of the run: `order` is the tree's, `gates` those that wait, clocks count events.
 let state;
@@ -6997,7 +6996,8 @@ function merge(shown, asked) {
   const attempts = Array.isArray(tried) ? tried.length : tried;
   state.nodes.set(key, node);
   if (node.touched <= asked) Object.assign(node, shown, { attempts });
-  else Object.assign(node, { label, startedAtMs });
+  else Object.assign(node, { label, startedAtMs: node.startedAtMs || startedAtMs,
+    attempts: Math.max(node.attempts, attempts) });
   return key;
 }
 
@@ -7167,8 +7167,8 @@ function takeEvent(seq, event) {
   apply(event);
   const line = lineOf(seq, event);
   if (line) state.lines.push(line);
-  if (state.lines.length > KEPT_LINES * 1.2) {
-    state.lines.splice(0, state.lines.length - KEPT_LINES);
+  if (state.lines.length > 24000) {  // older ones can be asked for
+    state.lines.splice(0, 4000);
     state.first = state.lines[0].seq;
   }
   if (view.onEvent) view.onEvent(event);
