@@ -4452,6 +4452,16 @@ class BrowserTest(ServerCase):
         lines = self.browser.run("return document.querySelector('.log').innerText").split("\n")
         self.assertEqual(len(lines), len(set(lines)), lines)
 
+    def test_a_decision_on_a_lost_connection_is_told_as_unknown(self) -> None:
+        served = self.open(self.live(), "#/node/deploy/0")
+        self.browser.type("Note", "half said")
+        self.browser.click("Deny deploy")
+        served.stop()
+        self.browser.click("Yes, deny deploy")
+        self.browser.see("may have arrived or not", "Your note is kept")
+        note = self.browser.run("return document.querySelector('textarea').value")
+        self.assertEqual(note, "half said")
+
     def test_the_keyboard_is_enough(self) -> None:
         served = self.open(self.live(), "#/node/deploy/0")
         self.browser.find("Deny deploy")
