@@ -23,7 +23,9 @@ The file reads from top to bottom; nothing is used before it is defined.
     Attempts, Steps      what is in flight; what is written when something happens
     Engine               claims a run and drives it
     HTTP, Event stream   a request's bytes read strictly; a run's log as SSE bytes
-    Views, Routes        what people ask of a run; the table of routes, tokens, the app
+    Views                what people ask of a run
+    Page                 one document that asks the routes: style, script, Content-Security-Policy
+    Routes               the table of routes, tokens, the app
     Conversation         the protocol of one connection, without a socket
     Network, Server      the thread that owns every socket; the socket that listens
     Command line         `up`, `demo`, the operator's commands and their table
@@ -47,6 +49,7 @@ whose cursor is before it; other processes find the commit by `PRAGMA data_versi
 from __future__ import annotations
 
 import argparse
+import base64
 import bisect
 import codecs
 import collections
@@ -6395,7 +6398,7 @@ def node_detail_json(
         **node_json(node, attempts),
         "attempts": shown,
         "output": None if output is None else json.loads(output),
-        "gate": None if gate is None else gate_json(reads, run, gate, node.label, log=False),
+        "gate": None if gate is None else gate_json(reads, run, gate, node.label),
         "needs": needs_of(reads.get_tree(run.run_id), node_id),
         "log": log,
     }
@@ -6667,6 +6670,1092 @@ def duration_text(ms: float) -> str:
 
 
 # ---------------------------------------------------------------------------
+# Page: what a browser shows
+# ---------------------------------------------------------------------------
+
+# One document that holds no data: whoever may load it learns nothing. It runs in browsers of 2021,
+# asks only the routes below, by relative addresses, and never turns text into markup.
+PAGE_STYLE = """
+:root {
+  color-scheme: light dark;
+  --page: #f5f6f8; --card: #fff; --ink: #18202c; --quiet: #525d6e; --line: #dbe0e8;
+  --edge: #7a8698; --accent: #1f51bd; --yes: #1b6e40;
+  --waiting: #854700; --waiting-bg: #fff1d6; --running: #1c4bb0; --running-bg: #e5edfd;
+  --finished: #17653a; --finished-bg: #e0f3e6; --failed: #ad231c; --failed-bg: #fde8e6;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #10141b; --card: #181e28; --ink: #e8ecf3; --quiet: #a5b0c0; --line: #2b3442;
+    --edge: #77849a; --accent: #93b5ff; --yes: #277a49;
+    --waiting: #ffc875; --waiting-bg: #3b2a0e; --running: #a3c1ff; --running-bg: #1b2c50;
+    --finished: #85dba0; --finished-bg: #14331f; --failed: #ffa49b; --failed-bg: #471c19;
+  }
+}
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+html { scroll-padding: 7rem 0 2rem; overflow-y: scroll; -webkit-text-size-adjust: 100%; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 1rem/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }
+h1, h2, p, dl, dd, pre { margin: 0; }
+h1 { font-size: 1.5rem; line-height: 1.3; }
+h2 { font-size: 1.05rem; }
+h1, h2, p, th, td, dd, button, .mono { overflow-wrap: anywhere; unicode-bidi: isolate; }
+h1:focus { outline: none; }
+a { color: var(--accent); text-underline-offset: .15em; }
+.mono, pre, .log { font-family: ui-monospace, Menlo, Consolas, monospace; }
+.mono { font-size: .875em; }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; border-radius: .4rem; }
+.hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; white-space: nowrap;
+  clip-path: inset(50%); }
+.quiet { color: var(--quiet); }
+.small { font-size: .875rem; }
+.text { white-space: pre-wrap; }
+
+header { position: sticky; top: 0; z-index: 3; background: var(--card);
+  border-bottom: 1px solid var(--line); }
+#top, main { max-width: 62rem; margin: 0 auto; padding: 0 1.25rem; }
+.bar { display: flex; align-items: center; gap: .75rem; padding: .75rem 0 .25rem; }
+.bar strong { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.phase { margin-left: auto; flex: none; font-size: .875rem; color: var(--quiet); }
+.phase::before { content: ""; display: inline-block; width: .55rem; height: .55rem;
+  margin-right: .45rem; border-radius: 50%; background: currentColor; }
+.phase.live::before { background: var(--finished); }
+.phase.offline { color: var(--failed); font-weight: 600; }
+nav { display: flex; gap: 1.25rem; }
+nav a, .back, .tick { display: flex; align-items: center; gap: .4rem; min-height: 2.75rem; }
+nav a { min-width: 2.75rem;
+  color: var(--quiet); text-decoration: none; border-bottom: 2px solid transparent; }
+nav a[aria-current] { color: var(--ink); font-weight: 600; border-color: var(--accent); }
+.badge, .pill { padding: .05rem .6rem; border-radius: 1rem; font-size: .8125rem;
+  font-weight: 600; white-space: nowrap; color: var(--quiet); background: var(--line); }
+.pill { flex: none; justify-self: start; }
+
+main { padding-bottom: 4rem; }
+#notice > *, #main > * { margin-top: 1.5rem; }
+#main > p:first-child { margin: .5rem 0 -1.25rem; }
+.stack > * + *, .card > * + *, .item > * + *, .notice > * + * { margin-top: .75rem; }
+.stack:empty, [role=status]:empty { margin: 0 !important; }
+.card, .notice, dialog { border: 1px solid var(--line); border-radius: .75rem; padding: 1.25rem;
+  background: var(--card); }
+.item + .item { padding-top: 1rem; border-top: 1px solid var(--line); }
+.notice { padding: .9rem 1.25rem; background: var(--line); border: 0; }
+.waiting { color: var(--waiting); background: var(--waiting-bg); }
+.running { color: var(--running); background: var(--running-bg); }
+.finished { color: var(--finished); background: var(--finished-bg); }
+.failed { color: var(--failed); background: var(--failed-bg); }
+.bad { color: var(--failed); }
+.split, .facts, .chips, .answers { display: flex; flex-wrap: wrap; gap: .5rem 1rem;
+  align-items: center; }
+.split > :first-child { flex: 1 1 14rem; min-width: 0; }
+.split > input { flex: 0 1 16rem; margin: 0; }
+.meter { height: .375rem; border-radius: 1rem; background: var(--line); overflow: hidden; }
+.meter div { height: 100%; background: var(--accent); }
+.gate { border-left: .3rem solid var(--waiting); }
+.gate > * { margin: 0; }
+.fail { border-left: .3rem solid var(--failed); }
+
+button, .button { display: inline-flex; align-items: center; justify-content: center;
+  min-height: 2.75rem; padding: .5rem 1.1rem; border: 1px solid var(--edge); border-radius: .5rem;
+  font: inherit; font-weight: 600; color: var(--ink); background: var(--card); cursor: pointer;
+  text-decoration: none; }
+button:hover, .button:hover { background: var(--page); }
+button[disabled] { opacity: .55; cursor: not-allowed; }
+button.yes { color: #fff; background: var(--yes); border-color: var(--yes); }
+button.no { color: var(--failed); border-color: currentColor; }
+.chips button { border-radius: 2rem; padding: .25rem .9rem; font-weight: 500; gap: .4rem; }
+.chips [aria-pressed=true] { color: var(--accent); border-color: var(--accent);
+  box-shadow: inset 0 0 0 1px var(--accent); }
+.answers { justify-content: space-between; gap: 1.5rem; }
+label { display: block; font-weight: 600; }
+label .quiet { font-weight: 400; }
+input, textarea { display: block; width: 100%; min-height: 2.75rem; margin-top: .3rem;
+  padding: .55rem .75rem; border: 1px solid var(--edge); border-radius: .5rem; font: inherit;
+  font-weight: 400; color: inherit; background: var(--page); }
+textarea { min-height: 5.5rem; resize: vertical; }
+.tick input { width: 1.25rem; min-height: 1.25rem; margin: 0; }
+
+.list, .log > div, .times { position: relative; overflow: hidden; }
+.list > div { position: absolute; width: 100%; height: 3.75rem;
+  border-top: 1px solid var(--line); }
+.node { display: grid; grid-template-columns: 6.5rem 1fr auto; gap: 0 1rem; align-items: center;
+  height: 100%; padding: 0 .5rem; color: inherit; text-decoration: none; }
+.node:hover { background: var(--page); }
+.node:focus-visible, .log:focus-visible { outline-offset: -3px; }
+.what { min-width: 0; }
+.what span { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.more { font-size: .8125rem; line-height: 1.25; }
+.took, .axis { font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; table-layout: fixed; }
+th, td { padding: .5rem .75rem .5rem 0; text-align: left; vertical-align: top;
+  border-top: 1px solid var(--line); }
+th { width: 11rem; font-weight: 400; color: var(--quiet); }
+pre, .log { border-radius: .5rem; background: var(--page); border: 1px solid var(--line);
+  font-size: .8125rem; color: var(--ink); overflow: auto; }
+pre { padding: .75rem 1rem; max-height: 22rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: .5rem 1rem; }
+dt { font-weight: 600; }
+.log { height: calc(100vh - 16rem); min-height: 16rem; }
+.log > div { overflow: visible; }
+.log > div > div { position: absolute; min-width: 100%; padding: 0 1rem; line-height: 1.5rem;
+  white-space: pre; }
+.log time, .log a { margin-right: 1rem; color: var(--quiet); }
+.log .word { color: var(--accent); }
+.axis { display: flex; justify-content: space-between; }
+.times svg { position: absolute; width: 100%; }
+.times text { font-size: .8125rem; fill: var(--ink); }
+.times rect { fill: var(--edge); }
+.times .waiting, .times .running, .times .finished, .times .failed { fill: currentColor; }
+.times .lane { fill: var(--page); }
+dialog { width: 32rem; max-width: calc(100% - 2rem); color: inherit; }
+dialog::backdrop { background: rgba(8, 12, 18, .6); }
+dialog > * + * { margin-top: 1rem; }
+@media (max-width: 40rem) {
+  #top, main { padding-left: .75rem; padding-right: .75rem; }
+  .card { padding: 1rem; }
+  .answers { flex-direction: column-reverse; align-items: stretch; }
+  .gate .button, .split > input { flex: 1 1 100%; }
+  .list > div { height: 4.5rem; }
+  .node { grid-template-columns: auto 1fr; align-content: center; gap: .15rem 1rem; padding: 0; }
+  .what { grid-column: 1 / 3; grid-row: 1; }
+  .more.quiet { display: none !important; }
+  .took { justify-self: end; }
+  table, tbody, tr, th, td, dl { display: block; width: 100%; }
+  td { border: 0; padding-top: 0; }
+  dd + dt { margin-top: .75rem; }
+  .log time { display: none; }
+}
+"""
+
+PAGE_SCRIPT = r"""
+"use strict";
+// Where a run's routes are: beside this page, or for an address "#/runs/ID/..." at "./v1/runs/ID/".
+let runPath = "";
+const base = () => (runPath ? "./v1/" + runPath : "./");
+const link = (...parts) => "#/" + runPath + parts.map(encodeURIComponent).join("/");
+
+const KINDS = {  // of statuses and states that are shown like another one
+  "in-progress": "running", "waiting-approval": "waiting", requested: "waiting",
+  continued: "finished", approved: "finished", denied: "failed",
+};
+const OVER = ["finished", "failed", "cancelled", "skipped"], ENDED = OVER.concat("continued");
+
+// What is known of the run: `order` is the tree's, `gates` those that wait, clocks count events.
+let state;
+function forget() {
+  state = { run: null, why: null, nodes: new Map(), order: [], unplaced: new Set(),
+    gates: new Map(), lines: [], first: -1, last: -1, isWhole: false, version: 0, clock: 0,
+    gateClock: 0 };
+}
+forget();
+let phase = "loading";  // live, offline, ended, paused, missing, locked or refused
+let skew = 0;  // how far the server's clock is ahead of this one's
+let view = null;
+const notes = new Map();  // what somebody has begun to write, by gate: never lost
+const now = () => Date.now() + skew;
+const isLocked = () => phase === "locked" || phase === "refused";
+const isOver = () => state.run !== null && ENDED.includes(state.run.status);
+const hasNoEngine = () => state.why !== null && !isOver() &&
+  state.why.blocked.some((item) => item.kind === "owner");
+const keyOf = (node) => node.nodeId + "::" + node.iteration;
+const nodePath = (node) =>
+  "nodes/" + encodeURIComponent(node.nodeId) + "?iteration=" + node.iteration;
+
+function kept(name, value) {  // for this tab only
+  const key = "smithers." + name + "@" + location.pathname;
+  try {
+    if (value === undefined) return sessionStorage.getItem(key) || "";
+    sessionStorage.setItem(key, value);
+  } catch (error) { /* forbidden here */ }
+  return value || "";
+}
+let token = kept("token"), myName = kept("name");
+
+// --- Elements. Text becomes text nodes: nothing here ever parses markup.
+function fill(node, parts) {
+  for (const part of parts.flat(9)) {
+    if (!part && part !== 0) continue;
+    if (Object.getPrototypeOf(part) !== Object.prototype) { node.append(part); continue; }
+    for (const [name, value] of Object.entries(part)) {
+      if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+      else if (name === "style") node.style.cssText = value;
+      else if (value || value === 0) node.setAttribute(name, value === true ? "" : value);
+    }
+  }
+  return node;
+}
+function el(spec, ...parts) {
+  const [tag, ...classes] = spec.split(".");
+  return fill(document.createElement(tag), [classes[0] && { class: classes.join(" ") }, parts]);
+}
+const svg = (tag, ...parts) =>
+  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), parts);
+const byId = (id) => document.getElementById(id);
+
+// Make the children of `old` like `fresh`, changing only what differs: focus, selection, scrolling
+// and half-made clicks survive. Listeners stay the old ones.
+function morph(old, fresh) {
+  const keyed = new Map();
+  for (const child of old.children) {
+    if (child.dataset.key !== undefined) keyed.set(child.dataset.key, child);
+  }
+  let at = old.firstChild;
+  for (const want of fresh) {
+    const { key } = want.dataset || {};
+    const have = key === undefined ? at : keyed.get(key);
+    if (!have || have.nodeName !== want.nodeName || (have.dataset || {}).key !== key) {
+      old.insertBefore(want, at);
+      continue;
+    }
+    if (have === at) at = at.nextSibling;
+    else old.insertBefore(have, at);
+    if (want.data !== have.data) have.data = want.data;
+    if (want.nodeType === 3) continue;
+    for (const { name } of Array.from(have.attributes)) {
+      if (!want.hasAttribute(name)) have.removeAttribute(name);
+    }
+    for (const { name, value } of want.attributes) {
+      if (have.getAttribute(name) === value) continue;
+      if (name === "style") have.style.cssText = value;
+      else have.setAttribute(name, value);
+    }
+    if (want.type === "checkbox") have.checked = want.checked;
+    morph(have, Array.from(want.childNodes));
+  }
+  while (at) {
+    at = at.nextSibling;
+    (at ? at.previousSibling : old.lastChild).remove();
+  }
+}
+
+const capital = (text) => text[0].toUpperCase() + text.slice(1);
+const kindOf = (name) => KINDS[name] || name;
+const wordOf = (name) => capital(/^(approved|denied)$/.test(name) ? name : kindOf(name));
+const pill = (name) => el("span", { class: "pill " + kindOf(name) }, wordOf(name));
+const nameOf = (node) => node.nodeId + (node.iteration ? " · turn " + (node.iteration + 1) : "");
+const hrefOf = (node) => link("node", node.nodeId, node.iteration);
+const button = (text, kind, onclick, more) =>
+  el("button", { type: "button", class: kind, onclick }, more, text);
+const card = (title, ...parts) => el("section.card", el("h2", title), parts);
+const nameField = () => el("input", { value: myName, autocomplete: "name", maxlength: 200,
+  oninput: (event) => { myName = kept("name", event.target.value); } });
+const pre = (text) => el("pre", { tabindex: 0 }, text);
+const heading = (text) => el("h1", { tabindex: -1 }, text);
+const quiet = (...parts) => el("p.quiet", parts);
+const jsonText = (value) => (typeof value === "string" ? value : JSON.stringify(value, null, 2));
+const plain = (text) => text.replace(/\x1b\[[0-9;?]*[A-Za-z]/g, "").replace(/\t/g, "    ");
+const many = (count, one, more) => count + " " + (count === 1 ? one : more);
+const clock = (at) => new Date(at).toLocaleTimeString([], { hour12: false });
+const seconds = (ms) => span(1000 * Math.floor(ms / 1000));
+const ago = (at) => (now() - at < 2000 ? "just now" : seconds(now() - at) + " ago");
+function span(ms) {
+  const s = Math.max(0, ms) / 1000;
+  if (s < 1) return Math.round(s * 1000) + " ms";
+  if (s < 10 && s % 1) return s.toFixed(1) + " s";
+  if (s < 60) return Math.floor(s) + " s";
+  const [size, unit, small, less] = s < 3600 ? [60, " min", 1, " s"]
+    : s < 86400 ? [3600, " h", 60, " min"] : [86400, " d", 3600, " h"];
+  const rest = Math.floor((s % size) / small);
+  return Math.floor(s / size) + unit + (rest ? " " + rest + less : "");
+}
+
+// --- Questions
+async function send(path, options) {
+  const headers = { ...options.headers }, used = token;
+  if (token) headers.Authorization = "Bearer " + token;
+  const response = await fetch(base() + path, { cache: "no-store", ...options, headers });
+  const served = Date.parse(response.headers.get("Date"));
+  if (Math.abs(served - now()) > 2000) skew = served - Date.now();
+  if (response.ok) return response;
+  let said = {};
+  try { said = (await response.json()).error || {}; } catch (error) { /* a proxy's own page */ }
+  if (response.status === 401 && used === token) {  // not the answer to an older one
+    phase = token ? "refused" : "locked";
+    hangUp();
+    dirty();
+  }
+  const message = said.message || "the server answered " + response.status;
+  throw Object.assign(new Error(message), { status: response.status });
+}
+const read = async (path) => (await send(path, {})).json();
+const post = (path, body) => send(path, { method: "POST", body: JSON.stringify(body) });
+
+// Return a function that has `work` done once, a little later, however often it is called.
+function soon(ms, work) {
+  let timer = 0, last = Promise.resolve();
+  const go = () => { timer = 0; return work(state); };
+  return () => {  // what fails is asked for again after the next connection
+    if (!timer) timer = setTimeout(() => { last = last.then(go).catch(() => 0); }, ms);
+  };
+}
+
+// --- The state, from snapshots and events. What an event says of a node stays when a snapshot
+// that was asked for before comes after it.
+function merge(shown, asked) {
+  const key = keyOf(shown), node = state.nodes.get(key) || { touched: 0 };
+  const { attempts: tried, label, startedAtMs } = shown;  // a list, or how many
+  const attempts = Array.isArray(tried) ? tried.length : tried;
+  state.nodes.set(key, node);
+  if (node.touched <= asked) Object.assign(node, shown, { attempts });
+  else Object.assign(node, { label, startedAtMs: node.startedAtMs || startedAtMs,
+    attempts: Math.max(node.attempts, attempts) });
+  return key;
+}
+
+const MOVES = {
+  NodePending: "pending", NodeStarted: "in-progress", NodeFinished: "finished",
+  NodeFailed: "failed", NodeCancelled: "cancelled", NodeSkipped: "skipped",
+  NodeRetrying: "pending", NodeWaitingApproval: "waiting-approval",
+};
+function apply(event) {
+  const { type, nodeId, iteration, timestampMs } = event;
+  if (type === "RunStatusChanged") state.run.status = event.status;
+  if (isOver()) state.run.finishedAtMs = state.run.finishedAtMs || timestampMs;
+  const key = keyOf(event), move = MOVES[type];
+  const close = () => { state.gateClock += state.gates.delete(key); };
+  if (type === "ApprovalGranted" || type === "ApprovalDenied") close();
+  if (move === undefined) return;
+  let node = state.nodes.get(key);
+  if (node === undefined) {
+    node = { nodeId, iteration, label: null, attempts: 0, startedAtMs: null };
+    state.nodes.set(key, node);
+    state.unplaced.add(key);
+    if (state.isWhole) placeNew();
+  }
+  node.touched = ++state.clock;
+  node.state = move;
+  if (event.error) node.error = event.error;
+  if (move === "in-progress") {
+    node.attempts = Math.max(node.attempts, event.attempt + 1);
+    node.startedAtMs = node.startedAtMs || timestampMs;
+    node.finishedAtMs = node.error = null;
+  } else if (move === "waiting-approval") {
+    if (!state.gates.has(key))
+      state.gates.set(key, { nodeId, iteration, requestedAtMs: timestampMs });
+    state.gateClock++;
+    refreshGates();
+  } else if (OVER.includes(move)) {
+    node.finishedAtMs = timestampMs;
+    close();
+  }
+}
+
+async function loadNodes() {
+  const mine = state;
+  for (let after = null, limit = 200; !mine.isWhole; limit = 1000) {
+    const asked = mine.clock;
+    const from = after === null ? "" : "&after=" + encodeURIComponent(after);
+    const page = await read("nodes?limit=" + limit + from);
+    if (mine !== state) return;
+    for (const node of page) {
+      after = merge(node, asked);
+      mine.order.push(after);
+      mine.unplaced.delete(after);
+    }
+    mine.isWhole = page.length < limit;
+    changed();
+  }
+  placeNew();
+}
+
+// A node that was first named by an event goes before what follows it in the tree.
+const placeNew = soon(300, async (mine) => {
+  while (mine === state && mine.unplaced.size) {
+    const first = mine.unplaced.values().next().value, asked = mine.clock;
+    const [one, page] = await Promise.all([read(nodePath(mine.nodes.get(first))),
+      read("nodes?limit=200&after=" + encodeURIComponent(first))]);
+    if (mine !== state) return;
+    const found = [merge(one, asked)];
+    let place = mine.order.length;
+    for (const key of page.map((next) => merge(next, asked))) {
+      const known = mine.order.indexOf(key);
+      if (known >= 0) { place = known; break; }
+      if (!found.includes(key)) found.push(key);
+    }
+    mine.order.splice(place, 0, ...found);
+    for (const key of found) mine.unplaced.delete(key);
+    changed();
+  }
+});
+
+const refreshGates = soon(200, async (mine) => {
+  const asked = mine.gateClock, found = await read("approvals");
+  if (asked !== mine.gateClock) return refreshGates();  // an event was faster
+  mine.gates = new Map(found.map((gate) => [keyOf(gate), gate]));
+  changed();
+});
+
+const refreshWhy = soon(0, async (mine) => {
+  const why = await read("why");
+  mine.why = why;
+  dirty();
+});
+
+// --- The stream: at most one, none in a hidden tab; after a break it goes on where it was.
+let stream = null, tries = 0, redial = 0;
+function hangUp() {
+  clearTimeout(redial);
+  if (stream) stream.abort();
+  stream = null;
+}
+async function connect() {
+  clearTimeout(redial);
+  if (stream || document.hidden || isLocked()) return;
+  const control = stream = new AbortController();
+  let watch = 0;
+  const alive = () => {  // the server is silent for 10 s at most
+    clearTimeout(watch);
+    watch = setTimeout(() => control.abort(), 25000);
+  };
+  try {
+    alive();
+    const run = await read(""), old = state.run;
+    if (stream !== control) return;
+    if (old && (old.runId !== run.runId || old.startedAtMs !== run.startedAtMs)) forget();
+    state.run = run;
+    const isFirst = state.last < 0;
+    changed();
+    const response = await send(isFirst ? "events?last=500" : "events", {
+      headers: isFirst ? {} : { "Last-Event-ID": String(state.last) }, signal: control.signal });
+    if (stream !== control) return;
+    tries = 0;
+    phase = isOver() ? "ended" : "live";
+    if (!state.isWhole) {
+      state.order = [];
+      loadNodes().catch(() => control.abort());
+    }
+    refreshWhy();
+    refreshGates();
+    if (view.reload) view.reload();
+    changed();
+    if (response.status !== 204) await follow(response, alive, takeEvent);
+  } catch (error) {
+    if (error.status === 404) phase = "missing";
+  }
+  clearTimeout(watch);
+  if (stream !== control) return;
+  stream = null;
+  if (isLocked() || document.hidden) return;
+  if (isOver() && phase !== "missing" && state.isWhole) phase = "ended";
+  else {
+    if (phase !== "missing") phase = "offline";
+    const pause = Math.min(15000, 500 * Math.pow(2, tries++));
+    redial = setTimeout(connect, pause * (0.75 + Math.random() / 2));
+  }
+  refreshWhy();
+  dirty();
+}
+
+// Give each event of a stream to `take`, until it says true or the stream ends.
+async function follow(response, alive, take) {
+  const reader = response.body.getReader(), decoder = new TextDecoder();
+  for (let text = ""; ;) {
+    const piece = await reader.read();
+    if (piece.done) return;
+    alive();
+    const blocks = (text + decoder.decode(piece.value, { stream: true })).split("\n\n");
+    text = blocks.pop();
+    for (const block of blocks) {
+      const found = /^event: smithers\ndata: (.*)\nid: (\d+)$/.exec(block);
+      if (found && take(Number(found[2]), JSON.parse(found[1]))) return;
+    }
+  }
+}
+function takeEvent(seq, event) {
+  if (seq <= state.last) return;
+  if (state.first < 0) state.first = seq;
+  state.last = seq;
+  apply(event);
+  const line = lineOf(seq, event);
+  if (line) state.lines.push(line);
+  if (state.lines.length > 24000) {  // older ones can be asked for
+    state.lines.splice(0, 4000);
+    state.first = state.lines[0].seq;
+  }
+  if (view.onEvent) view.onEvent(event);
+  changed();
+}
+async function loadOlder() {
+  const mine = state, end = mine.first, from = Math.max(-1, end - 1001), older = [];
+  const control = new AbortController();
+  const response = await send("events?afterSeq=" + from, { signal: control.signal });
+  await follow(response, () => 0, (seq, event) => {
+    const line = seq < end && lineOf(seq, event);
+    if (line) older.push(line);
+    return seq >= end - 1;
+  });
+  control.abort();
+  if (mine.first !== end) return;
+  mine.lines = older.concat(mine.lines);
+  mine.first = from + 1;
+  changed();
+}
+
+const TOLD = {
+  NodeRetrying: "will be tried again", NodeWaitingApproval: "waits for approval",
+  ApprovalGranted: "approved",
+};
+const UNTOLD = /^(FrameCommitted|RunStatusChanged|NodePending|ApprovalRequested)$/;
+function lineOf(seq, event) {
+  const { nodeId, iteration, timestampMs } = event;
+  const line = { seq, nodeId, iteration, at: timestampMs };
+  if (event.type === "NodeOutput")
+    return { ...line, text: plain(event.text), isBad: event.stream === "stderr" };
+  if (UNTOLD.test(event.type)) return null;
+  const by = event.decidedBy || event.by, { error } = event;
+  const why = error ? error.message : event.note || event.reason;
+  const word = TOLD[event.type] || event.type.replace(/^(Node|Approval|Run)/, "").toLowerCase();
+  const text = [!nodeId && "The run", word, by && "by " + by, why && "· " + why].filter(Boolean);
+  return { ...line, text: text.join(" ").replace(/\s+/g, " "), isWord: true, isBad: error };
+}
+
+// --- Drawing: a view says what should be there, and the document is made like it.
+let isDirty = false, drawTimer = 0;
+function dirty() {
+  if (!isDirty) requestAnimationFrame(draw);
+  isDirty = true;
+}
+function changed() {  // by events, which may be many
+  state.version++;
+  if (!drawTimer) drawTimer = setTimeout(() => { drawTimer = 0; dirty(); }, 100);
+}
+function draw() {
+  isDirty = false;
+  if ((view.name === "token") !== isLocked()) { openView(); return; }
+  const run = state.run, waiting = state.gates.size;
+  document.title = (waiting ? "(" + waiting + ") " : "") +
+    (run ? run.workflowName + " · " + wordOf(run.status) : "Smithers");
+  morph(byId("top"), drawTop(run, waiting));
+  morph(byId("notice"), drawNotice());
+  morph(byId("main"), view.draw().flat(9).filter(Boolean));
+  if (view.drawn) view.drawn();
+  tellGates();
+}
+function drawTop(run, waiting) {
+  const tab = (name, at, ...more) => el("a", { href: link(at),
+    "aria-current": name === view.name && "page" }, capital(name), more);
+  return [
+    el("div.bar", el("strong", run ? run.workflowName : "Smithers"), run && pill(run.status),
+      el("span", { class: "phase " + phase }, capital(phase))),
+    el("nav", { "aria-label": "Views", hidden: isLocked() },
+      tab("run", "", waiting > 0 && el("span.badge.waiting", String(waiting),
+        el("span.hidden", " waiting"))), tab("log", "log"), tab("timeline", "timeline")),
+  ];
+}
+function drawNotice() {
+  if (phase === "offline") return [el("p.notice.bad", "The server does not answer. This is what " +
+    "was last known; decisions are off until it is back.")];
+  if (!hasNoEngine() || isLocked()) return [];
+  return [el("div.notice.waiting", el("p", "No engine drives this run. A decision is kept, and " +
+    "counts when somebody resumes the run:"),
+  pre("python3 -m smithers_serve up FILE --serve --resume --run-id " + state.run.runId))];
+}
+let toldOf = new Set();
+function tellGates() {  // to a screen reader: gates that come up, politely; never log lines
+  const gates = Array.from(state.gates.values()).filter((gate) => gate.status);
+  const fresh = gates.filter((gate) => !toldOf.has(keyOf(gate)));
+  if (fresh.length) byId("news").textContent = "Waiting for a decision: " +
+    (fresh.length > 1 ? fresh.length + " more" : fresh[0].requestTitle || nameOf(fresh[0]));
+  toldOf = new Set(gates.map(keyOf));
+}
+
+// Return which rows of a long list are in sight, or nearly so, and how high it is.
+function rowsInSight(id, total, height, scroller) {
+  const box = byId(id);
+  const one = box && box.firstElementChild && box.firstElementChild.offsetHeight || height;
+  const above = !box ? 0 : scroller ? scroller.scrollTop : -box.getBoundingClientRect().top;
+  const seen = scroller ? scroller.clientHeight : window.innerHeight;
+  const first = Math.max(0, Math.min(total - 1, Math.floor(above / one) - 8));
+  const end = Math.min(total, Math.max(0, Math.ceil((above + seen) / one)) + 8);
+  const rows = [];
+  for (let at = first; at < end; at++) rows.push(at);
+  return { rows, height: one, style: "height: " + total * one + "px",
+    at: (row) => "transform: translateY(" + row * one + "px)" };
+}
+
+// --- The run
+const SHOWN = ["waiting-approval", "failed", "in-progress", "pending", "finished", "skipped",
+  "cancelled"];
+function runView() {
+  let filter = "", wanted = "", keys = [], listed = "", said = "";
+  function headline() {
+    const waiting = state.gates.size, status = state.run.status;
+    if (status === "cancelled") return "The run was cancelled";
+    if (isOver()) return status === "failed" ? "The run has failed" : "The run has finished";
+    if (waiting) return many(waiting, "decision is", "decisions are") + " waiting";
+    return hasNoEngine() ? "The run stands still" : "The run is under way";
+  }
+  function askToCancel() {
+    const by = nameField();
+    const why = el("textarea", { maxlength: 10000 });
+    openDialog("Cancel this run?", [el("p", "What runs is stopped, what waits is closed, " +
+      "nothing new begins."),
+    el("label", "Your name", by), el("label", "Why", why)],
+    "Keep it running", "Yes, cancel the run", "no", async () => {
+      try {
+        await post("cancel",
+          { decidedBy: by.value.trim() || null, reason: why.value.trim() || null });
+        said = "The run is being cancelled.";
+      } catch (error) { said = tellFailure(error, "The cancel"); }
+      dirty();
+    });
+  }
+  function gateCard(gate) {
+    const title = gate.requestTitle || nameOf(gate);
+    return el("div.card.gate.split", el("div", el("h2", title), el("p.quiet.small", el("span.mono",
+      nameOf(gate)), " · asked " + ago(gate.requestedAtMs) + (gate.deadlineAtMs ? " · " +
+      dueText(gate) : ""))), el("a.button", { href: hrefOf(gate),
+      "aria-label": "Review: " + title }, "Review"));
+  }
+  function attention() {
+    const error = isOver() && state.why && state.why.error;
+    const failed = state.order.map((key) => state.nodes.get(key))
+      .filter((node) => node.state === "failed");
+    const more = (count) => count > 0 && quiet("and " + count + " more, in the list of steps");
+    return [Array.from(state.gates.values()).slice(0, 50).map(gateCard),
+      more(state.gates.size - 50),
+      error && el("div.card.fail", el("h2", "Why it failed"),
+        el("p.text", jsonText(error.message))),
+      failed.slice(0, 5).map((node) => el("div.card.fail", el("div.facts", pill("failed"),
+        el("a.mono", { href: hrefOf(node) }, nameOf(node))),
+      el("p.text", node.error ? jsonText(node.error.message) : "It failed."))),
+      more(failed.length - 5)];
+  }
+  function row(at, style) {
+    const node = state.nodes.get(keys[at]), gate = state.gates.get(keys[at]);
+    const from = gate ? gate.requestedAtMs : node.startedAtMs;
+    const to = node.state === "in-progress" || gate ? now() : node.finishedAtMs;
+    const label = node.label !== node.nodeId && node.label;
+    const more = [label, node.attempts > 1 && node.attempts + " attempts"].filter(Boolean);
+    return el("div", { role: "listitem", "data-key": keys[at], style,
+      "aria-setsize": keys.length, "aria-posinset": at + 1 },
+    el("a.node", { href: hrefOf(node) }, pill(node.state), el("span.what",
+      el("span.name.mono", nameOf(node)), node.error
+        ? el("span.more.bad", jsonText(node.error.message).split("\n")[0]) : el("span.more.quiet",
+          more.join(" · "))), el("span.took.quiet.small", from && to ? span(to - from) : "")));
+  }
+  function choose(event) {
+    const chosen = event.target.closest("button");
+    if (chosen) filter = chosen.dataset.state;
+    dirty();
+  }
+  function list() {
+    const made = [filter, wanted, state.version, state.order.length].join();
+    if (made !== listed) keys = !filter && !wanted ? state.order : state.order.filter((key) => {
+      const node = state.nodes.get(key);
+      const text = (nameOf(node) + " " + (node.label || "")).toLowerCase();
+      return (!filter || node.state === filter) && text.includes(wanted);
+    });
+    listed = made;
+    if (!keys.length) return quiet(!state.isWhole ? "Loading the steps…" : state.nodes.size
+      ? "No step matches." : "No steps yet.");
+    const sight = rowsInSight("list", keys.length, 60);
+    return el("div.list", { id: "list", role: "list", "aria-label": "Steps", style: sight.style },
+      sight.rows.map((at) => row(at, sight.at(at))));
+  }
+  return { name: "run", draw() {
+    const run = state.run;
+    if (!run) return [heading(phase === "missing" ? "There is no run here yet"
+      : "Loading…")];
+    const found = state.isWhole ? {} : run.summary;
+    if (state.isWhole) for (const { state: name } of state.nodes.values())
+      found[name] = (found[name] || 0) + 1;
+    const sum = (names) => names.reduce((total, name) => total + (found[name] || 0), 0);
+    const total = sum(Object.keys(found)), done = sum(OVER);
+    const took = span((isOver() ? run.finishedAtMs : now()) - run.startedAtMs);
+    const chip = (name) => el("button", { type: "button", "data-state": name || "",
+      "data-key": name, "aria-pressed": String(name === filter) }, name ? wordOf(name) : "All",
+    el("span.quiet", String(name ? found[name] || 0 : total)));
+    return [
+      el("section.card", el("div.split", el("div", heading(headline()),
+        quiet(done + " of " + many(total, "step", "steps") + " done" + (run.startedAtMs
+          ? (isOver() ? " · took " : " · for ") + took : "") + " · ",
+        el("span.mono", run.runId))),
+      !isOver() && button("Cancel run…", "", askToCancel, { disabled: phase !== "live" })),
+      el("div.meter", { "aria-hidden": "true" },
+        el("div", { style: "width: " + (total ? (100 * done) / total : 0) + "%" })),
+      el("p", { role: "status" }, said)),
+      el("div.stack", attention()),
+      el("section.card", el("div.split", el("h2", "Steps"),
+        el("input", { type: "search", "aria-label": "Find a step", placeholder: "Find a step",
+          oninput: (event) => { wanted = event.target.value.toLowerCase(); dirty(); } })),
+      el("div.chips", { role: "group", "aria-label": "Show only", onclick: choose },
+        [""].concat(SHOWN.filter((name) => found[name] || name === filter)).map(chip)),
+      list()),
+    ];
+  } };
+}
+
+const TIMED = { approve: "it is approved", deny: "it is denied" };
+const dueText = (gate) => (now() >= gate.deadlineAtMs ? "its time is up"
+  : (TIMED[gate.onTimeout] || "it fails") + " in " + seconds(gate.deadlineAtMs - now()));
+const DENIED = {
+  continue: "The run goes on, and later steps are told that it was denied.",
+  skip: "This step is skipped, and the run goes on.",
+  fail: "This step fails, and the run with it, unless the workflow provides for that.",
+};
+function tellFailure(error, what) {
+  if (error.status === undefined) return what + " may have arrived or not: the " +
+    "connection was lost. It shows here once the server is back.";
+  const heads = { 403: "You may not do this",
+    404: "This is no longer there", 409: "Nothing was changed", 413: "The text is too long" };
+  return (heads[error.status] || "It did not work") + ": " + error.message + ".";
+}
+
+// --- A node, which may be a gate
+function nodeView(nodeId, iteration) {
+  const me = { nodeId, iteration }, key = keyOf(me);
+  let detail = null, earlier = [], said = ["", ""], missing = "";
+  const reload = soon(100, async () => {
+    try {
+      detail = await read(nodePath(me));
+      if (detail.gate && iteration > 0) earlier = (await read("approvals?status=all"))
+        .filter((gate) => gate.nodeId === nodeId && gate.iteration < iteration);
+    } catch (error) { if (error.status === 404) missing = error.message; }
+    dirty();
+  });
+  const lines = (found) => found.length ? pre(found.map((line) => plain(line.text)).join("\n"))
+    : quiet("Nothing.");
+  function decided(gate) {
+    const isKnown = gate.status === "approved" || gate.status === "denied";
+    const by = gate.decidedBy ? " by " + gate.decidedBy : "";
+    const at = gate.decidedAtMs ? ", " + new Date(gate.decidedAtMs).toLocaleString() : "";
+    return el("div", { class: "notice " + (isKnown ? kindOf(gate.status) : "") },
+      el("p", (isKnown ? wordOf(gate.status) + by : "No longer asked") + at),
+      gate.note && el("p.text", gate.note));
+  }
+  function evidence(found) {
+    return el("div.item", el("div.facts", pill(found.state),
+      el("a.mono", { href: hrefOf(found) }, nameOf(found))),
+    problem(found),
+    found.output !== null && [el("p.quiet.small", found.isCut ? "Output, cut" : "Output"),
+      pre(jsonText(found.output))],
+    found.log.length > 0 && [el("p.quiet.small", "Last lines"), lines(found.log)]);
+  }
+  const problem = (one) => one.error && el("p.notice.failed.text", jsonText(one.error.message));
+  const attempt = (one) => el("div.item", el("div.facts", pill(one.state),
+    "Attempt " + (one.attempt + 1), el("span.quiet.small", clock(one.startedAtMs) +
+      (one.finishedAtMs ? " · " + span(one.finishedAtMs - one.startedAtMs) : ""))), problem(one));
+  function ask(verb) {
+    const words = (verb === "approve" ? "Approve " : "Deny ") + nodeId;
+    const note = (notes.get(key) || "").trim(), by = myName.trim();
+    openDialog(words + "?", [el("p", detail.gate.requestTitle || nodeId),
+      el("p", verb === "deny" ? DENIED[detail.gate.onDeny] || DENIED.fail : "The run goes on."),
+      el("p.quiet.text", (by ? "As " + by : "Without a name") +
+        (note ? ", with the note: " + note : ", without a note"))],
+    "Go back", "Yes, " + verb + " " + nodeId, verb === "approve" ? "yes" : "no", async () => {
+      const body = { iteration, requestedAtMs: detail.gate.requestedAtMs, note: note || null,
+        decidedBy: by || null };
+      said = ["", "Sending…"];
+      dirty();
+      try {
+        await post(verb + "/" + encodeURIComponent(nodeId), body);
+        notes.delete(key);
+        said = ["finished", (verb === "approve" ? "Approved." : "Denied.") +
+          (hasNoEngine() ? " It counts when somebody resumes the run." : "")];
+      } catch (error) {
+        said = ["failed", tellFailure(error, "Your decision") + " Your note is kept."];
+      }
+      reload();
+    });
+  }
+  function decision(gate) {
+    const isOff = phase !== "live" || isOver();
+    const answer = (text, kind, verb) => button(text + nodeId, kind, () => ask(verb),
+      { disabled: isOff });
+    const note = el("textarea", { maxlength: 10000,
+      oninput: (event) => notes.set(key, event.target.value) });
+    note.value = notes.get(key) || "";
+    return el("section.card", { "data-key": "decision" }, el("h2", "Your decision"),
+      el("dl", el("dt", "Approve"), el("dd", "The run goes on."), el("dt", "Deny"),
+        el("dd", DENIED[gate.onDeny] || DENIED.fail)),
+      gate.approvers && el("p", "May be decided by " + gate.approvers.join(", ") + "."),
+      el("label", "Your name ", el("span.quiet", "(shown with the decision)"),
+        nameField()),
+      el("label", "Note ", el("span.quiet", "(optional)"), note),
+      isOff && el("p.quiet", { "data-key": "off" }, "Decisions are off " + (isOver()
+        ? "after the end." : "until the connection is back. Your note stays.")),
+      el("div.answers", answer("Deny ", "no", "deny"), answer("Approve ", "yes", "approve")));
+  }
+  function gateCards(gate, isOpen) {
+    const facts = Object.entries(gate.metadata || {}), note = notes.get(key);
+    return [
+      facts.length > 0 && card("Details", el("table", el("tbody", facts.map(([name, value]) =>
+        el("tr", el("th", { scope: "row" }, name), el("td.text", jsonText(value))))))),
+      card("What led here", gate.evidence.length ? gate.evidence.map(evidence)
+        : quiet("Nothing ran before this.")),
+      earlier.length > 0 && card("Earlier decisions", earlier.map((one) => el("div.item",
+        el("p.quiet.small", "Turn " + (one.iteration + 1)), decided(one)))),
+      isOpen && decision(gate),
+      !isOpen && note && card("Your note was not sent", pre(note)),
+    ];
+  }
+  reload();
+  return { name: "node", reload, draw() {
+    const gate = detail && detail.gate, back = el("p", el("a.back", { href: link("") }, "← Run"));
+    const title = jsonText(gate && gate.requestTitle || nodeId);
+    const head = heading(title);
+    if (!detail) return [back, el("section.card", head, quiet(missing ? "Not found: " + missing
+      : "Loading…"))];
+    const isOpen = gate && gate.status === "requested" && !OVER.includes(detail.state);
+    const { label, attempts, needs, output, log } = detail;
+    return [back,
+      el("section.card", el("div.facts", pill(isOpen ? "requested" : detail.state),
+        title !== nodeId && el("span.mono", nodeId), iteration > 0 && "turn " + (iteration + 1)),
+      head, label && label !== title && quiet(label),
+      gate && gate.requestSummary && el("p.text", jsonText(gate.requestSummary)),
+      isOpen && quiet("Asked " + ago(gate.requestedAtMs) + (gate.deadlineAtMs
+        ? ". Without an answer " + dueText(gate) : "") + "."),
+      gate && !isOpen && decided(gate)),
+      gate && gateCards(gate, isOpen),
+      el("p", { role: "status", class: said[1] && "notice " + said[0] }, said[1]),
+      (!gate || attempts.length > 0) && [
+        card("Attempts", attempts.length ? attempts.map(attempt) : quiet("It has not run yet."),
+          needs.length > 0 && quiet("Needs " + needs.join(", "))),
+        output !== null && card("Output", pre(jsonText(output))),
+        card("What it printed", lines(log))],
+    ];
+  }, onEvent(event) {
+    if (event.nodeId !== nodeId || event.iteration !== iteration) return;
+    if (event.type !== "NodeOutput") reload();
+    else if (detail) detail.log = detail.log.concat({ text: event.text }).slice(-200);
+  } };
+}
+
+// --- The log
+function logView() {
+  let follows = true, isLoading = false, top = 0, first = null;
+  async function more() {
+    isLoading = true;
+    follows = false;
+    dirty();
+    try { await loadOlder(); } catch (error) { /* the notice tells */ }
+    isLoading = false;
+    dirty();
+  }
+  function scrolled({ target }) {  // who scrolls up wants to read
+    const below = target.scrollHeight - target.clientHeight - target.scrollTop;
+    if (target.scrollTop < top - 2 && below > 30) follows = false;
+    top = target.scrollTop;
+    dirty();
+  }
+  function row(line, style) {
+    return el("div", { style, "data-key": line.seq }, el("time", clock(line.at)),
+      line.nodeId !== undefined && el("a", { href: hrefOf(line) }, nameOf(line)),
+      el("span", { class: line.isBad ? "bad" : line.isWord && "word" }, line.text));
+  }
+  return { name: "log", draw() {
+    const lines = state.lines, panel = byId("log");
+    // What was in sight stays there when lines come in above it.
+    const moved = first === null ? 0 : lines.indexOf(first);
+    first = lines[0] || null;
+    const sight = rowsInSight("lines", lines.length, 24, panel);
+    if (moved > 0 && panel) {
+      byId("lines").style.cssText = sight.style;
+      panel.scrollTop += moved * sight.height;
+      return this.draw();
+    }
+    return [el("section.card", el("div.split",
+      el("div", heading("Log"), quiet(many(lines.length, "line", "lines") +
+        (state.first > 0 ? ", and older ones" : ""))),
+      state.first > 0 && el("button", { type: "button", "data-key": "older", onclick: more,
+        disabled: isLoading || phase === "offline" }, isLoading ? "Loading…" : "Older lines"),
+      el("label.tick", { "data-key": "follow" }, el("input", { type: "checkbox", checked: follows,
+        onchange: (event) => { follows = event.target.checked; dirty(); } }), "Follow")),
+    lines.length === 0 && quiet("Nothing has been printed yet."),
+    el("div.log", { id: "log", tabindex: 0, role: "region", "aria-label": "Log lines",
+      hidden: !lines.length, onscroll: scrolled }, el("div", { id: "lines", style: sight.style },
+      sight.rows.map((at) => row(lines[at], sight.at(at)))))),
+    ];
+  }, drawn() {
+    const panel = byId("log"), end = panel.scrollHeight - panel.clientHeight;
+    if (follows && panel.scrollTop < end - 1) {
+      panel.scrollTop = end;
+      dirty();
+    }
+  } };
+}
+
+// --- The timeline
+function timelineView() {
+  const HEIGHT = 44;
+  let bars = [], made = -1, madeAt = 0;
+  const asked = new Map();
+  const reload = soon(300, async () => {
+    for (const gate of await read("approvals?status=all")) asked.set(keyOf(gate), gate);
+    made = -1;
+    dirty();
+  });
+  function gather() {  // of 10,000 nodes it takes some milliseconds: at most once a second
+    if (made === state.version || made >= 0 && Date.now() - madeAt < 1000) return;
+    [made, madeAt, bars] = [state.version, Date.now(), []];
+    for (const [key, node] of state.nodes) {
+      const gate = asked.get(key) || state.gates.get(key);
+      const from = node.startedAtMs || gate && gate.requestedAtMs;
+      const to = node.finishedAtMs || !node.startedAtMs && gate && gate.decidedAtMs;
+      if (from) bars.push({ key, node, from, to });
+    }
+    bars.sort((one, other) => one.from - other.from);
+  }
+  function picture() {
+    const begin = Math.min(state.run.startedAtMs || Infinity, bars[0].from);
+    const last = isOver() ? state.run.finishedAtMs : now();
+    const x = (at) => 100 * Math.min(1, Math.max(0, (at - begin) / Math.max(1, last - begin)));
+    const { rows, style } = rowsInSight("times", bars.length, HEIGHT);
+    const bar = ({ node, key, from, to }, y) => {
+      const took = span((to || last) - from);
+      const label = nameOf(node) + " · " + wordOf(node.state) + " · " + took;
+      return svg("a", { href: hrefOf(node), "data-key": key, "aria-label": label },
+        svg("rect", { class: "lane", x: 0, y: y + 24, width: "100%", height: 10, rx: 3 }),
+        svg("rect", { class: kindOf(node.state), x: x(from) + "%", y: y + 24, height: 10, rx: 3,
+          width: Math.max(0.6, x(to || last) - x(from)) + "%" }),
+        svg("text", { x: 0, y: y + 17 }, label));
+    };
+    return [el("div.axis.quiet.small", el("span", clock(begin)),
+      el("span", span(last - begin) + " · " + (isOver() ? clock(last) : "now"))),
+    el("div.times", { id: "times", style }, svg("svg", { role: "group", "aria-label":
+      "What ran when", height: rows.length * HEIGHT, style: "top: " + rows[0] * HEIGHT + "px" },
+    rows.map((at) => bar(bars[at], (at - rows[0]) * HEIGHT))))];
+  }
+  reload();
+  return { name: "timeline", reload, draw() {
+    gather();
+    return [el("section.card", heading("Timeline"),
+      state.run && bars.length ? picture() : quiet("Nothing has run yet."))];
+  }, onEvent(event) { if (event.type.startsWith("Approval")) reload(); } };
+}
+
+// --- The token
+function tokenView() {
+  let said = phase === "refused" && "That token was refused. Try another one.";
+  token = kept("token", "");
+  phase = "locked";
+  function unlock() {
+    const text = byId("token").value.trim();
+    if (/^[!-~]+$/.test(text)) {
+      token = kept("token", text);
+      phase = "loading";
+      return openView();
+    }
+    said = "A token is visible characters without spaces.";
+    dirty();
+  }
+  return { name: "token", draw: () => [el("section.card",
+    heading("This run is locked"),
+    quiet("Its server asks for a token. It is kept in this tab only, never in an address."),
+    el("label", "Token", el("input", { type: "password", id: "token", autocomplete: "off",
+      onkeydown: (event) => { if (event.key === "Enter") unlock(); } })),
+    el("p", { role: "status", class: said && "notice bad" }, said),
+    button("Unlock", "yes", unlock))] };
+}
+
+// --- A dialog: the browser keeps the keyboard in it, and gives the focus back.
+function openDialog(title, parts, back, go, kind, act) {
+  const box = el("dialog", { "aria-label": title, onclose: () => box.remove() },
+    el("h2", title), parts, el("div.answers", button(back, "", () => box.close()),
+      button(go, kind, () => { box.close(); act(); })));
+  document.body.append(box);
+  if (box.showModal) box.showModal();
+  else if (confirm(title)) act();
+}
+
+// --- Addresses
+const places = new Map();  // how far each was scrolled, for Back
+let here = null;
+function openView(event) {
+  for (const box of document.querySelectorAll("dialog")) box.close();
+  let parts = [""];
+  try {
+    parts = location.hash.replace(/^#\/?/, "").split("/").map(decodeURIComponent);
+  } catch (error) { }
+  const oldPath = runPath;
+  runPath = parts[0] === "runs" ? "runs/" + encodeURIComponent(parts[1]) + "/" : "";
+  if (runPath) parts = parts.slice(2);
+  if (oldPath !== runPath) {
+    hangUp();
+    forget();
+    toldOf.clear();
+    phase = "loading";
+  }
+  if (here !== null) places.set(here, window.scrollY);
+  here = location.hash;
+  view = isLocked() ? tokenView() : parts[0] === "node" ? nodeView(parts[1], Number(parts[2]) || 0)
+    : parts[0] === "log" ? logView() : parts[0] === "timeline" ? timelineView() : runView();
+  byId("main").textContent = "";
+  draw();
+  window.scrollTo(0, places.get(here) || 0);
+  if (event) document.querySelector("h1").focus({ preventScroll: true });
+  dirty();
+  connect();
+}
+
+history.scrollRestoration = "manual";
+addEventListener("hashchange", openView);
+addEventListener("resize", dirty);
+addEventListener("scroll", dirty, { passive: true });
+addEventListener("online", connect);
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden) connect();
+  else {
+    hangUp();
+    if (phase === "live" || phase === "offline") phase = "paused";
+  }
+});
+setInterval(() => { if (!document.hidden) dirty(); }, 1000);
+setInterval(() => { if (phase === "live" && !document.hidden) refreshWhy(); }, 15000);
+openView();
+"""
+
+PAGE = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>Smithers</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<style>{PAGE_STYLE}</style>
+</head>
+<body>
+<div id="page">
+<header><div id="top"></div></header>
+<main>
+<div id="notice" role="status"></div>
+<div id="main"><noscript>This page needs JavaScript.</noscript></div>
+</main>
+</div>
+<p id="news" class="hidden" aria-live="polite"></p>
+<script>{PAGE_SCRIPT}</script>
+</body>
+</html>
+"""
+
+
+def csp_hash(text: str) -> str:
+    """Return the source expression that allows just this inline text. Source: CSP Level 3."""
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+
+
+PAGE_HEADERS = (
+    ("Content-Type", "text/html; charset=utf-8"),
+    (
+        "Content-Security-Policy",
+        f"default-src 'none'; script-src {csp_hash(PAGE_SCRIPT)}; style-src {csp_hash(PAGE_STYLE)};"
+        " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none';"
+        " frame-ancestors 'none'",
+    ),
+    ("Cache-Control", "no-store"),
+    ("Referrer-Policy", "no-referrer"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "DENY"),
+)
+PAGE_RESPONSE = Response(200, PAGE.encode("utf-8"), PAGE_HEADERS)
+
+
+def get_page(app: ServeApp, request: Request) -> Response:
+    return PAGE_RESPONSE
+
+
+# ---------------------------------------------------------------------------
 # Routes: one short function per route, one table, one app
 # ---------------------------------------------------------------------------
 
@@ -6798,7 +7887,8 @@ def get_frames(app: ServeApp, request: Request) -> Response:
 
 
 def get_events(app: ServeApp, request: Request) -> Response:
-    after = integer_in("afterSeq", parse_query(request.head.query).get("afterSeq", "-1"), -1)
+    query = parse_query(request.head.query)
+    after = integer_in("afterSeq", query.get("afterSeq", "-1"), -1)
     last_id = request.head.headers.get("last-event-id")
     if last_id:  # empty is what some clients send before their first event
         after = integer_in("Last-Event-ID", last_id, -1)
@@ -6810,6 +7900,10 @@ def get_events(app: ServeApp, request: Request) -> Response:
         elif run is not None and run.is_terminal and newest <= after:
             # Tells an EventSource to stop.
             return Response(204, headers=(("Cache-Control", "no-store"),))
+    elif "last" in query:  # the newest so many, and what follows
+        with app.adapter.snapshot() as reads:
+            newest = reads.get_newest_seq(request.view.run_id)
+        after = max(after, newest - integer_in("last", query["last"], 0))
     app.check_stream_room()
     headers = (
         ("Content-Type", "text/event-stream"),
@@ -6893,6 +7987,7 @@ def get_metrics(app: ServeApp, request: Request) -> Response:
 APP_ROUTES = (
     Route("GET", "/health", get_health, public=True, is_quick=True),
     Route("GET", "/metrics", get_metrics, is_quick=True),
+    Route("GET", "/ui", get_page, public=True, is_quick=True),
 )
 RUN_ROUTES = (
     Route("GET", "/", get_status, is_quick=True),
@@ -7113,9 +8208,10 @@ class ServeApp:
         method = "GET" if head.method == "HEAD" else head.method
         matches = self._router.find(head.segments)
         match = next((match for match in matches if match.route.method == method), None)
+        if match is None or match.route.handler is not get_health:  # a probe may use any name
+            self._refuse_foreign_host(head.headers)
         if match is not None and match.route.public:
             return match
-        self._refuse_foreign_host(head.headers)
         who = self.identify(head.headers)
         if who is None:
             raise Unauthorized(
@@ -8818,6 +9914,11 @@ def make_ssl_context(certfile: str | None, keyfile: str | None) -> ssl.SSLContex
     return context
 
 
+def page_url(url: str | None) -> str | None:
+    """Return where the page of a server is, None when there is none."""
+    return None if url is None else f"{url}/ui"
+
+
 def ordinal(number: int) -> str:
     ends = {1: "st", 2: "nd", 3: "rd"}
     is_teen = number % 100 in (11, 12, 13)
@@ -8949,7 +10050,7 @@ class Notifier:
             "runId": run.run_id,
             "workflowName": run.workflow_name,
             "status": run.status,
-            "url": None if self._url is None else f"{self._url}/ui",
+            "url": page_url(self._url),
         }
         if gate is not None:
             request = json.loads(gate.request_json or "{}")
@@ -8962,7 +10063,7 @@ class Notifier:
                     self._expiring.set("gate-expiring", key, deadline - timeout * self.SOON_SHARE)
             if self._url is not None:
                 node = urllib.parse.quote(gate.node_id, safe="")
-                facts["url"] = f"{self._url}/ui#/node/{node}/{gate.iteration}"
+                facts["url"] = f"{page_url(self._url)}#/node/{node}/{gate.iteration}"
         if kind != "gate-known":
             self._start(to_json(facts).encode())
 
@@ -9228,6 +10329,7 @@ class Process:
         is_everywhere = self._args.host in ("0.0.0.0", "::", "")
         where = f", and on this machine's other addresses ({self._args.host})"
         say(f"HTTP server listening on {server.url}" + (where if is_everywhere else ""))
+        say(f"Page: {page_url(server.url)}")
         if not is_loopback(server.host) and not server.app.has_token:
             say(
                 "WARNING: anybody who reaches this port can approve gates and cancel the run:"
@@ -9402,6 +10504,7 @@ def detach(args: argparse.Namespace, token: str | None) -> int:
         return EXIT_FAILURE
     facts = json.loads(ready)
     shown = {"runId": facts["runId"], "pid": child.pid, "logFile": log_path, "url": facts["url"]}
+    shown["page"] = page_url(facts["url"])
     print_result(args.out, shown)
     return 0
 
@@ -9529,6 +10632,7 @@ def run_row(reads: Reads, run: Run) -> dict[str, Any]:
         "engine": process_of(run.runtime_owner_id or "")[1] if life == "alive" else None,
         "waitsFor": f"{waits} approval{'s' * (waits > 1)}" if waits else None,
         "url": run.config.get("url") if life == "alive" else None,
+        "page": page_url(run.config.get("url") if life == "alive" else None),
         "logFile": run.config.get("logFile"),
     }
 
@@ -9540,13 +10644,13 @@ def run_ps(args: argparse.Namespace) -> int:
 
     def lines() -> Iterator[str]:
         form = "{:<20} {:<16} {:>9} {:>8}  {:<12} {:>7}  {:<16} {}"
-        heads = ("RUN", "STATE", "DONE", "AGE", "WAITS FOR", "ENGINE", "WORKFLOW", "URL")
+        heads = ("RUN", "STATE", "DONE", "AGE", "WAITS FOR", "ENGINE", "WORKFLOW", "PAGE")
         yield form.format(*heads)
         for row in found:
             yield form.format(
                 row["runId"], row["state"], f"{row['done']}/{row['nodes']}",
                 ago(row["createdAtMs"]), row["waitsFor"] or "", row["engine"] or "none",
-                row["workflowName"][:16], row["url"] or "",
+                row["workflowName"][:16], row["page"] or "",
             )  # fmt: skip
         if not found:
             yield "No run has still to end; -a lists all."

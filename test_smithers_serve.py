@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import atexit
+import base64
 import concurrent.futures
 import contextlib
 import contextvars
@@ -4551,6 +4552,469 @@ class ContentHygieneTest(ServerCase):
 
 
 # ---------------------------------------------------------------------------
+# The page, without a browser and in one
+# ---------------------------------------------------------------------------
+
+
+class PageTest(ServerCase):
+    def test_only_its_own_script_and_style_may_run(self) -> None:
+        reply = self.assert_ask(200, "GET", "/ui")
+        policy = dict(
+            part.split(" ", 1) for part in reply.headers["content-security-policy"].split("; ")
+        )
+        for tag in ("script", "style"):
+            (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", reply.body, re.DOTALL)
+            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            self.assertEqual(policy.pop(f"{tag}-src"), f"'sha256-{digest}'")
+        none = "default-src base-uri form-action frame-ancestors".split()
+        expected = {**dict.fromkeys(none, "'none'"), "connect-src": "'self'", "img-src": "data:"}
+        self.assertEqual(policy, expected)
+
+    def test_its_headers_keep_it_to_itself(self) -> None:
+        headers = self.assert_ask(200, "HEAD", "/ui").headers
+        for line in (
+            "content-type: text/html; charset=utf-8",
+            "cache-control: no-store",
+            "referrer-policy: no-referrer",
+            "x-content-type-options: nosniff",
+            "x-frame-options: DENY",
+        ):
+            name, value = line.split(": ")
+            self.assertEqual(headers[name], value)
+
+    def test_it_is_small_and_asks_nobody_else(self) -> None:
+        self.assertLess(len(ss.PAGE.encode()), 48 << 10)
+        self.assertEqual(re.findall(r"https?://[^\"]*", ss.PAGE), ["http://www.w3.org/2000/svg"])
+        for danger in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval("):
+            self.assertNotIn(danger, ss.PAGE)
+        self.assertNotRegex(ss.PAGE, r"<[^>]* (on\w+|style|src)=")
+
+    def test_it_needs_no_token_but_a_host_of_ours(self) -> None:
+        self.assert_ask(403, "GET", "/ui", None, {"Host": "evil.example"})
+        self.assert_ask(200, "GET", "/health", None, {"Host": "evil.example"})
+        self.served = self.at_gate(token="tok")
+        self.assert_ask(200, "GET", "/ui")
+
+    def test_a_stream_can_begin_with_the_newest_events(self) -> None:
+        newest = self.served.newest()
+        for last, first in ((0, None), (2, newest - 1), (1000, 0)):
+            with self.served.listen(f"/events?last={last}") as reader:
+                self.assertEqual(first, reader.event()[0] if last else None)  # type: ignore[index]
+        self.assert_ask(400, "GET", "/events?last=-1")
+
+
+class Browser:
+    """Headless Chromium behind chromedriver. Source: W3C WebDriver, Chrome DevTools Protocol."""
+
+    ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
+    FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run
+        --disable-background-networking --disable-component-update --disable-sync""".split()
+
+    def __init__(self) -> None:
+        self.folder = tempfile.mkdtemp(prefix="smithers-browser-")
+        self.port, self.path = free_port(), ""
+        self.driver = subprocess.Popen(
+            ["chromedriver", f"--port={self.port}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        wait_for_answer(self.port, "/status")
+        options = {"args": [*self.FLAGS, f"--user-data-dir={self.folder}"]}
+        logs = {"performance": "ALL", "browser": "ALL"}
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": logs}
+        made = self.ask("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
+        self.path = f"/session/{made['sessionId']}"
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self.ask("DELETE", "")
+        self.driver.terminate()
+        self.driver.wait(PATIENCE)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        data = None if method != "POST" else body or {}
+        reply = ask(self.port, method, self.path + path, data)
+        value = (reply.body if isinstance(reply.body, dict) else json.loads(reply.body))["value"]
+        if reply.status != 200:
+            raise AssertionError(f"{path}: {value['message'].splitlines()[0]}")
+        return value
+
+    def run(self, script: str, *args: Any) -> Any:
+        return self.ask("POST", "/execute/sync", {"script": script, "args": list(args)})
+
+    def tell(self, command: str, **params: Any) -> Any:
+        return self.ask("POST", "/goog/cdp/execute", {"cmd": command, "params": params})
+
+    def show(self, width: int = 1280, height: int = 800, is_dark: bool = False) -> None:
+        """Take this size and colour."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.tell("Emulation.setDeviceMetricsOverride", **size)
+        feature = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
+        self.tell("Emulation.setEmulatedMedia", features=[feature])
+
+    def wait(self, script: str, *args: Any) -> Any:
+        """Return what a script returns, as soon as it is something."""
+        found: list[Any] = [None]
+
+        def holds() -> Any:
+            found[0] = self.run(script, *args)
+            return found[0]
+
+        try:
+            eventually(holds)
+        except AssertionError as error:
+            text = self.run("return document.body.innerText")
+            raise AssertionError(f"{script} {args} in {text}") from error
+        return found[0]
+
+    def see(self, *texts: str) -> None:
+        for text in texts:
+            self.wait("return document.body.innerText.includes(arguments[0])", text)
+
+    def find(self, text: str) -> str:
+        """Return the button or link with this text or label, once it can be used."""
+        script = """return Array.from(document.querySelectorAll("button, a")).find((one) =>
+            one.offsetParent && !one.disabled &&
+            (one.innerText.trim() === arguments[0] || one.ariaLabel === arguments[0]))"""
+        return str(self.wait(script, text)[self.ELEMENT])
+
+    def click(self, *texts: str) -> None:
+        for text in texts:
+            self.ask("POST", f"/element/{self.find(text)}/click")
+
+    def type(self, label: str, text: str) -> None:
+        script = """const found = Array.from(document.querySelectorAll("label")).find((one) =>
+            one.innerText.startsWith(arguments[0]));
+            return found && found.querySelector("input, textarea")"""
+        element = self.wait(script, label)[self.ELEMENT]
+        self.ask("POST", f"/element/{element}/value", {"text": text})
+
+    def press(self, *keys: str) -> None:
+        """Press keys, one after the other, wherever the focus is."""
+        actions = [{"type": kind, "value": k} for k in keys for kind in ("keyDown", "keyUp")]
+        self.ask("POST", "/actions", {"actions": [{"type": "key", "id": "k", "actions": actions}]})
+
+    def log(self, kind: str) -> list[dict[str, Any]]:
+        """Return what has been logged since the last time."""
+        return list(self.ask("POST", "/se/log", {"type": kind}))
+
+
+TAB, ENTER, ESCAPE = "\ue004", "\ue007", "\ue00c"
+FOCUSED = "return document.activeElement.innerText"
+MARKUP = "<img src=x onerror=document.title='hit'><b>bold</b>"
+
+
+def speak(text: str) -> dict[str, str]:
+    current_task().log(text)
+    return {text: text}
+
+
+def fail_with(text: str) -> None:
+    raise ValueError(text)
+
+
+@unittest.skipUnless(shutil.which("chromedriver"), "chromedriver is not installed")
+class BrowserTest(ServerCase):
+    """The page in a real browser; afterwards it must have no error and have asked nobody else."""
+
+    browser: Browser
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.browser = Browser()
+        cls.addClassCleanup(cls.browser.close)
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.browser.show()
+        self.ports = set[int]()
+        self.browser.log("performance"), self.browser.log("browser")
+        self.addCleanup(self.check_browser)
+
+    def check_browser(self) -> None:
+        self.browser.ask("POST", "/url", {"url": "about:blank"})
+        entries = self.browser.log("browser")
+        errors = [e for e in entries if e["source"] != "network" and e["level"] != "DEBUG"]
+        self.assertEqual(errors, [])
+        messages = (json.loads(e["message"])["message"] for e in self.browser.log("performance"))
+        asked = [
+            m["params"]["request"]["url"]
+            for m in messages
+            if m["method"] == "Network.requestWillBeSent"
+        ]
+        own = tuple(f"http://127.0.0.1:{port}/" for port in self.ports)
+        self.assertEqual([url for url in asked if not url.startswith((*own, "data:"))], [])
+
+    def open(self, served: RunServer | None = None, at: str = "#/") -> RunServer:
+        served = served or self.served
+        self.ports.add(served.port)
+        self.browser.ask("POST", "/url", {"url": f"http://127.0.0.1:{served.port}/ui{at}"})
+        return served
+
+    def go(self, at: str) -> None:
+        self.browser.run("location.hash = arguments[0]", at)
+
+    def live(self, *tree: Any) -> RunServer:
+        """Serve a run that an engine drives, at its gate."""
+        served = self.fresh()
+        served.start(list(tree) or release, "NodeWaitingApproval deploy")
+        return served
+
+    def test_a_stranger_approves_on_a_phone(self) -> None:
+        self.browser.show(360, 740)
+        served = self.open(self.live())
+        self.browser.see("1 decision is waiting", "1 of 3 steps done")
+        self.assertEqual(self.browser.run("return document.title"), "(1) release · Waiting")
+        self.browser.click("Review: Deploy?")
+        self.browser.see("What led here", "app-1.0", "The run goes on.")
+        self.browser.type("Your name", "alice")
+        self.browser.type("Note", "looks good")
+        self.browser.click("Approve deploy", "Yes, approve deploy")
+        self.browser.see("Approved by alice", "looks good")
+        self.browser.click("← Run")
+        self.browser.see("The run has finished", "3 of 3 steps done", "Ended")
+        self.assertEqual(self.browser.run("return document.title"), "release · Finished")
+        gate = self.gate(served.run_id)
+        self.assertEqual((gate.decided_by, gate.note), ("alice", "looks good"))
+
+    def test_what_looks_like_markup_stays_text(self) -> None:
+        with self.assertLogs("smithers_serve"):
+            served = self.fresh()
+            tree = Workflow(
+                MARKUP,
+                Task("speak", speak, args=[MARKUP], label=MARKUP),
+                Task("fails", fail_with, args=[MARKUP], continue_on_fail=True),
+                Approval("first"),
+                Approval(
+                    "deploy",
+                    title=MARKUP,
+                    summary=MARKUP,
+                    approvers=[MARKUP],
+                    metadata={MARKUP: MARKUP},
+                    needs=["speak", "fails", "first"],
+                ),
+            )
+            served.start(tree, "NodeWaitingApproval first")
+            said = {"note": MARKUP, "decidedBy": MARKUP}
+            self.assertEqual(served.ask("POST", "/approve/first", said).status, 200)
+        self.open(served)
+        self.browser.see("1 decision is waiting")
+        nodes = [f"#/node/{name}/0" for name in ("deploy", "first", "speak", "fails")]
+        for at in ("#/", *nodes, "#/log", "#/timeline"):
+            self.go(at)
+            self.browser.wait("return document.querySelector('[aria-current], .back, .log')")
+            if at != "#/timeline":
+                self.browser.see(MARKUP)
+            self.assertIsNone(self.browser.run("return document.querySelector('main img, main b')"))
+        self.assertIn("<img", self.browser.run("return document.title"))
+
+    def test_a_second_decider_is_told_who_was_first(self) -> None:
+        served = self.open(self.live(), "#/node/deploy/0")
+        self.browser.type("Note", "my own words")
+        self.browser.click("Approve deploy")
+        served.ask("POST", "/deny/deploy", {"decidedBy": "bob", "note": "not today"})
+        self.browser.click("Yes, approve deploy")
+        self.browser.see("Nothing was changed", "Denied by bob", "not today", "my own words")
+
+    def test_a_refusal_is_told_and_keeps_the_note(self) -> None:
+        served = self.open(self.live(Approval("deploy", approvers=["ops"])), "#/node/deploy/0")
+        self.browser.type("Note", "please")
+        self.browser.click("Deny deploy", "Yes, deny deploy")
+        self.browser.see("You may not do this", "decided by ops", "Your note is kept")
+        self.assertEqual(
+            self.browser.run("return document.querySelector('textarea').value"), "please"
+        )
+        self.assertEqual(self.gate(served.run_id).status, "requested")
+
+    def test_decisions_are_off_until_the_server_is_back(self) -> None:
+        served = self.open(self.live(), "#/node/deploy/0")
+        self.browser.type("Note", "kept")
+        self.browser.find("Approve deploy")
+        served.stop()
+        self.browser.see("The server does not answer", "Decisions are off", "Offline")
+        self.assertTrue(self.browser.run("return document.querySelector('.yes').disabled"))
+        again = ss.make_server(served.app, LOOPBACK, served.port)
+        again.start()
+        self.addCleanup(again.stop)
+        self.browser.click("Approve deploy", "Yes, approve deploy")
+        self.browser.see("Approved", "kept")
+        self.go("#/log")
+        self.browser.see("The run finished")
+        lines = self.browser.run("return document.querySelector('.log').innerText").split("\n")
+        self.assertEqual(len(lines), len(set(lines)), lines)
+
+    def test_a_decision_on_a_lost_connection_is_told_as_unknown(self) -> None:
+        served = self.open(self.live(), "#/node/deploy/0")
+        self.browser.type("Note", "half said")
+        self.browser.click("Deny deploy")
+        served.stop()
+        self.browser.click("Yes, deny deploy")
+        self.browser.see("may have arrived or not", "Your note is kept")
+        note = self.browser.run("return document.querySelector('textarea').value")
+        self.assertEqual(note, "half said")
+
+    def test_the_keyboard_is_enough(self) -> None:
+        served = self.open(self.live(), "#/node/deploy/0")
+        self.browser.find("Deny deploy")
+        for _ in range(30):
+            self.browser.press(TAB)
+            if self.browser.run(FOCUSED) == "Deny deploy":
+                break
+        self.browser.press(ENTER)
+        self.assertEqual(self.browser.wait(FOCUSED), "Go back")
+        self.browser.press(TAB)
+        self.assertEqual(self.browser.run(FOCUSED), "Yes, deny deploy")
+        self.browser.press(ESCAPE)
+        self.assertEqual(self.browser.wait(FOCUSED), "Deny deploy")
+        self.browser.press(TAB, ENTER, TAB, ENTER)
+        self.browser.see("Approved")
+        self.assertEqual(self.gate(served.run_id).status, "approved")
+
+    def test_a_token_is_asked_for_and_kept_in_the_tab(self) -> None:
+        served = self.at_gate(token="tok")
+        self.open(served, "#/node/deploy/0")
+        self.browser.see("This run is locked")
+        self.browser.type("Token", "wrong" + ENTER)
+        self.browser.see("That token was refused")
+        self.browser.type("Token", "tok" + ENTER)
+        self.browser.see("Deploy?", "What led here")
+        self.assertNotIn("tok", self.browser.run("return location.href + document.cookie"))
+        self.open(served, "?again#/")
+        self.browser.see("1 decision is waiting")
+
+    def test_without_an_engine_it_says_when_a_decision_counts(self) -> None:
+        self.open(at="#/node/deploy/0")
+        self.browser.see("No engine drives this run", f"--resume --run-id {RUN}")
+        self.browser.click("Approve deploy", "Yes, approve deploy")
+        self.browser.see("It counts when somebody resumes the run")
+
+    def test_a_run_is_cancelled_by_name_and_reason(self) -> None:
+        served = self.open(self.live())
+        self.browser.click("Cancel run…")
+        self.browser.type("Your name", "carol")
+        self.browser.type("Why", "wrong branch")
+        self.browser.click("Yes, cancel the run")
+        self.browser.see("The run was cancelled")
+        told = served.events()[-1].payload
+        self.assertEqual((told["by"], told["reason"]), ("carol", "wrong branch"))
+
+    def test_new_nodes_take_their_place_in_the_tree(self) -> None:
+        def tree(ctx: Ctx) -> Workflow:
+            more = [Task("grown", answer)] if ctx.output("deploy") else []
+            return Workflow("grows", Approval("deploy"), *more, Task("waits", wait_for_go))
+
+        served = self.fresh()
+        served.start(tree, "NodeWaitingApproval deploy")
+        self.open(served)
+        self.browser.see("waits")
+        served.ask("POST", "/approve/deploy")
+        names = "return Array.from(document.querySelectorAll('.name')).map((one) => one.innerText)"
+        self.browser.wait(f"{names}.join() === 'deploy,grown,waits'")
+        GO.set()
+        self.browser.see("The run has finished")
+
+    def test_ten_thousand_nodes_and_a_long_log_stay_small(self) -> None:
+        change(
+            self.path,
+            f"""with recursive numbers(n) as (select 1 union all select n + 1
+            from numbers where n < 10000) insert into _smithers_nodes
+            (run_id, node_id, iteration, state) select '{RUN}', 'n' || n, 0, 'finished'
+            from numbers""",
+        )
+        fill(self.served, 100_000)
+        self.open()
+        self.browser.see("10003 steps", "n1\n")
+        self.browser.wait("scrollTo(0, 1e9); return document.body.innerText.includes('n9999\\n')")
+        for at in ("#/", "#/log", "#/timeline"):
+            self.go(at)
+            self.browser.wait("return document.querySelector('main h1')")
+            count = self.browser.run("return document.querySelectorAll('*').length")
+            self.assertLess(count, 1000)
+        self.go("#/log")
+        self.browser.see("500 lines, and older ones")
+        self.browser.click("Older lines")
+        self.browser.see("1500 lines, and older ones")
+
+    def test_fifty_gates_are_told_at_once(self) -> None:
+        gates = Parallel(*(Approval(f"g{n}", title=f"Gate {n}?") for n in range(50)))
+        served = self.fresh()
+        served.run_to_gate([gates])
+        self.open(served)
+        self.browser.see("50 decisions are waiting", "Gate 49?")
+        self.assertLess(self.browser.run("return document.querySelectorAll('*').length"), 2000)
+
+    def test_a_hidden_tab_closes_its_stream(self) -> None:
+        served = self.open(self.live())
+        eventually(lambda: served.streams() == "1")
+        before = self.browser.ask("GET", "/window")
+        other = self.browser.ask("POST", "/window/new", {"type": "tab"})["handle"]
+        self.browser.ask("POST", "/window", {"handle": other})
+        eventually(lambda: served.streams() == "0")
+        self.browser.ask("DELETE", "/window")
+        self.browser.ask("POST", "/window", {"handle": before})
+        eventually(lambda: served.streams() == "1")
+        self.browser.see("Live")
+
+    def test_back_returns_to_where_one_was(self) -> None:
+        self.open()
+        self.browser.click("Review: Deploy?")
+        self.browser.see("Your decision")
+        self.browser.ask("POST", "/back")
+        self.browser.see("1 decision is waiting")
+
+    def test_a_phone_shows_all_of_it_and_fingers_hit(self) -> None:
+        self.browser.show(360, 740)
+        self.open(self.live())
+        for at in "#/ #/node/deploy/0 #/node/build/0 #/log #/timeline".split():
+            self.go(at)
+            self.browser.wait("return document.querySelector('h2, .log, svg')")
+            with self.subTest(at=at):
+                self.assertEqual(self.browser.run("return document.body.scrollWidth"), 345)
+                small = self.browser.run("""return Array.from(document.querySelectorAll(
+                    "button, input, textarea, nav a, .button, .node, .back")).filter((one) =>
+                    one.offsetParent && one.type !== "checkbox" && one.offsetHeight < 44)
+                    .map((one) => one.outerHTML)""")
+                self.assertEqual(small, [])
+
+    @unittest.skipUnless(os.environ.get("SMITHERS_AXE"), "SMITHERS_AXE names no axe.min.js")
+    def test_axe_finds_nothing_serious(self) -> None:
+        with open(os.environ["SMITHERS_AXE"], encoding="utf-8") as file:
+            axe = file.read()
+        with self.assertLogs("smithers_serve"):
+            served = self.live(
+                Task("fails", fail_with, args=["no luck"], continue_on_fail=True),
+                Approval("deploy", metadata={"to": "all"}, needs=["fails"]),
+            )
+        places = [
+            (served, "#/node/deploy/0"),
+            (served, "#/node/fails/0"),
+            (served, "#/log"),
+            (served, "#/timeline"),
+            (served, "#/"),
+            (self.served, "#/node/deploy/0"),
+            (self.at_gate(token="tok"), "#/"),
+        ]
+        for is_dark in (False, True):
+            for width in (1280, 360):
+                self.browser.show(width, 800, is_dark)
+                for place, at in places:
+                    self.open(place, f"?{width}{is_dark}{at}")
+                    self.browser.wait(
+                        "return document.querySelector('h2, .log, svg, [type=password]')"
+                    )
+                    self.browser.run(axe)
+                    ran = "const end = arguments[0]; axe.run().then((all) => end(all.violations))"
+                    found = self.browser.ask("POST", "/execute/async", {"script": ran, "args": []})
+                    shown = [
+                        (one["id"], [n["html"] for n in one["nodes"]][:3])
+                        for one in found
+                        if one["impact"] in ("serious", "critical")
+                    ]
+                    self.assertEqual(shown, [], (at, width, is_dark))
+
+
+# ---------------------------------------------------------------------------
 # Metrics
 # ---------------------------------------------------------------------------
 
@@ -5294,7 +5758,8 @@ class DetachTest(CommandCase):
         self.assertEqual(code, 0, err)
         shown = json.loads(out)
         self.addCleanup(self.end, shown["pid"])
-        self.assertEqual(list(shown), ["runId", "pid", "logFile", "url"])
+        self.assertEqual(list(shown), ["runId", "pid", "logFile", "url", "page"])
+        self.assertEqual(shown["page"], shown["url"] + "/ui")
         self.assertEqual(shown["runId"], "r")
         self.assertNotEqual(os.getpgid(shown["pid"]), os.getpgid(0))
         if os.path.isdir("/proc/self"):
@@ -5331,6 +5796,7 @@ class DemoTest(CommandCase):
             line = child.wait_for(r"(curl -X POST \S+)")
             url = urllib.parse.urlsplit(shlex.split(line)[-1])
             self.assertEqual(url.port, child.port)
+            self.assertEqual(child.wait_for(r"Page: (\S+)"), f"http://127.0.0.1:{url.port}/ui")
             self.assertEqual(ask(child.port, "GET", "/").body["status"], "waiting-approval")
             self.assertEqual(ask(child.port, "POST", url.path).status, 200)
             child.wait_for(r"Workflow finished\. Server still running")
