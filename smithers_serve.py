@@ -1718,12 +1718,15 @@ class Reads:
         return [Node(*row) for row in rows]
 
     def list_attempts(self, run_id: str, open_nodes_only: bool = False) -> list[Attempt]:
-        """Return the attempts in order; or only those of nodes that are not over with success."""
+        """Return the attempts in order; or leave out those of ended nodes without a gate."""
         rows = self.rows(
             f"""select {", ".join(f"a.{name}" for name in Attempt._fields)}
                from _smithers_nodes n join _smithers_attempts a on a.run_id = n.run_id
                  and a.node_id = n.node_id and a.iteration = n.iteration
-               where n.run_id = ? and (? or n.state not in ('finished', 'skipped'))
+               where n.run_id = ? and (? or n.state not in ('finished', 'skipped')
+                 or n.state = 'finished' and exists (select 1 from _smithers_approvals g
+                   where g.run_id = n.run_id and g.node_id = n.node_id
+                     and g.iteration = n.iteration))
                order by a.node_id, a.iteration, a.attempt""",
             (run_id, not open_nodes_only),
         )
@@ -5165,6 +5168,8 @@ def record_of(node: Node, attempts: Iterable[Attempt], gate: Gate | None) -> Rec
         record.phase = AT_GATE
     for attempt in attempts:
         meta = attempt.meta
+        if node.state == "finished":  # by its last attempt, or else by a decision
+            record.is_gate = attempt.state != "finished"
         if not meta.get("forgiven"):
             record.failures += attempt.state == "failed"
             record.crashes = record.crashes + 1 if meta.get("crashed") else 0
@@ -6445,6 +6450,9 @@ def last_lines(reads: Reads, run_id: str, key: Key, count: int) -> list[dict[str
     first = reads.first_seq_since(run_id, attempts[0].started_at_ms)
     first = max(first, last - MAX_SCANNED_EVENTS)
     events = reads.list_outputs(run_id, key, None, first - 1, last, newest=count)
+    if not events:  # the clock has stepped back while the run went on
+        newest = reads.get_newest_seq(run_id)
+        events = reads.list_outputs(run_id, key, None, newest - MAX_SCANNED_EVENTS, newest=count)
     lines = [(event.payload, event.timestamp_ms) for event in events]
     names = ("attempt", "stream", "text")
     return [{**{n: line.get(n) for n in names}, "timestampMs": at} for line, at in lines]

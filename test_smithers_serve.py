@@ -3212,7 +3212,7 @@ class NodesTest(ServerCase):
         self.assertEqual(texts, [f"line {number}" for number in range(50, 150)])
         self.assertEqual(list(shown["log"][0]), ["attempt", "stream", "text", "timestampMs"])
         gate = self.look("/nodes/g")["gate"]
-        self.assertEqual((list(gate), gate["status"]), (GATE_KEYS, "requested"))
+        self.assertEqual((list(gate), gate["status"]), ([*GATE_KEYS, "evidence"], "requested"))
 
     def test_a_long_log_hides_no_nodes_lines(self) -> None:
         self.served = self.at_gate([Task("a", chatter), Approval("g")], db=self.foreign_database())
@@ -3316,15 +3316,15 @@ class WhyTest(ServerCase):
             (Approval("g", title="Go?"), "NodeWaitingApproval g", "waiting-approval",
              "approval g: Go\\?"),
             (Approval("g", timeout=7200, on_timeout="deny"), PARKS, "waiting-approval",
-             "approval g: .*, timeout g: deny in 2 h"),
+             "approval g: .*, timeout g: .*deny in 2 h"),
             (Task("t", wait_for_stop), "NodeOutput t", "running", "task t: .*up"),
             (Task("r", fail, retries=1, retry_delay=7200), "NodeRetrying r", "running",
              "retry r: .*2 h"),
             (Parallel(*tasks("a b", wait_for_go), max_concurrency=1), "NodeStarted a", "running",
-             "task a: running, concurrency b: .*"),
+             "task a: no line yet, concurrency b: .*"),
             (Parallel(Task("a", wait_for_go), Task("b", answer, needs=["a"])), "NodeStarted a",
-             "running", "task a: running, dependency b: .*a"),
-            (tasks("a b", wait_for_go), "NodeStarted a", "running", "task a: running"),
+             "running", "task a: no line yet, dependency b: .*a"),
+            (tasks("a b", wait_for_go), "NodeStarted a", "running", "task a: no line yet"),
         ):  # fmt: skip
             with self.subTest(blocked=blocked):
                 self.served = self.fresh()
@@ -3399,8 +3399,9 @@ def fill(served: RunServer, count: int, size: int = 1) -> int:
     change(
         served.path,
         f"""with recursive numbers(n) as (select 1 union all select n + 1 from numbers
-        where n < {count}) insert into _smithers_events (run_id, seq, type, payload_json)
-        select '{served.run_id}', {served.newest()} + n, 'NodeOutput',
+        where n < {count})
+        insert into _smithers_events (run_id, seq, timestamp_ms, type, payload_json)
+        select '{served.run_id}', {served.newest()} + n, {ss.now_ms()}, 'NodeOutput',
         '{{"type":"NodeOutput","runId":"{served.run_id}","nodeId":"build","iteration":0,'
         || '"attempt":0,"text":"{"x" * size}","stream":"stdout","timestampMs":0}}'
         from numbers""",
@@ -5875,7 +5876,8 @@ class SeatCase(CommandCase):
 
 
 RUN_KEYS = listed(
-    "runId workflowName state done nodes createdAtMs finishedAtMs engine waitsFor url logFile", " "
+    "runId workflowName state done nodes createdAtMs finishedAtMs engine waitsFor url page logFile",
+    " ",
 )
 RESULT_KEYS = listed("runId status summary error?", " ")
 HISTORY_KEYS = listed(
@@ -5886,7 +5888,7 @@ LINE_KEYS = listed("type runId nodeId iteration attempt text stream timestampMs"
 # may be missing. An empty list of keys: a plain value.
 JSON_KEYS = {
     "ps -a": RUN_KEYS,
-    "status ship": [*RUN_KEYS, "status", "why", "failed", "summary"],
+    "status ship": [*RUN_KEYS, "status", "why", "resume", "failed", "summary"],
     "show ship": [*GATE_KEYS, "evidence"],
     "show broke fail": DETAIL_KEYS,
     "logs broke": LINE_KEYS,
@@ -5979,7 +5981,7 @@ class SeatTest(SeatCase):
             self.tell(f"cancel {run_id}")
         self.assertEqual(self.told_json("status")["runId"], "alpha-2")
         self.assertEqual(self.told_json("show build")["nodeId"], "build")
-        self.refused(4, "beta.*" + re.escape(self.path), "status gamma")
+        self.refused(4, re.escape(self.path) + ".*beta", "status gamma")
 
     def test_words_that_do_not_fit_are_mistakes(self) -> None:
         self.begin("ship")
@@ -8066,7 +8068,10 @@ class StoredRows:
 
     def list_attempts(self, _: str, open_nodes_only: bool) -> list[ss.Attempt]:
         over = ("finished", "skipped") if open_nodes_only else ()
-        return [a for _, row in self.rows if row.state not in over for a in row.attempts]
+        rows = [row for _, row in self.rows]
+        asked = [row for row in rows if row.state == "finished" and row.gate is not None]
+        known = [row for row in rows if row.state not in over or row in asked]
+        return [attempt for row in known for attempt in row.attempts]
 
     def list_gates(self, _: str) -> list[ss.Gate]:
         gates = [(key, row.gate) for key, row in self.rows if row.gate is not None]
