@@ -4112,7 +4112,8 @@ def outcome_of(call: Callable[[], Any], task: CurrentTask) -> Outcome:
             logger.warning("task %s failed\n%s", task.node_id, traceback)
         outcome = Outcome(None, describe_error(error), traceback)
     if os.getpid() != pid:  # a child that the task has forked has come back to here
-        leave(0 if outcome.error is None else 1)
+        # Without a flush: a thread that the child does not have may hold a stream's lock for ever.
+        os._exit(0 if outcome.error is None else 1)
     return outcome
 
 
