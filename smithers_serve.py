@@ -3341,7 +3341,9 @@ class Progress:
         plan = self.plan
         while plan is not None and not self.is_stale and not self.is_halting:
             if plan.reached:
-                yield from self._reach(plan.reached.popleft(), now_ms)
+                slot = plan.reached.popleft()
+                if plan.slots.get(slot.key) is slot:  # not of an iteration that is over
+                    yield from self._reach(slot, now_ms)
             elif plan.due:
                 yield from self._decide_loop(plan, plan.due.popleft())
             else:
@@ -3479,6 +3481,7 @@ class Progress:
                 key = self._ready.popleft()
                 if self.records[key].phase == READY and self.records[key].crashes:
                     self._suspects.append(key)
+                    self._pass_on(key)  # what it was woken for, others can use
                     continue
             elif self._suspects and not self._suspects_running:
                 key = min(self._suspects, key=lambda suspect: self.records[suspect].crashes)
@@ -3498,10 +3501,15 @@ class Progress:
             return True
         full.waiting.append(key)
         self._move(self.records[key], BLOCKED, "pending", slot.leaf.id)
-        for group in slot.groups:  # a place that it was woken for and cannot take is another's
+        self._pass_on(key)
+        return False
+
+    def _pass_on(self, key: Key) -> None:
+        """Wake others for the places that a node was woken for, and cannot take."""
+        slot = self._slot(key)
+        for group in slot.groups if slot is not None else ():
             if group.active < group.limit:
                 self._wake(group)
-        return False
 
     def _give_places_back(self, slot: LeafSlot) -> None:
         for group in slot.groups:
@@ -5169,7 +5177,7 @@ def record_of(node: Node, attempts: Iterable[Attempt], gate: Gate | None) -> Rec
         record.phase = AT_GATE
     for attempt in attempts:
         meta = attempt.meta
-        if node.state == "finished":  # by its last attempt, or else by a decision
+        if node.state == "finished" and gate is not None:  # by its last attempt, or a decision
             record.is_gate = attempt.state != "finished"
         if not meta.get("forgiven"):
             record.failures += attempt.state == "failed"
@@ -10167,6 +10175,7 @@ def run_here(args: argparse.Namespace, workflow: Any, token: str | None) -> int:
     executor = load_executor(args.executor) if args.executor else None
     process = Process(args)
     server = bind_server(args) if args.serve else None
+    db: SmithersDb | None = None
     try:
         db = open_database(args.db)
         run_id = args.run_id or new_run_id()
@@ -10207,6 +10216,8 @@ def run_here(args: argparse.Namespace, workflow: Any, token: str | None) -> int:
         process.restore_signals()
         if server is not None:
             server.server_close()
+        if db is not None:
+            db.close()
         raise
     return process.run(engine, db, server)
 
