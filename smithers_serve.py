@@ -3289,12 +3289,8 @@ class Progress:
     @staticmethod
     def _is_other(record: Record, slot: LeafSlot | None) -> bool:
         """True when a record is that of a gate and today's node a task, or the reverse."""
-        if slot is None:
+        if slot is None or record.is_gate is None:  # its rows do not tell: what was denied stays so
             return False
-        if record.is_gate is None:  # its rows do not tell: but who asks nobody was not denied
-            return (
-                record.state == "skipped" and record.gate == "denied" and not slot.leaf.asks_first
-            )
         return record.is_gate != isinstance(slot.leaf, Approval)
 
     def _renew(self, key: Key, record: Record) -> list[Effect]:
