@@ -5411,6 +5411,16 @@ class Engine:
         RunOwned, AuthoringError when the run is another workflow's, InvalidRequest for a node that
         cannot be retried.
         """
+        # Before anything is written: whoever reads this owner's name finds it alive.
+        _engines_here.add(self._owner)
+        try:
+            is_open = self._open(resume, force, retry)
+        except BaseException:
+            _engines_here.discard(self._owner)
+            raise
+        return is_open
+
+    def _open(self, resume: bool, force: bool, retry: bool | Iterable[str]) -> bool:
         run = self._db.get_run(self.run_id) if resume else None
         if run is None:
             self._insert()
@@ -5472,7 +5482,6 @@ class Engine:
             tx.insert_run(name, path, digest, self._owner, self._input_json, to_json(self._config))
             tx.append_event("RunStarted")
             tx.append_event("RunStatusChanged", status="running")
-        _engines_here.add(self._owner)
         self._told(tx)
 
     def _claim(self, seen: Run, force: bool, retry: bool | Iterable[str]) -> None:
@@ -5485,7 +5494,6 @@ class Engine:
                 raise RunOwned(f"run {self.run_id} was claimed by another process")
             attempts = tx.list_attempts(self.run_id, open_nodes_only=True)
             self._next_seq = tx.next_seq
-        _engines_here.add(self._owner)
         end_leftovers(seen, attempts)
         has_crashed = seen.runtime_owner_id is not None and not force
         with self._transaction() as tx:
