@@ -688,6 +688,7 @@ class Leaf(Element):
     continue_on_fail: bool
     approvers: tuple[str, ...] | None
     tag = "smithers:task"
+    kind = "task"
 
     @property
     def asks_first(self) -> bool:
@@ -847,6 +848,7 @@ class Approval(Leaf):
     metadata: Mapping[str, Any] | None
     timeout: float | None
     on_timeout: str
+    kind = "approval"
 
     def __init__(
         self,
@@ -1057,6 +1059,7 @@ class Node(NamedTuple):
     last_attempt: int | None
     updated_at_ms: int
     label: str | None
+    kind: str | None  # of the element, `task` or `approval`; None: another program has written it
 
     @property
     def key(self) -> Key:
@@ -1459,6 +1462,7 @@ create table if not exists _smithers_nodes (
   updated_at_ms integer not null default 0,
   output_table text not null default '',
   label text,
+  kind text,
   primary key (run_id, node_id, iteration)
 ) without rowid;
 create table if not exists _smithers_attempts (
@@ -2099,11 +2103,19 @@ class Tx(Reads):
 
     # Nodes and attempts
 
-    def insert_node(self, key: Key, label: str | None) -> None:
+    def insert_node(self, key: Key, label: str | None, kind: str) -> None:
         self.run(
-            """insert into _smithers_nodes (run_id, node_id, iteration, state, updated_at_ms, label)
-               values (?, ?, ?, 'pending', ?, ?)""",
-            (self.run_id, *key, self.now_ms, label),
+            """insert into _smithers_nodes
+                 (run_id, node_id, iteration, state, updated_at_ms, label, kind)
+               values (?, ?, ?, 'pending', ?, ?, ?)""",
+            (self.run_id, *key, self.now_ms, label, kind),
+        )
+
+    def update_kind(self, key: Key, kind: str) -> None:
+        self.run(
+            """update _smithers_nodes set kind = ?
+               where run_id = ? and node_id = ? and iteration = ?""",
+            (kind, self.run_id, *key),
         )
 
     def update_node(
@@ -2192,11 +2204,21 @@ class Tx(Reads):
     # Gates
 
     def open_gate(self, key: Key, request_json: str) -> None:
+        """Request a decision; each request of a gate has a time of its own, by which it is told."""
+        before = self.get_gate(self.run_id, key)
+        asked_at_ms = (before and before.requested_at_ms) or 0
         self.run(
             """insert or replace into _smithers_approvals
                  (run_id, node_id, iteration, status, requested_at_ms, request_json)
                values (?, ?, ?, 'requested', ?, ?)""",
-            (self.run_id, *key, self.now_ms, request_json),
+            (self.run_id, *key, max(self.now_ms, asked_at_ms + 1), request_json),
+        )
+
+    def update_request(self, key: Key, request_json: str) -> None:
+        self.run(
+            """update _smithers_approvals set request_json = ?
+               where run_id = ? and node_id = ? and iteration = ?""",
+            (request_json, self.run_id, *key),
         )
 
     def close_gate(self, key: Key) -> None:
@@ -3107,6 +3129,7 @@ class Record:
         "crashes",
         "due_at_ms",
         "gate",
+        "asked",
         "is_gate",
         "ready_at_ms",
         "started_at_ms",
@@ -3120,7 +3143,8 @@ class Record:
         self.crashes = 0  # in a row; a suspect until it ends
         self.due_at_ms = 0  # its next attempt begins no earlier
         self.gate: str | None = None  # what the row of its gate says
-        self.is_gate: bool | None = None  # an Approval, in the tree that it was last in
+        self.asked: dict[str, Any] | None = None  # at its open gate
+        self.is_gate: bool | None = None  # an Approval, when it was last more than skipped
         self.ready_at_ms = 0
         self.started_at_ms: int | None = None
 
@@ -3248,8 +3272,6 @@ class Progress:
         yield Effect("frame", ("", 0))
         for key, record in list(self.records.items()):
             yield from self._fit(key, record, plan.slots.get(key))
-            if is_first and record.phase == AT_GATE:
-                yield Effect("await", key)
         plan.start()
 
     def _adopt(self, slots: Seq[LeafSlot]) -> Iterator[Effect]:
@@ -3280,11 +3302,23 @@ class Progress:
         elif record.phase == RUNNING and (slot is None or is_gate):
             effects = [Effect("stop", key, "no longer in the tree")]
             return effects + (self._renew(key, record) if is_other else [])
-        elif record.phase == AT_GATE and (slot is None or is_other or not slot.leaf.asks_first):
+        elif record.phase == AT_GATE:
+            if slot is not None and not is_other and slot.leaf.asks_first and not slot.leaf.skip_if:
+                return self._ask_today(key, record, slot.leaf)
             record.gate = "cancelled"
             self._move(record, PENDING, "cancelled", id)
-            return [Effect("close", key, "no longer in the tree")]
+            closing = Effect("close", key, "no longer in the tree")
+            return [closing, *(self._renew(key, record) if is_other else ())]
         return self._renew(key, record) if is_other else []
+
+    @staticmethod
+    def _ask_today(key: Key, record: Record, leaf: Leaf) -> list[Effect]:
+        """Have an open gate ask what today's tree asks, of whom and for how long."""
+        request = leaf.request()
+        if record.asked == request:
+            return []
+        record.asked = request
+        return [Effect("await", key)]
 
     @staticmethod
     def _is_other(record: Record, slot: LeafSlot | None) -> bool:
@@ -3375,7 +3409,7 @@ class Progress:
             yield self._deny(slot)
         else:
             is_open = record.gate == "requested"
-            record.gate = "requested"
+            record.gate, record.asked = "requested", leaf.request()
             self._idle_renders = 0
             self._move(record, AT_GATE, "waiting-approval", leaf.id)
             yield Effect("await" if is_open else "open", key)
@@ -4862,7 +4896,8 @@ class Steps:
         tx.append_event(event, key, **fields)
 
     def _node_insert(self, tx: Tx, key: Key, _: Any) -> None:
-        tx.insert_node(key, self._leaf(key).label)
+        leaf = self._leaf(key)
+        tx.insert_node(key, leaf.label, leaf.kind)
         tx.append_event("NodePending", key)
 
     def _node_recall(self, tx: Tx, key: Key, _: Any) -> None:
@@ -4877,6 +4912,7 @@ class Steps:
 
     def _node_renew(self, tx: Tx, key: Key, _: Any) -> None:
         tx.forget_past(key)
+        tx.update_kind(key, self._leaf(key).kind)
 
     def _node_skip(self, tx: Tx, key: Key, with_decision: Any) -> None:
         if with_decision:
@@ -5043,13 +5079,30 @@ class Steps:
         tx.append_event("ApprovalRequested", key)
         self._node_move(tx, key, "NodeWaitingApproval")
         self._metrics.inc("smithers_approvals_requested")
-        self._gate_await(tx, key, None)
+        self._gate_time(tx, key)
 
     def _gate_await(self, tx: Tx, key: Key, _: Any) -> None:
+        """Have an open gate ask what today's tree asks, and end when that says.
+
+        Another question is another request: a decision on what was read before is refused.
+        """
+        leaf, gate = self._leaf(key), tx.get_gate(self._run_id, key)
+        asked = json.loads(gate and gate.request_json or "{}")
+        today = json.loads(to_json(leaf.request()))
+        if any(asked.get(name) != today.get(name) for name in ("title", "summary", "metadata")):
+            tx.open_gate(key, to_json(today))
+            tx.append_event("ApprovalRequested", key)
+        elif asked != today:
+            tx.update_request(key, to_json(today))
+        self._gate_time(tx, key)
+
+    def _gate_time(self, tx: Tx, key: Key) -> None:
         leaf, gate = self._leaf(key), tx.get_gate(self._run_id, key)
         if isinstance(leaf, Approval) and leaf.timeout is not None and gate is not None:
             requested = gate.requested_at_ms or tx.now_ms
             self.wall.set("gate", key, requested + round(leaf.timeout * 1000))
+        else:
+            self.wall.cancel("gate", key)
 
     def _gate_close(self, tx: Tx, key: Key, reason: str) -> None:
         self.wall.cancel("gate", key)
@@ -5152,12 +5205,8 @@ def recall_records(reads: Reads, run_id: str, progress: Progress) -> dict[Key, s
     for attempt in reads.list_attempts(run_id, open_nodes_only=True):
         attempts.setdefault(attempt.key, []).append(attempt)
     nodes = reads.list_nodes(run_id)
-    elements = walk_tree(parse_tree(reads.get_tree(run_id)))
-    kinds = ["approvalMode" in e["props"] for e in elements if e["tag"] == Task.tag]
-    is_gate = dict(zip(mounted_keys(reads.get_mounted(run_id)), kinds))
     for node in nodes:
         record = record_of(node, attempts.get(node.key, ()), gates.get(node.key))
-        record.is_gate = is_gate.get(node.key, record.is_gate)
         progress.recall(node.key, record)
     progress.loops = reads.list_loops(run_id)
     return {node.key: node.label for node in nodes}
@@ -5167,14 +5216,16 @@ def record_of(node: Node, attempts: Iterable[Attempt], gate: Gate | None) -> Rec
     """Return what the rows of a node say."""
     record = Record(node.state, node.last_attempt)
     record.gate = None if gate is None else gate.status
-    if node.last_attempt is not None or node.state == "finished":
+    if node.kind is not None:
+        record.is_gate = node.kind == Approval.kind
+    elif node.last_attempt is not None or node.state == "finished":
         record.is_gate = node.last_attempt is None  # as far as the rows can tell
     if record.gate == "requested" and record.state == "waiting-approval":
         record.phase = AT_GATE
     for attempt in attempts:
         meta = attempt.meta
-        if node.state == "finished" and gate is not None:  # by its last attempt, or a decision
-            record.is_gate = attempt.state != "finished"
+        if node.kind is None and node.state == "finished" and gate is not None:
+            record.is_gate = attempt.state != "finished"  # by this attempt, or by a decision
         if not meta.get("forgiven"):
             record.failures += attempt.state == "failed"
             record.crashes = record.crashes + 1 if meta.get("crashed") else 0

@@ -2207,6 +2207,66 @@ class GateTest(RunCase):
         self.decide("approved")
         live.end()
 
+    def changing(self, **then: Any) -> Live:
+        """Start a run whose open gate is rendered otherwise once `k` has ended."""
+
+        def workflow(ctx: Ctx) -> Workflow:
+            options = then if ctx.output("k") else {"title": "Ship 1?"}
+            return Workflow("w", Parallel(Task("k", wait_for_go), Approval("gate", **options)))
+
+        live = self.start(workflow)
+        live.wait(WAITS)
+        return live
+
+    def test_decision_on_another_question_is_refused(self) -> None:
+        live = self.changing(title="Ship 2?")
+        seen = self.gate()
+        GO.set()
+        live.wait(PARKS)
+        self.refused(ss.GateChanged, "approved", requested_at_ms=seen.requested_at_ms)
+        self.assertEqual(self.told("ApprovalRequested"), ["ApprovalRequested gate 0"] * 2)
+        self.assertEqual(json.loads(self.gate().request_json or "")["title"], "Ship 2?")
+        self.decide("approved", requested_at_ms=self.gate().requested_at_ms)
+        self.assertEqual(live.end().status, "finished")
+
+    def test_open_gate_takes_todays_approvers(self) -> None:
+        live = self.changing(title="Ship 1?", approvers=["alice"])
+        seen = self.gate()
+        GO.set()
+        live.wait(PARKS)
+        self.assertEqual(self.gate().requested_at_ms, seen.requested_at_ms)
+        bob, alice = (ss.Identity(name, "approver") for name in ("bob", "alice"))
+        with self.assertRaises(ss.Forbidden):
+            ss.decide(self.db, "r", "gate", ss.Decision("approved"), bob)
+        ss.decide(self.db, "r", "gate", ss.Decision("approved"), alice)
+        self.assertEqual(live.end().status, "finished")
+
+    def test_timeout_of_open_gate_may_come_later(self) -> None:
+        live = self.changing(title="Ship 1?", timeout=0.02, on_timeout="approve")
+        self.assertTrue(live.is_running())
+        GO.set()
+        self.assertEqual(live.end().status, "finished")
+        self.assertEqual(len(self.told("ApprovalGranted")), 1)
+
+    def test_open_gate_that_is_to_be_skipped_is_closed(self) -> None:
+        live = self.changing(skip_if=True)
+        GO.set()
+        self.assertEqual(live.end().status, "finished")
+        self.assertEqual((self.gate().status, self.states()["gate"]), ("cancelled", "skipped"))
+
+    def test_skip_of_task_is_not_that_of_gate_of_its_id(self) -> None:
+        """Also when the process that skipped it has gone: what it was is stored with it."""
+        for first, options in (
+            (Task("gate", answer, skip_if=True), {}),
+            (Approval("gate", skip_if=True), {"resume": True}),
+            (Approval("gate"), {"resume": True}),
+        ):
+            result = self.drive([first, Approval("hold")], park=False, **options)
+            self.assertEqual(result.status, "waiting-approval")
+        self.assertEqual(self.states()["gate"], "waiting-approval")
+        self.cancel()
+        self.drive(Approval("gate"), resume=True)
+
     def test_unparked_run_returns_at_gate(self) -> None:
         elements = [Approval("gate"), *tasks("a")]
         self.play(elements, ends="waiting-approval", options={"park": False})
@@ -7839,6 +7899,8 @@ class NodeRow:
     ended_as: str = ""  # "task" or "approval": what its id stood for when it ended
     crashes: int = 0  # in a row
     due_at_ms: int = 0  # its next attempt begins no earlier
+    kind: str | None = None  # what it is stored as
+    asked: dict[str, Any] | None = None  # at its gate
 
     @property
     def is_running(self) -> bool:
@@ -8058,17 +8120,15 @@ ASKED = ("requested", "waiting-approval")
 class StoredRows:
     """The rows of a model run, read as an engine reads those of its file."""
 
-    def __init__(
-        self, rows: dict[ss.Key, NodeRow], loops: dict[str, tuple[int, bool]], frame: Any
-    ) -> None:
+    def __init__(self, rows: dict[ss.Key, NodeRow], loops: dict[str, tuple[int, bool]]) -> None:
         self.rows = sorted(rows.items())
         self.loops = loops
-        self.frame = frame
 
     def list_nodes(self, _: str) -> list[ss.Node]:
+        newest = [len(row.attempts) - 1 if row.attempts else None for _, row in self.rows]
         return [
-            ss.Node(*key, row.state, len(row.attempts) - 1 if row.attempts else None, 0, None)
-            for key, row in self.rows
+            ss.Node(*key, row.state, last, 0, None, row.kind)
+            for (key, row), last in zip(self.rows, newest)
         ]
 
     def list_attempts(self, _: str, open_nodes_only: bool) -> list[ss.Attempt]:
@@ -8084,13 +8144,6 @@ class StoredRows:
 
     def list_loops(self, _: str) -> dict[str, tuple[int, bool]]:
         return dict(self.loops)
-
-    def get_tree(self, _: str) -> str:
-        return ss.to_json(self.frame[0]) if self.frame else ""
-
-    def get_mounted(self, _: str) -> str:
-        keys = self.frame[1] if self.frame else []
-        return ss.to_json([f"{node_id}::{iteration}" for node_id, iteration in keys])
 
 
 class Case(NamedTuple):
@@ -8151,7 +8204,7 @@ class PureModel:
         self.retries: dict[ss.Key, int] = {}  # when they are due
         self.stopped: set[ss.Key] = set()
         self.seen: dict[str, tuple[ss.Key, str]] = {}  # what the newest render has read of states
-        reads: Any = StoredRows(self.rows, self.loops, getattr(self, "stored", None))
+        reads: Any = StoredRows(self.rows, self.loops)
         self.frame: dict[str, Any] = ss.xml_of(Workflow("wood"))
         self.leaves: dict[str, ss.Leaf] = {}
         ss.recall_records(reads, "model", self.progress)
@@ -8358,9 +8411,6 @@ class PureModel:
             self.carry_out(effect)
 
     def carry_out(self, effect: ss.Effect) -> None:
-        if effect.kind == "frame":
-            assert self.progress.plan is not None
-            self.stored = (self.frame, [slot.key for slot in self.progress.plan.leaves()])
         if effect.kind != "frame":
             self.note(" ", effect.kind, *effect.key, "" if effect.detail is None else effect.detail)
             getattr(self, "on_" + effect.kind)(effect.key, effect.detail)
@@ -8374,7 +8424,7 @@ class PureModel:
 
     def on_insert(self, key: ss.Key, _: object) -> None:
         hold(key not in self.rows, "a row is inserted twice", key)
-        self.rows[key] = NodeRow()
+        self.rows[key] = NodeRow(kind=self.at(key)[1].kind)
 
     def on_repeat(self, key: ss.Key, _: object) -> None:
         rules, place = self.at(key)
@@ -8385,7 +8435,7 @@ class PureModel:
 
     def on_recall(self, key: ss.Key, _: object) -> None:
         if key in self.rows:
-            stored = StoredRows({key: self.rows[key]}, {}, None)
+            stored = StoredRows({key: self.rows[key]}, {})
             gate = next(iter(stored.list_gates("")), None)
             record = ss.record_of(stored.list_nodes("")[0], self.rows[key].attempts, gate)
             self.progress.recall(key, record)
@@ -8395,6 +8445,7 @@ class PureModel:
         row.attempts = [a._replace(meta_json='{"forgiven": true}') for a in row.attempts]
         row.gate = row.gate and "cancelled"
         row.due_at_ms = 0
+        row.kind = self.at(key)[1].kind
 
     def on_skip(self, key: ss.Key, _: object) -> None:
         self.end_node(key, "skipped")
@@ -8442,10 +8493,12 @@ class PureModel:
         hold(rules.has_turn(place), "a gate is asked before its turn", key)
         hold(row.gate not in ("requested", *DECIDED), "a gate is asked twice", key)
         row.gate, row.state = "requested", "waiting-approval"
+        row.asked = self.leaves[place.props["id"]].request()
 
     def on_await(self, key: ss.Key, _: object) -> None:
         row = self.rows[key]
         hold((row.gate, row.state) == ASKED, "a gate is awaited that is not open", key)
+        row.asked = self.leaves[self.at(key)[1].props["id"]].request()
 
     def on_close(self, key: ss.Key, _: object) -> None:
         hold(self.rows[key].gate == "requested", "a gate is closed that is not open", key)
@@ -8474,6 +8527,12 @@ class PureModel:
             expected = "busy" if rules.running else "ended"
             hold(progress.standing() == expected, "a halting run is not", expected)
             return
+        for place in rules.nodes:
+            row = rules.rows[place.key]
+            if row.state == "waiting-approval":
+                hold(not place.is_skipped, "a gate is open that is to be skipped", place.key)
+                today = self.leaves[place.props["id"]].request()
+                hold(row.asked == today, "a gate asks what the tree does not", place.key)
         if progress.is_stale:
             hold(progress.standing() == "stale", "a stale run is not", progress.standing())
             return
