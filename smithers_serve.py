@@ -78,6 +78,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import struct
 import sys
 import threading
 import time
@@ -109,16 +110,19 @@ __all__ = [
     "ServeApp",
     "ServeError",
     "ServeServer",
+    "ServerApp",
     "SmithersDb",
     "SmithersError",
     "StorageError",
     "Task",
     "Workflow",
     "create_serve_app",
+    "create_server_app",
     "current_task",
     "main",
     "make_server",
     "run_workflow",
+    "start_server",
 ]
 
 logger = logging.getLogger("smithers_serve")
@@ -145,7 +149,7 @@ MAX_JSON_DEPTH = 500  # of a request's body or a run's input
 MAX_RETRY_DELAY_SECONDS = 86400.0
 INT64_MAX = (1 << 63) - 1
 
-ACTIVE_STATUSES = ("running", "waiting-approval")
+ACTIVE_STATUSES = ("queued", "running", "waiting-approval")
 TERMINAL_STATUSES = ("finished", "failed", "cancelled", "continued")  # the last: the original's
 TERMINAL_STATES = ("finished", "failed", "cancelled", "skipped")
 NODE_STATES = ("pending", "waiting-approval", "in-progress", *TERMINAL_STATES)
@@ -224,6 +228,10 @@ class InvalidRequest(ServeError):
     status, code = 400, "INVALID_REQUEST"
 
 
+class NotJson(InvalidRequest):
+    """The body cannot be read. The original's two servers have two codes for it: see App."""
+
+
 class Unauthorized(ServeError):
     status, code = 401, "UNAUTHORIZED"
     headers = (("WWW-Authenticate", "Bearer"),)
@@ -267,6 +275,10 @@ class RunExists(ServeError):
 
 class RunOwned(ServeError):
     status, code = 409, "RUN_OWNED"
+
+
+class RunActive(ServeError):
+    status, code = 409, "RUN_ACTIVE"
 
 
 class ApprovalNotPending(ServeError):
@@ -1231,6 +1243,15 @@ class Histogram:
         self._sum += value
         self.text = None
 
+    def values(self) -> list[float]:
+        return [*self._counts, self._sum]
+
+    def add(self, changes: Iterator[float]) -> None:
+        """Add to each bucket, then to the sum."""
+        self._counts = [count + int(change) for count, change in zip(self._counts, changes)]
+        self._sum += next(changes)
+        self.text = None
+
     def render(self) -> str:
         if self.text is None:
             totals = list(itertools.accumulate(self._counts))
@@ -1300,6 +1321,13 @@ HISTOGRAMS = {
     "smithers_scheduler_wait_duration_ms": ("Ready to started in ms.", DURATION_BOUNDS),
     "smithers_db_query_ms": ("Transaction and query time in ms.", FAST_BOUNDS),
 }
+# What the engines of several processes add up to; the rest is read at a scrape.
+SHARED_GAUGES = (
+    "smithers_runs_active",
+    "smithers_nodes_active",
+    "smithers_scheduler_queue_depth",
+    "smithers_scheduler_concurrency_utilization",
+)
 HTTP_LABELS = ("method", "route", "status_code", "status_class")
 
 
@@ -1317,6 +1345,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._families: dict[str, Family] = {}
         self._readings: dict[str, list[Callable[[], float]]] = {}
+        self._before_scrape: list[Callable[[], None]] = []
         self._started = time.monotonic()
         self._rss = (float("-inf"), 0.0)
         self._answered: collections.deque[tuple[str, str, int, float]] = collections.deque()
@@ -1373,6 +1402,10 @@ class Metrics:
         # A new list: a scrape may be going through the old one.
         self._readings[name] = [other for other in self._readings[name] if other != read]
 
+    def read_before_scrape(self, read: Callable[[], None]) -> None:
+        """Have `read` take in, before every scrape, what others have counted."""
+        self._before_scrape.append(read)
+
     def observe_request(self, method: str, route: str, status: int, ms: float) -> None:
         """Note an answered request. Without the lock: those who answer would queue for it."""
         self._answered.append((method, route, status, ms))
@@ -1388,6 +1421,32 @@ class Metrics:
                 self._http_requests.child(*labels).add(1)
                 self._http_duration.child(*labels).observe(ms)
 
+    # Shares: what another process has counted for this one
+
+    def share(self) -> bytes:
+        """Return what was counted and measured here, without requests, in a form of one length."""
+        with self._lock:
+            values = [self._families[name].child().value for name in (*COUNTERS, *SHARED_GAUGES)]
+            for name in HISTOGRAMS:
+                values += self._families[name].child().values()
+        return struct.pack(f"{len(values)}d", *values)
+
+    def take_share(self, new: bytes, before: bytes, is_last: bool) -> None:
+        """Add what has changed between two shares of a process, b"" is one that has nothing.
+
+        Its share of the gauges ends with the last.
+        """
+        size = max(len(new), len(before))
+        now, then = (list(struct.unpack(f"{size // 8}d", x or bytes(size))) for x in (new, before))
+        if is_last:
+            now[len(COUNTERS) : len(COUNTERS) + len(SHARED_GAUGES)] = [0.0] * len(SHARED_GAUGES)
+        changes = iter([a - b for a, b in zip(now, then)])
+        with self._lock:
+            for name, change in zip((*COUNTERS, *SHARED_GAUGES), changes):
+                self._families[name].child().add(change)
+            for name in HISTOGRAMS:
+                self._families[name].child().add(changes)
+
     def _read_rss(self) -> float:
         """Return resident memory in bytes, read from the system at most once a second."""
         at, value = self._rss
@@ -1401,6 +1460,8 @@ class Metrics:
 
         Source: Prometheus text exposition format 0.0.4.
         """
+        for take in self._before_scrape:
+            take()
         readings = [(name, sum([read() for read in x])) for name, x in self._readings.items()]
         parts: list[str] = []
         with self._lock:
@@ -1537,11 +1598,20 @@ create table if not exists _smithers_summary (
   nodes integer not null default 0,
   primary key (run_id, state)
 ) without rowid;
+create table if not exists _smithers_woken (
+  run_id text primary key
+) without rowid;
+create index if not exists _smithers_runs_newest on _smithers_runs (created_at_ms, run_id);
+create index if not exists _smithers_runs_by_status
+  on _smithers_runs (status, created_at_ms, run_id);
+create index if not exists _smithers_gates_open
+  on _smithers_approvals (requested_at_ms, run_id) where status = 'requested';
 """
 
-# How many nodes of a run are in each state, kept by triggers whoever writes: GET / never counts
-# rows. Upserts, not `insert or ignore`: inside another program's upsert that would be an error.
-SUMMARY_TRIGGERS = """
+# Kept by triggers, whoever writes: how many nodes of a run are in each state, so that GET / never
+# counts rows; and the runs with a decision that no engine has taken up, so that nobody has to look
+# through all that wait. No `insert or ignore`: inside another program's upsert it is an error.
+TRIGGERS = """
 CREATE TRIGGER _smithers_nodes_added after insert on _smithers_nodes begin
   insert into _smithers_summary (run_id, state, nodes) values (new.run_id, new.state, 1)
     on conflict (run_id, state) do update set nodes = nodes + 1;
@@ -1554,6 +1624,11 @@ when old.state <> new.state begin
 end;
 CREATE TRIGGER _smithers_nodes_dropped after delete on _smithers_nodes begin
   update _smithers_summary set nodes = nodes - 1 where run_id = old.run_id and state = old.state;
+end;
+CREATE TRIGGER _smithers_gates_decided after update of status on _smithers_approvals
+when new.status in ('approved', 'denied') begin
+  insert into _smithers_woken (run_id) select new.run_id
+    where not exists (select 1 from _smithers_woken where run_id = new.run_id);
 end;
 """
 
@@ -1600,6 +1675,42 @@ class Reads:
         )
         return [Run(*row) for row in rows]
 
+    def list_run_rows(self, limit: int, status: str | None) -> list[tuple[Any, ...]]:
+        """Return all columns of the newest runs, in the order of the schema."""
+        return self.all(
+            f"""select {", ".join(column[0] for column in _wanted_columns()["_smithers_runs"])}
+                from _smithers_runs where {"1" if status is None else "status = :status"}
+                order by created_at_ms desc, run_id desc limit :limit""",
+            {"status": status, "limit": limit},
+        )
+
+    def list_woken(self) -> list[str]:
+        """Return the runs with a decision, or a request to go on, that no engine has taken up."""
+        return [run_id for (run_id,) in self.all("select run_id from _smithers_woken")]
+
+    def list_open_gates(self, limit: int = -1) -> list[tuple[str, Gate]]:
+        """Return the gates of all runs that wait for a decision, with their run, oldest first."""
+        rows = self.rows(
+            f"""select run_id, {_GATE_COLUMNS} from _smithers_approvals
+                where status = 'requested' order by requested_at_ms, run_id limit ?""",
+            (limit,),
+        )
+        return [(run_id, Gate(*row)) for run_id, *row in rows]
+
+    def count_all_open_gates(self) -> int:
+        return int(
+            self.one("select count(*) from _smithers_approvals where status = 'requested'")[0]
+        )
+
+    def look_at_log(self, run_id: str) -> tuple[str | None, int]:
+        """Return the status of a run, None without one, and the seq of its newest event or -1."""
+        row = self.one(
+            """select (select status from _smithers_runs where run_id = :run_id),
+                 (select max(seq) from _smithers_events where run_id = :run_id)""",
+            {"run_id": run_id},
+        )
+        return row[0], -1 if row[1] is None else row[1]
+
     def get_summary(self, run_id: str) -> dict[str, int]:
         """Return how many nodes of the run are in each state."""
         return dict(
@@ -1622,6 +1733,14 @@ class Reads:
             (run_id,),
         )
         return [Node(*row) for row in rows]
+
+    def list_oldest_runs(self, status: str, limit: int) -> list[Run]:
+        rows = self.rows(
+            f"""select {_RUN_COLUMNS} from _smithers_runs where status = ?
+                order by created_at_ms, run_id limit ?""",
+            (status, limit),
+        )
+        return [Run(*row) for row in rows]
 
     def newest_runs(self, limit: int) -> list[Run]:
         rows = self.rows(
@@ -1954,17 +2073,25 @@ class Tx(Reads):
     # Runs
 
     def insert_run(
-        self, name: str, path: str | None, hash: str | None, owner: str, input: str, config: str
+        self,
+        name: str,
+        path: str | None,
+        hash: str | None,
+        owner: str | None,
+        input: str,
+        config: str,
     ) -> None:
-        """Insert the run as running and owned. Raises RunExists when the id is taken."""
+        """Insert the run: running, or queued without an owner. Raises RunExists."""
         try:
             self.run(
                 """insert into _smithers_runs
                      (run_id, workflow_name, workflow_path, workflow_hash, status,
                      created_at_ms, started_at_ms, heartbeat_at_ms, runtime_owner_id, config_json)
-                   values (:run_id, :name, :path, :hash, 'running',
-                     :now_ms, :now_ms, :now_ms, :owner, :config)""",
+                   values (:run_id, :name, :path, :hash, :status,
+                     :now_ms, :started, :started, :owner, :config)""",
                 {
+                    "status": "queued" if owner is None else "running",
+                    "started": None if owner is None else self.now_ms,
                     "run_id": self.run_id,
                     "name": name,
                     "path": path,
@@ -1987,10 +2114,11 @@ class Tx(Reads):
 
         `forget_end` takes back how the run has ended, and a request to cancel it.
         """
+        self.forget_wake()
         return (
             self.run(
                 """update _smithers_runs set runtime_owner_id = :owner, heartbeat_at_ms = :now_ms,
-                     status = 'running',
+                     status = 'running', started_at_ms = coalesce(started_at_ms, :now_ms),
                      finished_at_ms = case when :forget then null else finished_at_ms end,
                      error_json = case when :forget then null else error_json end,
                      cancel_requested_at_ms =
@@ -2039,7 +2167,8 @@ class Tx(Reads):
 
     def update_run_source(self, path: str | None, hash: str | None) -> None:
         self.run(
-            "update _smithers_runs set workflow_path = ?, workflow_hash = ? where run_id = ?",
+            """update _smithers_runs set workflow_path = coalesce(?, workflow_path),
+                 workflow_hash = coalesce(?, workflow_hash) where run_id = ?""",
             (path, hash, self.run_id),
         )
 
@@ -2071,8 +2200,17 @@ class Tx(Reads):
     def update_run_status(self, status: str) -> None:
         self.run("update _smithers_runs set status = ? where run_id = ?", (status, self.run_id))
 
+    def wake(self) -> None:
+        """Have a server start a worker for the run, now or when there is one."""
+        self.is_control = True
+        self.run("insert or replace into _smithers_woken (run_id) values (?)", (self.run_id,))
+
+    def forget_wake(self) -> None:
+        self.run("delete from _smithers_woken where run_id = ?", (self.run_id,))
+
     def release_run(self) -> None:
         """Leave the run without an owner, and without a heartbeat that somebody would watch."""
+        self.forget_wake()
         self.run(
             """update _smithers_runs set runtime_owner_id = null, heartbeat_at_ms = null
                where run_id = ?""",
@@ -2396,14 +2534,12 @@ class SmithersDb(Reads):
 
     @staticmethod
     def _has_old_triggers(schema: dict[str, str]) -> bool:
-        wanted = {_name_of(sql): sql for sql in _statements(SUMMARY_TRIGGERS)}
+        wanted = {_name_of(sql): sql for sql in _statements(TRIGGERS)}
         return any(name in schema and schema[name] != sql for name, sql in wanted.items())
 
     def _lacks(self, schema: dict[str, str]) -> Iterator[str]:
         """Yield what is missing in a file that our engine is to write to."""
-        yield from (
-            _name_of(sql) for sql in _statements(SUMMARY_TRIGGERS) if sql not in schema.values()
-        )
+        yield from (_name_of(sql) for sql in _statements(TRIGGERS) if sql not in schema.values())
         for table, columns in _wanted_columns().items():
             present = self._columns_of(table)
             yield from (f"{table}.{column[0]}" for column in columns if column[0] not in present)
@@ -2441,7 +2577,7 @@ class SmithersDb(Reads):
                     self._writer.execute(f"alter table {table} add column {name} {kind}{suffix}")
         for statement in _statements(SCHEMA):
             self._writer.execute(statement)
-        for statement in _statements(SUMMARY_TRIGGERS):
+        for statement in _statements(TRIGGERS):
             self._writer.execute(f"drop trigger if exists {_name_of(statement)}")
             self._writer.execute(statement)
         self._writer.execute("delete from _smithers_summary")
@@ -4265,7 +4401,10 @@ _engines_here: set[str] = set()
 
 
 def new_owner_id() -> str:
-    pid = os.getpid()
+    return owner_id_of(os.getpid())
+
+
+def owner_id_of(pid: int) -> str:
     return f"{_host()}|{pid}|{_started(pid)}|{secrets.token_hex(8)}"
 
 
@@ -4486,6 +4625,57 @@ def record_decision(metrics: Metrics, tx: Tx, gate: Gate, decision: Decision) ->
     metrics.inc("smithers_approvals_granted" if granted else "smithers_approvals_denied")
     waited = max(0, tx.now_ms - (gate.requested_at_ms or tx.now_ms))
     metrics.observe("smithers_approval_wait_duration_ms", waited)
+
+
+def check_can_retry(reads: Reads, run: Run, retry: bool | Iterable[str]) -> None:
+    """Raise RunActive for a run that has not ended, NodeNotFound for a node that it has not."""
+    if not run.is_terminal:
+        raise RunActive(f"run {run.run_id} is {run.status}: what has ended can be retried")
+    for node_id in () if isinstance(retry, bool) else retry:
+        if reads.find_newest_node(run.run_id, node_id) is None:
+            raise NodeNotFound(f"there is no node {log_safe(node_id)[:200]!r} in this run")
+
+
+def request_retry(db: SmithersDb, run_id: str, retry: bool | list[str]) -> None:
+    """Have a server give nodes of a run that has ended a fresh try, now or when there is one."""
+    with db.transaction(run_id, HTTP_LOCK_PATIENCE_SECONDS) as tx:
+        run = tx.get_run(run_id)
+        if run is None:
+            raise RunNotFound(f"there is no run {run_id}")
+        check_can_retry(tx, run, retry)
+        tx.update_config(retry=retry)
+        tx.wake()
+
+
+def lock_path(folder: str) -> str:
+    """Return the file that a server keeps locked while it drives the runs with logs in a folder."""
+    return os.path.join(folder, "server.lock")
+
+
+def try_lock(file: int) -> bool:
+    """Lock a file for as long as this process has it open; False when somebody else does."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: nobody is kept out
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+
+
+def is_attended(run: Run) -> bool:
+    """Return whether a living server goes on with a run, also while no process drives it."""
+    log_file = run.config.get("logFile") if run.config.get("server") else None
+    try:
+        file = os.open(lock_path(os.path.dirname(log_file or "")), os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        return not try_lock(file)
+    finally:
+        os.close(file)
 
 
 def cancel_run(
@@ -5186,6 +5376,10 @@ EFFECTS = {
 # ---------------------------------------------------------------------------
 
 
+# Which gates an engine waits at when nothing else is left to do: any, those with a deadline, none.
+Patience = Literal["all", "timed", "none"]
+
+
 class RunResult(NamedTuple):
     """How a run stands when its engine leaves it.
 
@@ -5394,7 +5588,7 @@ class Engine:
         max_concurrency: int = 4,
         executor: Executor | Callable[[], Executor] | None = None,
         on_event: Callable[[Event], None] | None = None,
-        park: bool = True,
+        patience: Patience = "all",
         config: Mapping[str, Any] | None = None,
         echo_prints: bool = True,
     ) -> None:
@@ -5419,7 +5613,7 @@ class Engine:
         self._max_concurrency = max_concurrency
         self._executor = executor
         self._on_event = on_event
-        self._park = park
+        self._patience = patience
         self._echo_prints = echo_prints
         self._owner = new_owner_id()
         self._mailbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
@@ -5476,6 +5670,8 @@ class Engine:
         if run is None:
             self._insert()
             return True
+        if retry is False:  # it may have been asked for, and nobody has come to do it
+            retry = run.config.get("retry") or False
         if run.is_terminal and retry is False:
             error = None if run.error_json is None else dict(json.loads(run.error_json))
             self.result = RunResult(self.run_id, run.status, error)
@@ -5484,7 +5680,10 @@ class Engine:
             raise RunOwned(
                 f"run {self.run_id} is driven by a living process; --force takes it over"
             )
-        self._claim(run, force, retry)
+        if run.status == "queued":
+            self._begin(run)
+        else:
+            self._claim(run, force, retry)
         return True
 
     def run(self) -> RunResult:
@@ -5535,27 +5734,40 @@ class Engine:
             tx.append_event("RunStatusChanged", status="running")
         self._told(tx)
 
+    def _begin(self, queued: Run) -> None:
+        """Begin a run that was queued."""
+        with self._db.transaction(self.run_id) as tx:
+            self._claim_row(tx, queued, False)
+            tx.append_event("RunStarted")
+            tx.append_event("RunStatusChanged", status="running")
+        self._told(tx)
+        self._renderer.input_json = self._db.get_input(self.run_id) or "{}"
+
+    def _claim_row(self, tx: Tx, seen: Run, retry: bool | Seq[str]) -> None:
+        if not tx.claim_run(seen, self._owner, forget_end=seen.is_terminal):
+            raise RunOwned(f"run {self.run_id} was claimed by another process")
+        tx.update_run_source(*_source_of(self._workflow))
+        tx.update_config(**self._config, retry=retry or None)
+
     def _claim(self, seen: Run, force: bool, retry: bool | Iterable[str]) -> None:
         """Make this engine the owner, and mend what the last one left half done."""
+        retry = retry if isinstance(retry, bool) else list(retry)
         self._recall()
         plan = self._look_at_tree(seen, force)
         chosen, loops = choose_to_retry(seen, self._progress.records, plan, retry)
         with self._db.transaction(self.run_id) as tx:
-            if not tx.claim_run(seen, self._owner, forget_end=seen.is_terminal):
-                raise RunOwned(f"run {self.run_id} was claimed by another process")
+            self._claim_row(tx, seen, retry)
             attempts = tx.list_attempts(self.run_id, open_nodes_only=True)
             self._next_seq = tx.next_seq
         end_leftovers(seen, attempts)
         has_crashed = seen.runtime_owner_id is not None and not force
         with self._transaction() as tx:
-            path, digest = _source_of(self._workflow)
-            if seen.workflow_hash is not None and digest != seen.workflow_hash:
+            digest = _source_of(self._workflow)[1]
+            if digest is not None and seen.workflow_hash not in (None, digest):
                 logger.warning(
                     "the workflow file has changed since run %s began; going on with the new one",
                     self.run_id,
                 )
-            tx.update_run_source(path, digest)
-            tx.update_config(**self._config)
             was_alive = force and owner_life(seen) == "alive"
             what = (
                 "taken over" if was_alive else "resumed after a crash" if has_crashed else "resumed"
@@ -5569,6 +5781,7 @@ class Engine:
                     node_close(tx, node, INTERRUPTED)
             reset_loops(tx, loops)
             reset_nodes(tx, self._progress.records, chosen)
+            tx.update_config(retry=None)
         self._metrics.inc("smithers_runs_resumed_total")
         self._delivered = tx.events[0].seq - 1
         self._told(tx)
@@ -5785,8 +5998,13 @@ class Engine:
             self._show_status(tx, "running")
         elif standing == "waiting":
             self._show_status(tx, "waiting-approval")
-            if not self._park and not any(kind == "gate" for kind, _ in self._steps.wall.at):
+            is_timed = any(kind == "gate" for kind, _ in self._steps.wall.at)
+            if self._patience == "all" or self._patience == "timed" and is_timed:
+                return
+            if tx.count_open_gates(self.run_id) == self._progress.open_gates:
                 self._run_leave(tx)
+            else:  # a program that adds no event has just decided
+                self.post("count")
         else:
             raise AssertionError("nothing is left to wait for and the tree is not done")
 
@@ -5894,7 +6112,7 @@ def run_workflow(
         max_concurrency=max_concurrency,
         executor=executor,
         on_event=on_event,
-        park=park,
+        patience="all" if park else "timed",
     )
     if not engine.open(resume or retry is not False, force, retry):
         assert engine.result is not None
@@ -6272,13 +6490,11 @@ class EventLog:
         # The last thing read: what a thousand clients at the same place ask for in a row.
         self._last: tuple[int, bool, bytes, int] = (-1, False, b"", -1)
 
-    def refresh(self) -> bool:
+    def refresh(self, reads: Reads) -> bool:
         """Look at the run; True when there are new events or it has ended."""
         before = (self.has_ended, self.newest)
-        with self._adapter.snapshot() as reads:
-            run = reads.get_run(self._run_id)
-            self.newest = reads.get_newest_seq(self._run_id)
-        self.has_ended = run is not None and run.is_terminal
+        status, self.newest = reads.look_at_log(self._run_id)
+        self.has_ended = status in TERMINAL_STATUSES
         self._last = (-1, False, b"", -1)
         return before != (self.has_ended, self.newest)
 
@@ -6337,7 +6553,7 @@ def follow_events(adapter: SmithersDb, run_id: str, after_seq: int) -> Iterator[
     try:
         yield RETRY_LINE
         spoke_at = time.monotonic()
-        log.refresh()
+        log.refresh(adapter)
         while True:
             data, after_seq = log.read(after_seq)
             if data:
@@ -6348,7 +6564,7 @@ def follow_events(adapter: SmithersDb, run_id: str, after_seq: int) -> Iterator[
                 return
             if committed.wait(WATCH_SECONDS) or watch.changed():
                 committed.clear()
-                log.refresh()
+                log.refresh(adapter)
             if time.monotonic() - spoke_at >= KEEP_ALIVE_SECONDS:
                 yield KEEP_ALIVE
                 spoke_at = time.monotonic()
@@ -6635,7 +6851,8 @@ def why_json(reads: Reads, run: Run) -> dict[str, Any]:
     state = run_state(run)
     if run.is_terminal:
         return {"state": state, "blocked": blocked, "error": error}
-    is_driven = owner_life(run) != "dead"
+    is_parked = run.status == "waiting-approval" and is_attended(run)
+    is_driven = owner_life(run) != "dead" or is_parked
     if run.status == "queued":
         add("owner", None, run.created_at_ms, "waits until a worker is free")
     elif not is_driven:
@@ -7823,7 +8040,7 @@ PAGE_HEADERS = (
 PAGE_RESPONSE = Response(200, PAGE.encode("utf-8"), PAGE_HEADERS)
 
 
-def get_page(app: ServeApp, request: Request) -> Response:
+def get_page(app: App, request: Request) -> Response:
     return PAGE_RESPONSE
 
 
@@ -7832,25 +8049,15 @@ def get_page(app: ServeApp, request: Request) -> Response:
 # ---------------------------------------------------------------------------
 
 
-class RunView:
-    """One run as it is shown: its answers until the next commit, and its log for who follows it.
+class Answers:
+    """Answers that are kept until the next commit by anybody. May be used from any thread."""
 
-    `cached` may be called from any thread; the log is the network thread's.
-    """
+    MAX_ANSWERS = 16
 
-    MAX_CACHED_ANSWERS = 16
-    MAX_CACHED_BYTES = 16 << 20  # of all cached answers
-    MAX_LIGHT_QUERIES = 16
-
-    def __init__(self, adapter: SmithersDb, watch: Watch, run_id: str) -> None:
-        self.adapter = adapter
-        self.run_id = run_id
-        self.log = EventLog(adapter, run_id)
-        self.streams: set[Any] = set()  # the connections that follow it
+    def __init__(self, watch: Watch, max_bytes: int) -> None:
         self._watch = watch
+        self._max_bytes = max_bytes
         self._answers: dict[tuple[Any, ...], tuple[int, Response]] = {}
-        self._pending = 0
-        self._light_queries: set[str] = set()  # for frames, as their last answers were
 
     def cached(self, key: tuple[Any, ...], read: Callable[[], Response]) -> Response:
         """Return the answer for `key`, read again only after a commit by anybody."""
@@ -7862,11 +8069,29 @@ class RunView:
         # A new dict each time: other threads may be reading the old one.
         kept = {k: answer for k, answer in self._answers.items() if answer[0] == version}
         size = len(response.body) + sum(len(answer[1].body) for answer in kept.values())
-        if size > self.MAX_CACHED_BYTES or len(kept) >= self.MAX_CACHED_ANSWERS:
+        if size > self._max_bytes or len(kept) >= self.MAX_ANSWERS:
             kept = {}
         kept[key] = (version, response)
         self._answers = kept
         return response
+
+
+class RunView(Answers):
+    """One run as it is shown: its answers until the next commit, and its log for who follows it.
+
+    The log is the network thread's; the rest may be used from any.
+    """
+
+    MAX_LIGHT_QUERIES = 16
+
+    def __init__(self, adapter: SmithersDb, watch: Watch, run_id: str, max_bytes: int) -> None:
+        super().__init__(watch, max_bytes)
+        self.adapter = adapter
+        self.run_id = run_id
+        self.log = EventLog(adapter, run_id)
+        self.streams: set[Any] = set()  # the connections that follow it
+        self._pending = 0
+        self._light_queries: set[str] = set()  # for frames, as their last answers were
 
     def status(self) -> Response:
         return self.cached(("status",), self._read_status)
@@ -7919,11 +8144,16 @@ class RunView:
 class Request(NamedTuple):
     """What a route function gets: the run it is about, the head, the body, what the path names."""
 
-    view: RunView
+    named: RunView | None  # the run that the path names
     head: Head
     body: bytes
     parameters: Mapping[str, str]
     who: Identity
+
+    @property
+    def view(self) -> RunView:
+        assert self.named is not None, "a route of a run"
+        return self.named
 
     def query(self, *known: str) -> dict[str, str]:
         """Return the parameters of the query. Raises InvalidRequest for one that is not known."""
@@ -7937,28 +8167,28 @@ class Request(NamedTuple):
 class Route(NamedTuple):
     method: str
     pattern: str
-    handler: Callable[[ServeApp, Request], Response]
+    handler: Callable[[Any, Request], Response]
     public: bool = False
     is_quick: bool = False  # answered from memory or by one short read: blocks nobody
     needs: str = "viewer"  # the least role
 
 
-def get_health(app: ServeApp, request: Request) -> Response:
+def get_health(app: App, request: Request) -> Response:
     return HEALTHY
 
 
 HEALTHY = json_response({"ok": True})
 
 
-def get_status(app: ServeApp, request: Request) -> Response:
+def get_status(app: App, request: Request) -> Response:
     return request.view.status()
 
 
-def get_frames(app: ServeApp, request: Request) -> Response:
+def get_frames(app: App, request: Request) -> Response:
     return request.view.frames(request.head.query)
 
 
-def get_events(app: ServeApp, request: Request) -> Response:
+def get_events(app: App, request: Request) -> Response:
     query = parse_query(request.head.query)
     after = integer_in("afterSeq", query.get("afterSeq", "-1"), -1)
     last_id = request.head.headers.get("last-event-id")
@@ -7994,7 +8224,7 @@ def _read_run(request: Request, read: Callable[[Reads, Run], Any]) -> Response:
         return json_response(read(reads, run))
 
 
-def get_nodes(app: ServeApp, request: Request) -> Response:
+def get_nodes(app: App, request: Request) -> Response:
     query = request.query("state", "after", "limit")
     limit = min(integer_in("limit", query.get("limit", "100"), 1), MAX_PAGE)
     after: Key | None = None
@@ -8009,14 +8239,14 @@ def get_nodes(app: ServeApp, request: Request) -> Response:
     )
 
 
-def get_node(app: ServeApp, request: Request) -> Response:
+def get_node(app: App, request: Request) -> Response:
     query = request.query("iteration")
     number = integer_in("iteration", query["iteration"], 0) if "iteration" in query else None
     node_id = request.parameters["nodeId"]
     return _read_run(request, lambda reads, run: node_detail_json(reads, run, node_id, number))
 
 
-def get_approvals(app: ServeApp, request: Request) -> Response:
+def get_approvals(app: App, request: Request) -> Response:
     status = request.query("status").get("status", "requested")
     if status not in GATE_STATUSES:
         known = ", ".join(GATE_STATUSES)
@@ -8025,28 +8255,28 @@ def get_approvals(app: ServeApp, request: Request) -> Response:
     return _read_run(request, lambda reads, run: approvals_json(reads, run, wanted))
 
 
-def get_why(app: ServeApp, request: Request) -> Response:
+def get_why(app: App, request: Request) -> Response:
     request.query()
     return _read_run(request, why_json)
 
 
-def post_approve(app: ServeApp, request: Request) -> Response:
+def post_approve(app: App, request: Request) -> Response:
     return app.decide("approved", request)
 
 
-def post_deny(app: ServeApp, request: Request) -> Response:
+def post_deny(app: App, request: Request) -> Response:
     return app.decide("denied", request)
 
 
-def post_cancel(app: ServeApp, request: Request) -> Response:
+def post_cancel(app: App, request: Request) -> Response:
     said = parse_said(request.body, ("decidedBy", "reason"))
     by = _speaker(request.who, said.get("decidedBy"))
     cancel_run(app.adapter, request.view.run_id, by, said.get("reason"))
-    app.abort.set()
+    app.note_cancel()
     return json_response({"runId": request.view.run_id})
 
 
-def get_metrics(app: ServeApp, request: Request) -> Response:
+def get_metrics(app: App, request: Request) -> Response:
     if not app.metrics_enabled:
         raise NotFound("metrics are switched off")
     headers = (
@@ -8070,7 +8300,9 @@ RUN_ROUTES = (
     Route("GET", "/approvals", get_approvals),
     Route("GET", "/why", get_why),
     Route("POST", "/approve/:nodeId", post_approve, needs="approver"),
+    Route("POST", "/nodes/:nodeId/approve", post_approve, needs="approver"),
     Route("POST", "/deny/:nodeId", post_deny, needs="approver"),
+    Route("POST", "/nodes/:nodeId/deny", post_deny, needs="approver"),
     Route("POST", "/cancel", post_cancel, needs="operator"),
 )
 ROLES = ("viewer", "approver", "operator")  # each with the rights of those before it
@@ -8110,19 +8342,26 @@ class Router:
         ]
 
 
-def parse_said(body: bytes, texts: Seq[str], numbers: Seq[str] = ()) -> dict[str, Any]:
-    """Return what a request body says, by these keys.
-
-    Raises InvalidRequest for whatever it should not hold: a misspelt key would be said in vain.
-    """
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object that a body holds, {} for none. Raises InvalidRequest."""
     if not body:
         return {}
     try:
         value = parse_json(body)
     except ValueError as error:
-        raise InvalidRequest(f"the body is not JSON: {log_safe(error)[:200]}") from error
+        message = f"the body is not JSON: {log_safe(error)[:200]}"
+        raise NotJson(message) from error
     if not isinstance(value, dict):
         raise InvalidRequest(f"the body must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def parse_said(body: bytes, texts: Seq[str], numbers: Seq[str] = ()) -> dict[str, Any]:
+    """Return what a request body says, by these keys.
+
+    Raises InvalidRequest for whatever it should not hold: a misspelt key would be said in vain.
+    """
+    value = parse_object(body)
     unknown = [name for name in value if name not in (*texts, *numbers)]
     if unknown:
         known = ", ".join((*numbers, *texts))
@@ -8230,25 +8469,25 @@ class Answer:
         return json.loads(self.body)
 
 
-class ServeApp:
-    """The HTTP surface of one run.
-
-    A WSGI callable, `request` without a socket, and the core behind make_server.
+class App:
+    """An HTTP surface on a database: a WSGI callable, `request` without a socket, and the core
+    behind make_server.
     """
+
+    NOT_JSON_CODE = "INVALID_REQUEST"
 
     def __init__(
         self,
         adapter: SmithersDb,
-        run_id: str,
-        abort: threading.Event,
+        routes: Iterable[Route],
         auth_token: str | None,
         metrics: bool,
-        tokens: Tokens | None = None,
+        tokens: str | os.PathLike[str] | None,
     ) -> None:
-        self._tokens = tokens
+        token = auth_token if auth_token is not None else os.environ.get("SMITHERS_API_KEY")
+        self._token = None if token is None else _checked_token(token).encode("ascii")
+        self._tokens = None if tokens is None else Tokens(os.fspath(tokens))
         self.adapter = adapter
-        self.run_id = run_id
-        self.abort = abort
         self.metrics = adapter.metrics
         self.metrics_enabled = metrics
         # Host names that may be asked for; None means any. make_server narrows it on a loopback
@@ -8256,19 +8495,27 @@ class ServeApp:
         self.allowed_hosts: frozenset[str] | None = None
         self.trusted_hosts: frozenset[str] = frozenset()
         self.check_stream_room: Callable[[], None] = lambda: None
-        self._token = None if auth_token is None else _checked_token(auth_token).encode("ascii")
-        self._router = Router(APP_ROUTES + RUN_ROUTES)
+        self._router = Router(routes)
         self._watch = adapter.watch()
-        self._view = RunView(adapter, self._watch, run_id)
-        self.metrics.read_at_scrape("smithers_approval_pending", self._view.count_pending)
+        self.metrics.read_at_scrape("smithers_approval_pending", self._count_pending)
 
     @property
     def has_token(self) -> bool:
         return self._token is not None or self._tokens is not None
 
     def close(self) -> None:
-        self.metrics.stop_reading("smithers_approval_pending", self._view.count_pending)
+        self.metrics.stop_reading("smithers_approval_pending", self._count_pending)
         self._watch.close()
+
+    def note_cancel(self) -> None:
+        """Have an engine of this process hear of a cancel at once."""
+
+    def view_of(self, parameters: Mapping[str, str]) -> RunView | None:
+        """Return the run that a path is about. Raises NotFound."""
+        raise NotImplementedError
+
+    def _count_pending(self) -> float:
+        raise NotImplementedError
 
     # The core: head and body in, answer out
 
@@ -8310,11 +8557,18 @@ class ServeApp:
         for match in self._router.find(head.segments):
             route = match.route
             if route.method == "GET":
-                is_light = route.handler is get_frames and self._view.is_light(head.query)
+                is_light = route.handler is get_frames and self._is_light(match, head.query)
                 # Without a write-ahead log a reader may have to wait for a writer.
                 can_read = self.adapter.readers_never_wait
                 return route.public or can_read and (route.is_quick or is_light)
         return False
+
+    def _is_light(self, match: Match, query: str) -> bool:
+        try:
+            view = self.view_of(match.parameters)
+        except ServeError:
+            return True
+        return view is not None and view.is_light(query)
 
     def respond(self, match: Match, head: Head, body: bytes) -> Response:
         """Return the route's answer.
@@ -8322,9 +8576,12 @@ class ServeApp:
         Every failure is answered in the envelope, the unexpected ones are logged.
         """
         try:
-            request = Request(self._view, head, body, match.parameters, match.who)
+            view = self.view_of(match.parameters)
+            request = Request(view, head, body, match.parameters, match.who)
             return match.route.handler(self, request)
         except ServeError as error:
+            if isinstance(error, NotJson):
+                error.code = self.NOT_JSON_CODE
             return error_response(error)
         except DatabaseGone as error:
             return error_response(Unavailable(str(error)))
@@ -8454,6 +8711,33 @@ class ServeApp:
         return follow_events(self.adapter, response.stream.view.run_id, response.stream.after_seq)
 
 
+class ServeApp(App):
+    """The HTTP surface of one run."""
+
+    def __init__(
+        self,
+        adapter: SmithersDb,
+        run_id: str,
+        abort: threading.Event,
+        auth_token: str | None,
+        metrics: bool,
+        tokens: str | os.PathLike[str] | None,
+    ) -> None:
+        self.run_id = run_id
+        self.abort = abort
+        super().__init__(adapter, APP_ROUTES + RUN_ROUTES, auth_token, metrics, tokens)
+        self._view = RunView(adapter, self._watch, run_id, 16 << 20)
+
+    def note_cancel(self) -> None:
+        self.abort.set()
+
+    def view_of(self, parameters: Mapping[str, str]) -> RunView:
+        return self._view
+
+    def _count_pending(self) -> float:
+        return self._view.count_pending()
+
+
 def _head_of(environ: Mapping[str, Any]) -> Head:
     """Return the head of a WSGI request.
 
@@ -8528,9 +8812,7 @@ def create_serve_app(
     `name role token` a line. Raises ValueError for a token that no header could carry, and for such
     a file that others can read.
     """
-    token = auth_token if auth_token is not None else os.environ.get("SMITHERS_API_KEY")
-    known = None if tokens is None else Tokens(os.fspath(tokens))
-    return ServeApp(adapter, run_id, abort or threading.Event(), token, metrics, known)
+    return ServeApp(adapter, run_id, abort or threading.Event(), auth_token, metrics, tokens)
 
 
 # ---------------------------------------------------------------------------
@@ -8595,7 +8877,7 @@ class Conversation:
 
     __slots__ = ("_app", "_buffer", "_server", "deadline", "has_turn", "waits_since")
 
-    def __init__(self, app: ServeApp, server: Any) -> None:
+    def __init__(self, app: App, server: Any) -> None:
         self._app = app
         self._server = server  # tells whether it `is_stopping`
         self._buffer = b""
@@ -8977,7 +9259,7 @@ class Streams:
 
     def __init__(
         self,
-        app: ServeApp,
+        app: App,
         listen: Callable[[Connection, int], None],
         drop: Callable[[Connection], None],
         max_streams: int,
@@ -9085,15 +9367,18 @@ class Streams:
             self._sweep_at = now + WATCH_SECONDS / 2
             if self._watch.changed():
                 stale = {view.run_id for view in self._views}
+        if not stale:
+            return
         try:
-            for view in [view for view in self._views if view.run_id in stale]:
-                if view.log.refresh():
-                    self._fresh.extend(
-                        s for s in view.streams if not s.is_lagging and not s.pending
-                    )
-                stale.discard(view.run_id)
-        finally:
+            with self._adapter.snapshot() as reads:
+                for view in [view for view in self._views if view.run_id in stale]:
+                    if view.log.refresh(reads):
+                        self._fresh.extend(
+                            s for s in view.streams if not s.is_lagging and not s.pending
+                        )
+        except BaseException:
             self._stale.extend(stale)
+            raise
 
     def serve(self, stream: Connection, events: int) -> None:
         if events & selectors.EVENT_READ:
@@ -9185,7 +9470,7 @@ class Network:
 
     def __init__(
         self,
-        app: ServeApp,
+        app: App,
         ssl_context: ssl.SSLContext | None,
         max_connections: int,
         max_streams: int,
@@ -9569,7 +9854,7 @@ class ServeServer(ThreadingHTTPServer):
             int(self.server_address[1]),
         )
 
-    def attach(self, app: ServeApp, allowed_hosts: Iterable[str] = ()) -> None:
+    def attach(self, app: App, allowed_hosts: Iterable[str] = ()) -> None:
         """Serve `app`.
 
         On a loopback bind without token only loopback names and `allowed_hosts` may be asked for.
@@ -9673,7 +9958,7 @@ def is_loopback(host: str) -> bool:
 
 
 def make_server(
-    app: ServeApp,
+    app: App,
     host: str = "127.0.0.1",
     port: int = 7331,
     *,
@@ -9719,7 +10004,7 @@ class UsageError(SmithersError):
 
 
 # Words that other tools have for our commands.
-MEANT = {"list": "ps", "ls": "ps", "run": "up", "start": "up", "serve": "up", "log": "logs"}
+MEANT = {"list": "ps", "ls": "ps", "run": "up", "start": "up", "serve": "server", "log": "logs"}
 MEANT.update(tail="logs", events="logs", reject="deny", kill="cancel", resume="up", why="status")
 
 
@@ -9804,14 +10089,23 @@ SERVE_FLAGS = (
 )  # fmt: skip
 LINGER_FLAG = flag("--linger", type=float, metavar="SECONDS",
                    help="how long to serve after the end (default: until stopped)")  # fmt: skip
+NOTIFY_FLAG = flag(
+    "--notify",
+    metavar="ARGV",
+    help="program to start when a gate opens or is about to expire, and at the end",
+)
+EXECUTOR_FLAG = flag(
+    "--executor",
+    metavar="MODULE:FACTORY",
+    help="run functions in the Executor that FACTORY() returns",
+)
 DB_FLAG = flag("--db", default="smithers.db", help="the sqlite file (default: smithers.db)")
 UP_FLAGS = (
     flag("workflow", metavar="FILE[:name]", help="the workflow file, and the object in it"),
     flag("--serve", action=SWITCH, help="serve the run over HTTP; stay after its end"),
     *SERVE_FLAGS,
     LINGER_FLAG,
-    flag("--notify", metavar="ARGV",
-         help="program to start when a gate opens or is about to expire, and at the end"),
+    NOTIFY_FLAG,
     flag("-d", "--detach", action=SWITCH,
          help="run in the background; prints runId, pid, logFile, url"),
     flag("-r", "--run-id", help="the run's id (default: a new one)"),
@@ -9825,8 +10119,7 @@ UP_FLAGS = (
     flag("-c", "--max-concurrency", type=parse_count, default=4,
          help="tasks at once (default: 4)"),
     DB_FLAG,
-    flag("--executor", metavar="MODULE:FACTORY",
-         help="run functions in the Executor that FACTORY() returns"),
+    EXECUTOR_FLAG,
 )  # fmt: skip
 
 
@@ -9986,9 +10279,18 @@ def make_ssl_context(certfile: str | None, keyfile: str | None) -> ssl.SSLContex
     return context
 
 
-def page_url(url: str | None) -> str | None:
-    """Return where the page of a server is, None when there is none."""
-    return None if url is None else f"{url}/ui"
+def run_url(server_url: str, run_id: str) -> str:
+    """Return where a server of many runs has the routes of one."""
+    return f"{server_url}/v1/runs/{urllib.parse.quote(run_id, safe='')}"
+
+
+def page_url(url: str | None, *place: str) -> str | None:
+    """Return where the page is on which to see a run, or a place of it; None without a server."""
+    if url is None:
+        return None
+    base, _, run = url.partition("/v1/runs/")
+    parts = [*(("runs", run) if run else ()), *(urllib.parse.quote(p, safe="") for p in place)]
+    return f"{base}/ui" + (f"#/{'/'.join(parts)}" if parts else "")
 
 
 def ordinal(number: int) -> str:
@@ -10134,8 +10436,7 @@ class Notifier:
                 if kind != "gate-expiring":
                     self._expiring.set("gate-expiring", key, deadline - timeout * self.SOON_SHARE)
             if self._url is not None:
-                node = urllib.parse.quote(gate.node_id, safe="")
-                facts["url"] = f"{page_url(self._url)}#/node/{node}/{gate.iteration}"
+                facts["url"] = page_url(self._url, "node", gate.node_id, str(gate.iteration))
         if kind != "gate-known":
             self._start(to_json(facts).encode())
 
@@ -10221,10 +10522,16 @@ def run_up(args: argparse.Namespace) -> int:
     return run_here(args, load_workflow(args.workflow), token)
 
 
-def run_here(args: argparse.Namespace, workflow: Any, token: str | None) -> int:
+def run_here(
+    args: argparse.Namespace,
+    workflow: Any,
+    token: str | None,
+    patience: Patience = "timed",
+    use: Callable[[SmithersDb], None] = lambda db: None,
+) -> int:
     """Bind, open, claim, in that order, so that a mistake leaves nothing behind.
 
-    Then drive the run.
+    Then drive the run. `use` is called with the database.
     """
     value = read_input(args.input)
     executor = load_executor(args.executor) if args.executor else None
@@ -10233,7 +10540,9 @@ def run_here(args: argparse.Namespace, workflow: Any, token: str | None) -> int:
     db: SmithersDb | None = None
     try:
         db = open_database(args.db)
+        use(db)
         run_id = args.run_id or new_run_id()
+        url = where_served(args, run_id, server)
         if args.resume:
             check_input_kept(db, run_id, value)
         engine = Engine(
@@ -10244,11 +10553,10 @@ def run_here(args: argparse.Namespace, workflow: Any, token: str | None) -> int:
             max_concurrency=args.max_concurrency,
             executor=executor,
             on_event=process.take_event,
-            park=server is not None,
-            config=kept_facts(args, run_id, server.url if server else None),
+            patience="all" if server else patience,
+            config=kept_facts(args, run_id, url),
             echo_prints=False,
         )
-        url = server.url if server else None
         has_token = token is not None or args.tokens is not None
         process.listeners.append(Narrator(args, url, has_token))
         engine.open(args.resume, args.force, args.retry)
@@ -10277,6 +10585,14 @@ def run_here(args: argparse.Namespace, workflow: Any, token: str | None) -> int:
     return process.run(engine, db, server)
 
 
+def where_served(args: argparse.Namespace, run_id: str, server: ServeServer | None) -> str | None:
+    """Return where a run has its routes: here, or at the server that has started this worker."""
+    if server is not None:
+        return server.url
+    of_server = getattr(args, "server_url", None)
+    return None if of_server is None else run_url(of_server, run_id)
+
+
 def warn_of_idle_flags(args: argparse.Namespace) -> None:
     for names, options in () if args.serve else (*SERVE_FLAGS, LINGER_FLAG):
         name = options.get("dest", names[0][2:].replace("-", "_"))
@@ -10286,6 +10602,8 @@ def warn_of_idle_flags(args: argparse.Namespace) -> None:
 
 def kept_facts(args: argparse.Namespace, run_id: str, url: str | None) -> dict[str, Any]:
     """Return what is kept of a run so that it can be found, told and gone on with; no token."""
+    if hasattr(args, "server_url"):  # a worker: its server knows the rest
+        return {"pid": os.getpid()}
     hidden = ("auth_token", "out", "run", "input", "resume", "retry", "force", "detach", "command")
     options = {name: value for name, value in vars(args).items() if name not in hidden}
     options.update(run_id=run_id, auth_token=None, force=False)
@@ -10470,12 +10788,14 @@ class Process:
             say(f"Workflow {result.status}. Server still running — press Ctrl+C to stop.")
             self._next_message(math.inf if self._args.linger is None else self._args.linger)
         elif result.status == "waiting-approval":
-            say(f"The run waits for approval. Serve it: {self._go_on_line(result)}")
+            say(f"The run waits for approval. Go on with: {self._go_on_line(result)}")
         return EXIT_CODES[result.status]
 
     def _go_on_line(self, result: RunResult) -> str:
-        is_demo = getattr(self._args, "command", "up") == "demo"
-        return "demo, anew" if is_demo else resume_line(self._args, result.run_id)
+        if getattr(self._args, "command", "up") == "demo":
+            return "demo, anew"
+        run = self._db.get_run(result.run_id)
+        return resume_line(self._args, result.run_id) if run is None else _resume_hint(run)
 
     def _print_result(self, result: RunResult) -> None:
         shown: dict[str, Any] = {
@@ -10592,6 +10912,862 @@ def main_detached() -> int:
     args = argparse.Namespace(**json.loads(sys.stdin.read()))
     args.run = run_up
     return run_command_line(args)
+
+
+# ---------------------------------------------------------------------------
+# Many runs: /v1/runs; a process drives each run, and none while it waits for people
+# ---------------------------------------------------------------------------
+
+
+class ServerApp(App):
+    """All runs of a database; with a root it starts workflow files below that folder.
+
+    Its supervisor gives each run that can go on a process. `close` suspends what runs.
+    """
+
+    NOT_JSON_CODE = "INVALID_JSON"
+    MAX_VIEWS = 64  # kept of runs that nobody follows
+
+    def __init__(
+        self,
+        adapter: SmithersDb,
+        root: str | None,
+        auth_token: str | None,
+        metrics: bool,
+        tokens: str | os.PathLike[str] | None,
+        max_runs: int | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        super().__init__(adapter, SERVER_ROUTES, auth_token, metrics, tokens)
+        self.root = None if root is None else os.path.realpath(root)
+        self.answers = Answers(self._watch, 16 << 20)
+        # Guards _views. Held for look-ups only.
+        self._lock = threading.Lock()
+        self._views: collections.OrderedDict[str, RunView] = collections.OrderedDict()
+        self.supervisor: Supervisor | None = None
+        if self.root is not None:
+            if not os.path.isdir(self.root):
+                raise ValueError(f"the root {self.root} is not a folder")
+            self.supervisor = Supervisor(
+                adapter, self.root, max_runs or default_max_runs(), options
+            )
+            self.metrics.read_before_scrape(self.supervisor.take_shares)
+
+    def close(self) -> None:
+        if self.supervisor is not None:
+            self.supervisor.stop()
+        super().close()
+
+    def may_start(self) -> Supervisor:
+        """Return who starts runs. Raises Forbidden where there is no root."""
+        if self.supervisor is None:
+            raise Forbidden("this server starts no workflows: it was given no root")
+        return self.supervisor
+
+    def view_of(self, parameters: Mapping[str, str]) -> RunView | None:
+        run_id = parameters.get("runId")
+        if run_id is None:
+            return None
+        with self._lock:
+            view = self._views.get(run_id)
+            if view is not None:
+                self._views.move_to_end(run_id)
+                return view
+        if self.adapter.get_run(run_id) is None:
+            raise NotFound(f"there is no run {log_safe(run_id)[:MAX_NAME_CHARS]}")
+        view = RunView(self.adapter, self._watch, run_id, 1 << 20)
+        with self._lock:
+            view = self._views.setdefault(run_id, view)
+            while len(self._views) > self.MAX_VIEWS:
+                self._views.popitem(last=False)
+        return view
+
+    def _count_pending(self) -> float:
+        return float(self.adapter.count_all_open_gates())
+
+
+def default_max_runs() -> int:
+    return max(8, 4 * (os.cpu_count() or 1))
+
+
+def create_server_app(
+    *,
+    adapter: SmithersDb,
+    root: str | os.PathLike[str] | None = None,
+    auth_token: str | None = None,
+    metrics: bool = True,
+    max_runs: int | None = None,
+    tokens: str | os.PathLike[str] | None = None,
+) -> ServerApp:
+    """Return the app that shows and steers every run of a database; `close` it at the end.
+
+    With `root` it also starts workflow files below that folder, each run in a process of its own,
+    at most `max_runs` at once (default: 4 a core, at least 8). Tokens are as in create_serve_app.
+    Raises ValueError for a root that is no folder, and RunOwned when another server starts the
+    runs of this database.
+    """
+    folder = None if root is None else os.fspath(root)
+    return ServerApp(adapter, folder, auth_token, metrics, tokens, max_runs, {})
+
+
+def start_server(
+    *,
+    port: int = 7331,
+    db: str | os.PathLike[str] = "smithers.db",
+    auth_token: str | None = None,
+    root_dir: str | os.PathLike[str] | None = None,
+    host: str = "127.0.0.1",
+    max_runs: int | None = None,
+) -> ServeServer:
+    """Start a multi-workflow server, with the original's options; `stop()` ends it.
+
+    Its `app` has to be closed too: that suspends the runs. Raises OSError when the address cannot
+    be bound.
+    """
+    adapter = SmithersDb(db)
+    app = create_server_app(
+        adapter=adapter, root=root_dir, auth_token=auth_token, max_runs=max_runs
+    )
+    server = make_server(app, host, port)
+    server.start()
+    return server
+
+
+# Routes
+
+
+def get_runs(app: ServerApp, request: Request) -> Response:
+    query = request.query("limit", "status")
+    limit = min(integer_in("limit", query.get("limit", "50"), 1), MAX_PAGE)
+    status = query.get("status") or None
+
+    def read() -> Response:
+        names = [camel_case(column[0]) for column in _wanted_columns()["_smithers_runs"]]
+        shown = [dict(zip(names, row)) for row in app.adapter.list_run_rows(limit, status)]
+        for row in shown:
+            config = json.loads(row["configJson"] or "null")
+            if isinstance(config, dict) and config.pop("options", None):  # `up`'s, with its paths
+                row["configJson"] = to_json(config)
+        return json_response(shown)
+
+    return app.answers.cached(("runs", limit, status), read)
+
+
+def camel_case(name: str) -> str:
+    first, *rest = name.split("_")
+    return first + "".join(map(str.capitalize, rest))
+
+
+def get_all_approvals(app: ServerApp, request: Request) -> Response:
+    limit = min(integer_in("limit", request.query("limit").get("limit", "50"), 1), MAX_PAGE)
+
+    def read() -> Response:
+        shown = []
+        with app.adapter.snapshot() as reads:
+            for run_id, gate in reads.list_open_gates(limit):
+                run, node = reads.get_run(run_id), reads.get_node(run_id, gate.key)
+                label = None if node is None else node.label
+                if run is not None:
+                    shown.append(gate_json(reads, run, gate, label, log=False))
+        return json_response({"approvals": shown})
+
+    return app.answers.cached(("approvals", limit), read)
+
+
+class Order(NamedTuple):
+    """What is asked for of a run: the workflow's file, where it is given, and how to run it."""
+
+    workflow_path: str | None
+    input_json: str
+    max_concurrency: int | None
+    run_id: str | None
+    is_resume: bool
+
+
+def parse_order(body: bytes, is_resume: bool) -> Order:
+    """Return what a body asks for. Raises InvalidRequest in the original's order and words."""
+    said = parse_object(body)
+    path, input, config = said.get("workflowPath"), said.get("input"), said.get("config")
+    if not (isinstance(path, str) and path) and not (is_resume and path is None):
+        raise InvalidRequest("workflowPath must be a string")
+    if "input" in said and not isinstance(input, dict):
+        raise InvalidRequest("input must be a JSON object")
+    if config is not None and not isinstance(config, dict):
+        raise InvalidRequest("config must be a JSON object")
+    limit = (config or {}).get("maxConcurrency")
+    if limit is not None:
+        try:
+            number = math.nan if isinstance(limit, bool) else float(limit)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not 0 < number < math.inf:
+            raise InvalidRequest("config.maxConcurrency must be a positive number")
+        limit = min(10_000, max(1, int(number)))
+    try:
+        input_json = encode_input(input)
+        run_id = said.get("runId")
+        if run_id is not None:
+            check_id(run_id, "run")
+    except AuthoringError as error:
+        raise InvalidRequest(str(error)) from error
+    return Order(path, input_json, limit, run_id, bool(said.get("resume")) or is_resume)
+
+
+def post_runs(app: ServerApp, request: Request) -> Response:
+    """Start a run, or with `resume` go on with one."""
+    supervisor = app.may_start()
+    order = parse_order(request.body, is_resume=False)
+    spec = find_workflow(supervisor.root, order.workflow_path or "")
+    if order.is_resume:
+        if order.run_id is None:
+            raise InvalidRequest("runId is required when resume is true", "RUN_ID_REQUIRED")
+        return supervisor.go_on(order.run_id, order)
+    run_id = order.run_id or new_run_id()
+    digest = check_workflow(supervisor.root, spec)
+    path, name = split_workflow(spec)
+    with app.adapter.transaction(run_id, HTTP_LOCK_PATIENCE_SECONDS) as tx:
+        try:
+            config = to_json(supervisor.facts(run_id, spec, order.max_concurrency))
+            tx.insert_run(name, path, digest, None, order.input_json, config)
+        except RunExists:
+            raise RunExists(f"there is a run {run_id} already", "RUN_ALREADY_EXISTS") from None
+        tx.is_control = True
+    return json_response({"runId": run_id})
+
+
+def post_resume(app: ServerApp, request: Request) -> Response:
+    """Go on with a run that was suspended, is orphaned or waits; one that has ended is left."""
+    supervisor = app.may_start()
+    order = parse_order(request.body, is_resume=True)
+    return supervisor.go_on(request.parameters["id"], order)
+
+
+def post_retry(app: ServerApp, request: Request) -> Response:
+    """Give the failed nodes of a run that has ended, or the named ones, a fresh try."""
+    supervisor = app.may_start()
+    said = parse_object(request.body)
+    nodes = said.get("nodes")
+    if [name for name in said if name != "nodes"] or not (
+        nodes is None or isinstance(nodes, list) and all(isinstance(id, str) for id in nodes)
+    ):
+        raise InvalidRequest('expected {"nodes": [id, ...]}, or nothing for all that have failed')
+    run_id = request.view.run_id
+    supervisor.adopt(run_id, None, None)
+    request_retry(app.adapter, run_id, nodes or True)
+    return json_response({"runId": run_id})
+
+
+def find_workflow(root: str, spec: str) -> str:
+    """Return `FILE[:name]` with the file's real path. Raises InvalidRequest outside of the root."""
+    path, name = split_workflow(os.path.join(root, spec))
+    real = os.path.realpath(path) if "\0" not in path else ""
+    if real != root and not real.startswith(os.path.join(root, "")):
+        raise InvalidRequest(
+            "Workflow path must be within server root directory", "WORKFLOW_PATH_OUTSIDE_ROOT"
+        )
+    return real + ("" if name == "workflow" else f":{name}")
+
+
+def check_workflow(root: str, spec: str) -> str:
+    """Return the sha256 of a workflow file. Raises InvalidRequest with the line of a mistake.
+
+    It is not run here: what its import does is its worker's.
+    """
+    path = split_workflow(spec)[0]
+    shown = os.path.relpath(path, root)
+    try:
+        found = os.stat(path)
+        return _check_source(path, shown, found.st_mtime_ns, found.st_size)
+    except OSError as error:
+        raise InvalidRequest(
+            f"there is no workflow file {shown}: {error.strerror}", "WORKFLOW_INVALID"
+        ) from error
+
+
+@functools.lru_cache(maxsize=128)
+def _check_source(path: str, shown: str, changed_ns: int, size: int) -> str:
+    with open(path, "rb") as file:
+        source = file.read()
+    try:
+        compile(source, shown, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        what = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise InvalidRequest(f"{shown}{line}: {what}", "WORKFLOW_INVALID") from error
+    return hashlib.sha256(source).hexdigest()
+
+
+SERVER_ROUTES = (
+    *APP_ROUTES,
+    Route("GET", "/v1/runs", get_runs),
+    Route("POST", "/v1/runs", post_runs, needs="operator"),
+    Route("GET", "/v1/approvals", get_all_approvals),
+    # Not a runId that must exist: the original says RUN_NOT_FOUND here, and NOT_FOUND elsewhere.
+    Route("POST", "/v1/runs/:id/resume", post_resume, needs="operator"),
+    Route("POST", "/v1/runs/:runId/retry", post_retry, needs="operator"),
+    *(
+        route._replace(pattern="/v1/runs/:runId" + route.pattern.rstrip("/"))
+        for route in RUN_ROUTES
+    ),
+)
+
+
+# Workers
+
+
+class Worker:
+    """A process that drives a run, as its server knows it; `owner` once it is known to run."""
+
+    def __init__(self, forker: Forker | None, owner: str | None = None) -> None:
+        self.forker = forker  # who tells of its end; None for one of an earlier server
+        self.owner = owner
+        self.share: bytes | None = b""  # of the metrics, as it was last taken; None at its end
+
+
+class Forker:
+    """The server's hold on a process with one thread, that has imported this module and forks.
+
+    So a worker costs milliseconds and shares its memory; its parent has no thread or lock that a
+    fork could tear.
+    """
+
+    def __init__(self, report: Callable[[Forker, dict[str, Any] | None], None]) -> None:
+        import subprocess
+
+        folder = os.path.dirname(os.path.abspath(__file__))
+        code = (
+            f"import sys; sys.path.insert(0, {folder!r}); import smithers_serve; "
+            "sys.exit(smithers_serve.main_forker())"
+        )
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self._report = report
+        start_thread("forker", self._read)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._report(self, json.loads(line))
+        self._process.wait()
+        self._report(self, None)
+
+    def start(self, options: Mapping[str, Any]) -> None:
+        """Have a worker started. Raises OSError when the process has gone."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(to_json(options).encode() + b"\n")
+        self._process.stdin.flush()
+
+    def close(self) -> None:
+        """Let it go; its workers stay."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+
+
+def main_forker() -> int:
+    """Fork a worker for each line of standard input; a line on standard output tells of its start
+    and of its end. Ends with the server, at the end of the input; the workers go on.
+    """
+    import asyncio  # noqa: F401  what workers need is imported once, for all of them
+    import gc
+    import importlib.util  # noqa: F401
+    import select
+    import subprocess  # noqa: F401
+
+    wake, waker = os.pipe()
+    os.set_blocking(waker, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(waker)
+    defaults = vars(make_parser().parse_args(["up", "FILE"]))
+    workers: dict[int, str] = {}
+    pending = b""
+    gc.collect()
+    gc.freeze()
+    while True:
+        ready = select.select([0, wake], [], [])[0]
+        if wake in ready:
+            os.read(wake, 4096)
+        while workers:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            run_id = workers.pop(pid)
+            _tell_server({"runId": run_id, "pid": pid, "code": os.waitstatus_to_exitcode(status)})
+        if 0 in ready:
+            data = os.read(0, 1 << 16)
+            if not data:
+                return 0
+            *lines, pending = (pending + data).split(b"\n")
+            for line in lines:
+                options = {**defaults, **json.loads(line)}
+                pid = os.fork()
+                if pid == 0:
+                    os.close(wake)
+                    os.close(waker)
+                    os._exit(_work(options))
+                workers[pid] = options["run_id"]
+                _tell_server({"runId": options["run_id"], "pid": pid})
+
+
+def _tell_server(facts: Mapping[str, Any]) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the server has gone: the end of the input follows
+        os.write(1, to_json(facts).encode() + b"\n")
+
+
+def _work(options: dict[str, Any]) -> int:
+    """Be the worker of a run, in a forked process; return its exit code."""
+    global _has_time
+    _has_time = True
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()  # the server's terminal is not its
+    log = os.open(options["log_file"], os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+    for number, descriptor in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
+        os.dup2(descriptor, number)
+    code = EXIT_FAILURE
+    try:
+        code = run_command_line(argparse.Namespace(**{**options, "run": run_worker}))
+    except BaseException:  # the outermost call of the process
+        logger.error("the worker failed", exc_info=True)
+    drain(sys.stderr, 2)
+    return code
+
+
+def run_worker(args: argparse.Namespace) -> int:
+    """Drive a run until it has ended or only waits for people."""
+    file = os.open(args.share_file, os.O_CREAT | os.O_WRONLY, 0o600)
+    used: list[SmithersDb] = []
+
+    def share_metrics(db: SmithersDb) -> None:
+        used.append(db)
+        db.subscribe(lambda tx: write_share())
+
+    def write_share() -> None:
+        for db in used:
+            os.pwrite(file, db.metrics.share(), 0)
+
+    os.chdir(args.folder)
+    try:
+        workflow = load_workflow(args.workflow)
+    except UsageError as error:
+        workflow = functools.partial(_refuse_workflow, str(error))
+    code = run_here(args, workflow, None, "none", share_metrics)
+    write_share()
+    return code
+
+
+def _refuse_workflow(message: str, ctx: Ctx) -> Workflow:
+    raise AuthoringError(message, "WORKFLOW_INVALID")
+
+
+class Supervisor:
+    """Gives each run that can go on a process, and sees to those whose process has died.
+
+    It knows of a run only while somebody drives it, or it has a deadline; the rest is in the file.
+    Its thread alone changes what it knows. `facts` and what follows it may be called from any
+    thread.
+    """
+
+    MAX_CRASHES = 3  # in a row without progress, and the run is begun again each time
+    PAUSE_SECONDS = 10.0  # before a run is tried again whose database could not be written
+    STOP_SECONDS = SUSPEND_SECONDS + 5.0
+
+    def __init__(
+        self, db: SmithersDb, root: str, max_runs: int, options: Mapping[str, Any]
+    ) -> None:
+        self.root = root
+        self.url: str | None = None  # where the server is, once it is bound
+        self._db = db
+        self._max_runs = max_runs
+        self._options = options
+        self._folder = f"{db.path}.logs"
+        self._lock_file = self._lock()
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._live: dict[str, Worker] = {}
+        self._wanted: collections.OrderedDict[str, None] = collections.OrderedDict()
+        self._foreign: set[str] = set()  # runs that were woken, and are not this server's
+        self._deadlines = Deadlines()  # of gates, and of another try, in ms since the epoch
+        self._crashes: dict[str, tuple[int, int]] = {}  # how often, since so many nodes had ended
+        self._forker: Forker | None = None
+        self._is_stopping = False
+        self._look_at = 0.0
+        # Guards what was taken of each worker's metrics. Held to read a small file.
+        self._share_lock = threading.Lock()
+        self._watch = db.watch()
+        db.subscribe(self._notice)
+        self._thread = start_thread("supervisor", self._run)
+
+    def _lock(self) -> int | None:
+        """Keep other servers from starting the runs of this file. Raises RunOwned."""
+        os.makedirs(self._folder, 0o700, exist_ok=True)
+        file = os.open(lock_path(self._folder), os.O_CREAT | os.O_RDWR, 0o600)
+        if not try_lock(file):
+            os.close(file)
+            raise RunOwned(f"another server starts the runs of {self._db.path}")
+        return file
+
+    # From any thread
+
+    def facts(self, run_id: str, spec: str, max_concurrency: int | None) -> dict[str, Any]:
+        """Return what is kept of a run so that a server can drive it."""
+        return {
+            "server": True,
+            "workflow": spec,
+            "maxConcurrency": max_concurrency or 4,
+            "rootDir": self.root,
+            "logFile": self._path(run_id, "log"),
+            "url": None if self.url is None else run_url(self.url, run_id),
+        }
+
+    def go_on(self, run_id: str, order: Order) -> Response:
+        """Go on with a run that has not ended, and say if it runs already."""
+        said = {"runId": run_id}
+        run = self._db.get_run(run_id)
+        if run is None:
+            raise RunNotFound(f"there is no run {log_safe(run_id)[:MAX_NAME_CHARS]}")
+        if run.is_terminal:
+            return json_response(said)
+        if owner_life(run) == "alive":
+            return json_response({**said, "status": "running"})
+        self.adopt(run_id, order.workflow_path, order.max_concurrency)
+        return json_response(said)
+
+    def adopt(self, run_id: str, path: str | None, max_concurrency: int | None) -> None:
+        """Have a run driven by this server, whoever has begun it, unless it has ended.
+
+        Raises RunNotFound, and InvalidRequest when its file cannot be told or is another.
+        """
+        with self._db.transaction(run_id, HTTP_LOCK_PATIENCE_SECONDS) as tx:
+            run = tx.get_run(run_id)
+            if run is None:
+                raise RunNotFound(f"there is no run {run_id}")
+            known = run.config.get("workflow") or run.workflow_path
+            if path is None and known is None:
+                raise InvalidRequest("workflowPath must be a string")
+            spec = find_workflow(self.root, str(path or known))
+            if path and known and os.path.exists(split_workflow(known)[0]) and spec != known:
+                raise InvalidRequest(
+                    f"run {run_id} is of another workflow file: leave workflowPath out",
+                    "WORKFLOW_MISMATCH",
+                )
+            limit = max_concurrency or run.config.get("maxConcurrency")
+            tx.update_config(**self.facts(run_id, spec, limit))
+            tx.wake()
+        self._inbox.put(lambda: self._foreign.discard(run_id))
+
+    def take_shares(self) -> None:
+        """Take up what the workers have counted since the last time."""
+        for run_id, worker in list(self._live.items()):
+            self._take_share(run_id, worker)
+
+    def stop(self) -> None:
+        """Suspend all runs and wait until their processes have left; the next server goes on."""
+        self._inbox.put(self._begin_to_stop)
+        self._thread.join(self.STOP_SECONDS)
+        self._db.unsubscribe(self._notice)
+        self._watch.close()
+        if self._forker is not None:
+            self._forker.close()
+        if self._lock_file is not None:
+            os.close(self._lock_file)
+            self._lock_file = None
+
+    def _notice(self, tx: Tx) -> None:
+        if tx.is_control:
+            self._inbox.put(self._look)
+
+    def _report(self, forker: Forker, facts: dict[str, Any] | None) -> None:
+        if facts is None:
+            self._inbox.put(lambda: self._forker_gone(forker))
+        elif "code" in facts:
+            self._inbox.put(lambda: self._ended(facts["runId"], facts["pid"], facts["code"]))
+        else:
+            self._inbox.put(lambda: self._started(facts["runId"], facts["pid"]))
+
+    # The loop
+
+    def _run(self) -> None:
+        self._guarded(self._begin)
+        while not (self._is_stopping and not self._live):
+            left = (self._deadlines.next() - now_ms()) / 1000
+            try:
+                call = self._inbox.get(timeout=max(0.0, min(WATCH_SECONDS, left)))
+            except queue.Empty:
+                call = self._tick
+            self._guarded(call)
+
+    def _guarded(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+            self._fill()
+        except Exception:  # the outermost call of this thread
+            logger.error("the supervisor failed; it goes on", exc_info=True)
+            self._db.metrics.inc("smithers_errors_total")
+            threading.Event().wait(WATCH_SECONDS)
+
+    def _begin(self) -> None:
+        """Find what an earlier server has left: what lives is left alone, the rest is taken up."""
+        woken = set(self._db.list_woken())
+        for run in reversed(self._db.list_runs(("running", "waiting-approval"))):
+            if not run.config.get("server"):
+                continue
+            if owner_life(run) == "alive":
+                self._live[run.run_id] = Worker(None, run.runtime_owner_id)
+            elif run.status == "running" or run.runtime_owner_id or run.run_id in woken:
+                self._wanted[run.run_id] = None
+        for run_id, gate in self._db.list_open_gates():
+            self._note_deadline(run_id, gate)
+        for name in os.listdir(self._folder):
+            run_id, _, kind = name.rpartition(".")
+            if kind == "metrics" and run_id not in self._live:
+                os.unlink(os.path.join(self._folder, name))
+
+    def _tick(self) -> None:
+        if self._watch.changed():
+            self._look()
+        for _, run_id in self._deadlines.take(now_ms()):
+            self._wanted[run_id] = None
+        if time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + 0.5
+            for run_id, worker in list(self._live.items()):
+                is_told_of = worker.forker is not None and worker.forker is self._forker
+                if not is_told_of and worker.owner and not process_is_alive(worker.owner):
+                    self._ended(run_id, 0, None)
+
+    def _look(self) -> None:
+        """Find the runs with a decision, or a request to go on, that no engine has taken up."""
+        for run_id in self._db.list_woken():
+            if run_id not in self._live and run_id not in self._foreign:
+                self._wanted[run_id] = None
+
+    def _fill(self) -> None:
+        """Start what waits, as long as there is room: first what has begun, then what is queued."""
+        while len(self._live) < self._max_runs and not self._is_stopping:
+            if self._wanted:
+                run_id = next(iter(self._wanted))
+                run = self._db.get_run(run_id)
+                del self._wanted[run_id]
+                if run is not None and run_id not in self._live and self._can_go_on(run):
+                    self._start(run)
+                continue
+            queued = self._db.list_oldest_runs("queued", self._max_runs + 1)
+            ready = [run for run in queued if self._is_ready(run)]
+            if not ready:
+                return
+            self._start(ready[0])
+
+    def _is_ready(self, run: Run) -> bool:
+        is_due = ("again", run.run_id) not in self._deadlines.at
+        return is_due and run.run_id not in self._live and bool(run.config.get("server"))
+
+    def _can_go_on(self, run: Run) -> bool:
+        if not run.config.get("server"):
+            self._foreign.add(run.run_id)
+            return False
+        return owner_life(run) != "alive" and (not run.is_terminal or bool(run.config.get("retry")))
+
+    # Workers
+
+    def _path(self, run_id: str, kind: str) -> str:
+        return os.path.join(self._folder, f"{run_id}.{kind}")
+
+    def _start(self, run: Run) -> None:
+        config = run.config
+        self._deadlines.cancel("gate", run.run_id)
+        if self._forker is None:
+            try:
+                self._forker = Forker(self._report)
+            except OSError:
+                self._deadlines.set("again", run.run_id, now_ms() + self.PAUSE_SECONDS * 1000)
+                raise
+        options = {
+            **self._options,
+            "command": "worker",
+            "workflow": config["workflow"],
+            "run_id": run.run_id,
+            "resume": True,
+            "max_concurrency": config.get("maxConcurrency") or 4,
+            "db": self._db.path,
+            "folder": self.root,
+            "log_file": self._path(run.run_id, "log"),
+            "share_file": self._path(run.run_id, "metrics"),
+            "server_url": self.url,
+        }
+        self._live[run.run_id] = Worker(self._forker)
+        try:
+            self._forker.start(options)
+        except OSError:  # its end is told of, and the run is wanted again
+            logger.warning("the process that starts workers has gone; another one follows")
+
+    def _started(self, run_id: str, pid: int) -> None:
+        worker = self._live.get(run_id)
+        if worker is not None:
+            worker.owner = owner_id_of(pid)
+
+    def _forker_gone(self, forker: Forker) -> None:
+        """Start another one; the workers of the old one go on, and are looked at."""
+        if self._forker is forker:
+            self._forker = None
+        for run_id, worker in list(self._live.items()):
+            if worker.forker is forker and worker.owner is None:
+                del self._live[run_id]
+                self._wanted[run_id] = None
+
+    def _ended(self, run_id: str, pid: int, code: int | None) -> None:
+        """See to a run whose process has left; `code` is None where nobody has told."""
+        worker = self._live.pop(run_id, None)
+        if worker is not None:
+            self._take_share(run_id, worker, is_last=True)
+        try:
+            self._see_to(run_id, code)
+        except (StorageError, Unavailable):
+            self._deadlines.set("again", run_id, now_ms() + self.PAUSE_SECONDS * 1000)
+            raise
+
+    def _see_to(self, run_id: str, code: int | None) -> None:
+        run = self._db.get_run(run_id)
+        if run is None or run.is_terminal:
+            self._crashes.pop(run_id, None)
+        elif owner_life(run) == "alive":
+            pass  # somebody else drives it: an `up`, that was faster
+        elif run.runtime_owner_id is None and run.status != "queued":
+            self._crashes.pop(run_id, None)
+            for gate in self._db.list_gates(run_id, "requested"):
+                self._note_deadline(run_id, gate)
+            if run_id in self._db.list_woken():
+                self._wanted[run_id] = None
+        elif code == EXIT_FAILURE:  # its database could not be read or written
+            self._deadlines.set("again", run_id, now_ms() + self.PAUSE_SECONDS * 1000)
+        elif run.status == "queued" and code is not None and code >= 0:
+            self._fail(run, f"its worker ended with {code} before it had begun")
+        else:
+            self._crashed(run, code)
+
+    def _crashed(self, run: Run, code: int | None) -> None:
+        """Begin a run again at once whose process has died, unless it dies again and again."""
+        summary = self._db.get_summary(run.run_id)
+        ended = sum(count for state, count in summary.items() if state in TERMINAL_STATES)
+        crashes, before = self._crashes.get(run.run_id, (0, ended))
+        crashes = crashes + 1 if before == ended else 1
+        self._crashes[run.run_id] = (crashes, ended)
+        why = "was killed" if code is None else f"ended with {code}"
+        logger.warning("the worker of run %s %s; crash %d in a row", run.run_id, why, crashes)
+        if crashes <= self.MAX_CRASHES:
+            self._wanted[run.run_id] = None
+            self._wanted.move_to_end(run.run_id, last=False)
+        else:
+            self._fail(run, f"its worker died {crashes} times without progress; the last one {why}")
+
+    def _fail(self, run: Run, why: str) -> None:
+        end_leftovers(run, self._db.list_attempts(run.run_id, open_nodes_only=True))
+        with (
+            contextlib.suppress(OSError),
+            open(self._path(run.run_id, "log"), encoding="utf-8", errors="replace") as log,
+        ):
+            why += "; its log ends: " + "".join(collections.deque(log, maxlen=5)).strip()
+        error = describe_error(TaskFailed(why, "WORKER_CRASHED"))
+        with self._db.transaction(run.run_id) as tx:
+            now = tx.get_run(run.run_id)
+            if now is not None and not now.is_terminal and _same_owner(now, run):
+                run_close(tx, "failed", error)
+                self._db.metrics.inc("smithers_runs_failed_total")
+        self._crashes.pop(run.run_id, None)
+
+    def _note_deadline(self, run_id: str, gate: Gate) -> None:
+        """Have a parked run looked at when its first gate is due; others' are ignored then."""
+        timeout = json.loads(gate.request_json or "{}").get("timeoutMs")
+        if timeout is not None and gate.requested_at_ms is not None and run_id not in self._live:
+            at = gate.requested_at_ms + timeout
+            if at < self._deadlines.at.get(("gate", run_id), math.inf):
+                self._deadlines.set("gate", run_id, at)
+
+    def _take_share(self, run_id: str, worker: Worker, is_last: bool = False) -> None:
+        path = self._path(run_id, "metrics")
+        with self._share_lock, contextlib.suppress(FileNotFoundError):
+            if worker.share is None:
+                return
+            with open(path, "rb") as file:
+                share = file.read()
+            self._db.metrics.take_share(share, worker.share, is_last)
+            worker.share = share
+            if is_last:
+                worker.share = None
+                os.unlink(path)
+
+    # Stopping
+
+    def _begin_to_stop(self) -> None:
+        self._is_stopping = True
+        for worker in self._live.values():
+            if worker.owner is not None and process_is_alive(worker.owner):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(process_of(worker.owner)[1], signal.SIGTERM)
+
+
+# The command
+
+
+class ServerProcess(Process):
+    """The process of `server`: it serves until it is told to stop, then suspends the runs."""
+
+    def serve(self, server: ServeServer, db: SmithersDb) -> int:
+        self._server = server
+        sys.setswitchinterval(0.0005)
+        server.start()
+        self._say_where(server)
+        announce_ready({"url": server.url})
+        self._next_message()
+        say("Stopping: the runs are being suspended")
+        server.stop()
+        server.app.close()
+        db.close()
+        self.restore_signals()
+        return 0
+
+
+def run_server(args: argparse.Namespace) -> int:
+    """Serve all runs of a database, and with a root start workflow files below it."""
+    token = read_token(args)
+    check_seat_arguments(args)
+    for name in (*PATH_FLAGS, "root"):
+        value = getattr(args, name)
+        setattr(args, name, None if value is None else os.path.abspath(value))
+    process = ServerProcess(args)
+    server = bind_server(args)
+    db: SmithersDb | None = None
+    try:
+        db = open_database(args.db)
+        options = {"notify": args.notify, "executor": args.executor}
+        try:
+            app = ServerApp(db, args.root, token, args.metrics, args.tokens, args.max_runs, options)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        if app.supervisor is not None:
+            app.supervisor.url = server.url
+        server.attach(app, args.allowed_host)
+        say(f"Runs of {db.path}" + (f", workflows below {app.root}" if app.root else ""))
+    except BaseException:
+        process.restore_signals()
+        server.server_close()
+        if db is not None:
+            db.close()
+        raise
+    return process.serve(server, db)
+
+
+SERVER_FLAGS = (
+    *SERVE_FLAGS,
+    DB_FLAG,
+    flag("--root", metavar="DIR", help="start workflow files below this folder (default: none)"),
+    flag("--max-runs", type=parse_count, metavar="N",
+         help="runs at once, each in a process of its own; more are queued (default: 4 a core)"),
+    NOTIFY_FLAG,
+    EXECUTOR_FLAG,
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------
@@ -10739,7 +11915,7 @@ def status_json(reads: Reads, run: Run) -> dict[str, Any]:
         **run_row(reads, run),
         "status": run.status,
         "why": why_json(reads, run),
-        "resume": None if run.is_terminal or owner_life(run) == "alive" else _resume_hint(run),
+        "resume": None if is_cared_for(run) else _resume_hint(run),
         "failed": failed,
         "summary": reads.get_summary(run.run_id),
     }
@@ -11027,7 +12203,9 @@ def run_decision(args: argparse.Namespace) -> int:
         run = db.get_run(run.run_id) or run
         life = "alive" if run.is_terminal else watch_owner(db, run.run_id)
         goes_on = f"its engine goes on (pid {run.config.get('pid')})"
-        if life == "dead":
+        if is_attended(run):
+            goes_on = "its server goes on"
+        elif life == "dead":
             goes_on = f"it counts when the run is resumed: {_resume_hint(run)}"
         value = {"runId": run.run_id, "nodeId": node_id, "status": verdict, "engine": life}
         return tell(args, value, [f"{node_id} {verdict}; {goes_on}"])
@@ -11041,7 +12219,15 @@ def _is_confirmed(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
+def is_cared_for(run: Run) -> bool:
+    return run.is_terminal or owner_life(run) == "alive" or is_attended(run)
+
+
 def _resume_hint(run: Run) -> str:
+    if run.config.get("server"):
+        words = ["server", "--root", run.config["rootDir"], "--db"]
+        words.append(os.path.dirname(run.config["logFile"]).rpartition(".logs")[0])
+        return shlex.join([sys.executable, os.path.abspath(__file__), *words])
     options = run.config.get("options")
     if not options:
         return f"up FILE --serve --resume --run-id {run.run_id}"
@@ -11077,6 +12263,10 @@ def run_retry(args: argparse.Namespace) -> int:
     """Go on with a run that has ended, here and with the flags that it began with."""
     with open_existing(args) as db:
         run = find_run(db, args, args.words[0] if args.words else None)
+        if run.config.get("server"):
+            request_retry(db, run.run_id, args.words[1:] or True)
+            said = "its server goes on" if is_attended(run) else f"go on with: {_resume_hint(run)}"
+            return tell(args, {"runId": run.run_id}, [f"Run {run.run_id} is retried; {said}"])
     options = run.config.get("options")
     if not options:
         raise UsageError(
@@ -11240,6 +12430,8 @@ DECISION_FLAGS = (
 COMMANDS = (
     Command("up", "Run a workflow file.", UP_FLAGS, run_up,
             "up workflow.py --serve --input '{\"ref\": \"v1\"}'"),
+    Command("server", "Serve the runs of a database, and start others by POST /v1/runs.",
+            SERVER_FLAGS, run_server, "server --root workflows"),
     Command("demo", "Run and serve a small workflow with a gate.", SERVE_FLAGS, run_demo, "demo"),
     Command("ps", "List the runs that have not ended.",
             (*READ_FLAGS, flag("-a", "--all", action=SWITCH, help="also those that have")), run_ps,

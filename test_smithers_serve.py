@@ -6003,7 +6003,7 @@ class SeatTest(SeatCase):
         for name, run_id in (("broke", ""), ("ship", ""), ("ship", "ship2")):
             self.begin(name, run_id)
         described = {line.split()[0] for line in JSON_KEYS}
-        self.assertEqual({c.name for c in ss.COMMANDS} - {"up", "demo"}, described)
+        self.assertEqual({c.name for c in ss.COMMANDS} - {"up", "server", "demo"}, described)
         for line, keys in JSON_KEYS.items():
             with self.subTest(line=line):
                 code, out, err = self.main(*shlex.split(line), "--json")
