@@ -4631,6 +4631,8 @@ def check_can_retry(reads: Reads, run: Run, retry: bool | Iterable[str]) -> None
     """Raise RunActive for a run that has not ended, NodeNotFound for a node that it has not."""
     if not run.is_terminal:
         raise RunActive(f"run {run.run_id} is {run.status}: what has ended can be retried")
+    if retry is True and run.status == "finished":
+        raise InvalidRequest(f"run {run.run_id} has finished: say which nodes are to be retried")
     for node_id in () if isinstance(retry, bool) else retry:
         if reads.find_newest_node(run.run_id, node_id) is None:
             raise NodeNotFound(f"there is no node {log_safe(node_id)[:200]!r} in this run")
@@ -8276,6 +8278,18 @@ def post_cancel(app: App, request: Request) -> Response:
     return json_response({"runId": request.view.run_id})
 
 
+def post_retry(app: App, request: Request) -> Response:
+    """Give the failed nodes of a run that has ended, or the named ones, a fresh try."""
+    said = parse_object(request.body)
+    nodes = said.get("nodes")
+    if [name for name in said if name != "nodes"] or not (
+        nodes is None or isinstance(nodes, list) and all(isinstance(id, str) for id in nodes)
+    ):
+        raise InvalidRequest('expected {"nodes": [id, ...]}, or nothing for all that have failed')
+    app.retry(request.view.run_id, nodes or True)
+    return json_response({"runId": request.view.run_id})
+
+
 def get_metrics(app: App, request: Request) -> Response:
     if not app.metrics_enabled:
         raise NotFound("metrics are switched off")
@@ -8304,6 +8318,7 @@ RUN_ROUTES = (
     Route("POST", "/deny/:nodeId", post_deny, needs="approver"),
     Route("POST", "/nodes/:nodeId/deny", post_deny, needs="approver"),
     Route("POST", "/cancel", post_cancel, needs="operator"),
+    Route("POST", "/retry", post_retry, needs="operator"),
 )
 ROLES = ("viewer", "approver", "operator")  # each with the rights of those before it
 UNMATCHED = "unmatched"  # the metric label of every request without a route: never a raw path
@@ -8509,6 +8524,10 @@ class App:
 
     def note_cancel(self) -> None:
         """Have an engine of this process hear of a cancel at once."""
+
+    def retry(self, run_id: str, retry: bool | list[str]) -> None:
+        """Go on with a run that has ended. Raises RunNotActive where nobody would."""
+        raise NotImplementedError
 
     def view_of(self, parameters: Mapping[str, str]) -> RunView | None:
         """Return the run that a path is about. Raises NotFound."""
@@ -8725,11 +8744,18 @@ class ServeApp(App):
     ) -> None:
         self.run_id = run_id
         self.abort = abort
+        self.go_on: Callable[[], None] | None = None  # has an engine take up what was asked for
         super().__init__(adapter, APP_ROUTES + RUN_ROUTES, auth_token, metrics, tokens)
         self._view = RunView(adapter, self._watch, run_id, 16 << 20)
 
     def note_cancel(self) -> None:
         self.abort.set()
+
+    def retry(self, run_id: str, retry: bool | list[str]) -> None:
+        if self.go_on is None:
+            raise RunNotActive("no engine here goes on with a run: retry it on the command line")
+        request_retry(self.adapter, run_id, retry)
+        self.go_on()
 
     def view_of(self, parameters: Mapping[str, str]) -> RunView:
         return self._view
@@ -10545,7 +10571,8 @@ def run_here(
         url = where_served(args, run_id, server)
         if args.resume:
             check_input_kept(db, run_id, value)
-        engine = Engine(
+        process.make_engine = functools.partial(
+            Engine,
             workflow,
             db,
             run_id,
@@ -10557,6 +10584,7 @@ def run_here(
             config=kept_facts(args, run_id, url),
             echo_prints=False,
         )
+        engine = process.make_engine()
         has_token = token is not None or args.tokens is not None
         process.listeners.append(Narrator(args, url, has_token))
         engine.open(args.resume, args.force, args.retry)
@@ -10566,7 +10594,7 @@ def run_here(
             process.notifier = Notifier(shlex.split(args.notify), db, run_id, url)
             process.listeners.append(process.notifier)
         if server is not None:
-            app = create_serve_app(
+            app = process.app = create_serve_app(
                 adapter=db,
                 run_id=run_id,
                 abort=engine.abort,
@@ -10574,6 +10602,7 @@ def run_here(
                 metrics=args.metrics,
                 tokens=args.tokens,
             )
+            app.go_on = process.go_on
             server.attach(app, args.allowed_host)
     except BaseException:
         process.restore_signals()
@@ -10667,8 +10696,10 @@ class Process:
         self._first_signal: tuple[float, int] | None = None
         self._error: SmithersError | None = None
         self._threads_before = set(threading.enumerate())
+        self.make_engine: Callable[[], Engine]  # for this run, and once more when it is retried
         self.listeners: list[Callable[[Event], None]] = []
         self.notifier: Notifier | None = None
+        self.app: ServeApp | None = None
         self._handlers: dict[int, Any] = {}
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
@@ -10766,16 +10797,42 @@ class Process:
                 if left <= 0:
                     return ""
 
+    def go_on(self) -> None:
+        """Have the run, which has ended, gone on with, as its row asks."""
+        self._inbox.put("retry")
+
     def _wait_for_end(self) -> int:
+        """Wait for the end of the run, then serve it until a signal, or as long as was asked for.
+
+        Meanwhile it may be retried.
+        """
+        code = self._hear_engine()
+        while self.app is not None and self._error is None and self._first_signal is None:
+            linger = self._args.linger
+            if self._next_message(math.inf if linger is None else linger) != "retry":
+                break
+            try:
+                self._engine = self.make_engine()
+                self._engine.open(resume=True)
+            except SmithersError as error:  # somebody else was faster
+                say(f"Not retried: {log_safe(error)}")
+                continue
+            self.app.abort = self._engine.abort
+            start_thread("engine", self._drive)
+            code = self._hear_engine()
+        return code
+
+    def _hear_engine(self) -> int:
+        """Wait until the engine leaves the run, and tell how it stands."""
         signalled = False
         while (message := self._next_message()) != "end":
-            signalled = True
             if message == "cancel":
                 say("Stopping: the run is being cancelled")
                 self._engine.cancel()
-            else:
+            elif message == "suspend":
                 say("Stopping: the run is being suspended")
                 self._engine.suspend()
+            signalled = signalled or message != "retry"  # that was asked for twice
         if self._error is not None:
             say(f"Engine stopped: {log_safe(self._error)}")
             return EXIT_FAILURE
@@ -10786,7 +10843,6 @@ class Process:
             say(f"Suspended. Go on with: {self._go_on_line(result)}")
         elif self._server is not None and not signalled:
             say(f"Workflow {result.status}. Server still running — press Ctrl+C to stop.")
-            self._next_message(math.inf if self._args.linger is None else self._args.linger)
         elif result.status == "waiting-approval":
             say(f"The run waits for approval. Go on with: {self._go_on_line(result)}")
         return EXIT_CODES[result.status]
@@ -10957,6 +11013,10 @@ class ServerApp(App):
         if self.supervisor is not None:
             self.supervisor.stop()
         super().close()
+
+    def retry(self, run_id: str, retry: bool | list[str]) -> None:
+        self.may_start().adopt(run_id, None, None)
+        request_retry(self.adapter, run_id, retry)
 
     def may_start(self) -> Supervisor:
         """Return who starts runs. Raises Forbidden where there is no root."""
@@ -11142,21 +11202,6 @@ def post_resume(app: ServerApp, request: Request) -> Response:
     return supervisor.go_on(request.parameters["id"], order)
 
 
-def post_retry(app: ServerApp, request: Request) -> Response:
-    """Give the failed nodes of a run that has ended, or the named ones, a fresh try."""
-    supervisor = app.may_start()
-    said = parse_object(request.body)
-    nodes = said.get("nodes")
-    if [name for name in said if name != "nodes"] or not (
-        nodes is None or isinstance(nodes, list) and all(isinstance(id, str) for id in nodes)
-    ):
-        raise InvalidRequest('expected {"nodes": [id, ...]}, or nothing for all that have failed')
-    run_id = request.view.run_id
-    supervisor.adopt(run_id, None, None)
-    request_retry(app.adapter, run_id, nodes or True)
-    return json_response({"runId": run_id})
-
-
 def find_workflow(root: str, spec: str) -> str:
     """Return `FILE[:name]` with the file's real path. Raises InvalidRequest outside of the root."""
     path, name = split_workflow(os.path.join(root, spec))
@@ -11204,7 +11249,6 @@ SERVER_ROUTES = (
     Route("GET", "/v1/approvals", get_all_approvals),
     # Not a runId that must exist: the original says RUN_NOT_FOUND here, and NOT_FOUND elsewhere.
     Route("POST", "/v1/runs/:id/resume", post_resume, needs="operator"),
-    Route("POST", "/v1/runs/:runId/retry", post_retry, needs="operator"),
     *(
         route._replace(pattern="/v1/runs/:runId" + route.pattern.rstrip("/"))
         for route in RUN_ROUTES
