@@ -25,15 +25,18 @@ The file reads from top to bottom; nothing is used before it is defined.
     HTTP, Event stream   a request's bytes read strictly; a run's log as SSE bytes
     Views                what people ask of a run
     Page                 one document that asks the routes: style, script, Content-Security-Policy
-    Routes               the table of routes, tokens, the app
+    Routes               the table of routes, tokens, the app of one run
     Conversation         the protocol of one connection, without a socket
     Network, Server      the thread that owns every socket; the socket that listens
-    Command line         `up`, `demo`, the operator's commands and their table
+    Command line         flags, and the process of `up`
+    Many runs            the app of all runs; the processes that drive them, and who starts those
+    Operator's commands  what is told and done from a terminal; the table of commands
 
 Threads. The engine's drives one run and is the only one to change what is known of it; heartbeat
 writes once a second; each task has one while it runs. The network thread owns every socket; four
 workers make answers that read, one makes those that write; one accepts, the main thread waits for
-signals. They meet in queues: the engine's mailbox, the network's inbox, the workers' queues.
+signals. They meet in queues: the engine's mailbox, the network's inbox, the workers' queues. The
+server of many runs has a supervisor and no engine: each run's is in a process of its own.
 
 Locks, each explained where it is made: the adapter's for one write transaction, the Watch's for one
 statement, a task's for its stop; the Metrics', for sums, is the only one taken inside another.
@@ -10459,8 +10462,11 @@ class Notifier:
             timeout = request.get("timeoutMs")
             if timeout is not None and gate.requested_at_ms is not None:
                 facts["deadlineAtMs"] = deadline = gate.requested_at_ms + timeout
-                if kind != "gate-expiring":
-                    self._expiring.set("gate-expiring", key, deadline - timeout * self.SOON_SHARE)
+                soon = deadline - timeout * self.SOON_SHARE
+                if kind == "gate-known" and now_ms() >= soon:
+                    kind = facts["event"] = "gate-expiring"
+                elif kind != "gate-expiring":
+                    self._expiring.set("gate-expiring", key, soon)
             if self._url is not None:
                 facts["url"] = page_url(self._url, "node", gate.node_id, str(gate.iteration))
         if kind != "gate-known":
@@ -11651,6 +11657,8 @@ class Supervisor:
         worker = self._live.get(run_id)
         if worker is not None:
             worker.owner = owner_id_of(pid)
+            if self._is_stopping:
+                self._suspend(worker)
 
     def _forker_gone(self, forker: Forker) -> None:
         """Start another one; the workers of the old one go on, and are looked at."""
@@ -11728,6 +11736,9 @@ class Supervisor:
             at = gate.requested_at_ms + timeout
             if at < self._deadlines.at.get(("gate", run_id), math.inf):
                 self._deadlines.set("gate", run_id, at)
+                soon = at - timeout * Notifier.SOON_SHARE
+                if self._options.get("notify") and soon > now_ms():
+                    self._deadlines.set("soon", run_id, soon)
 
     def _take_share(self, run_id: str, worker: Worker, is_last: bool = False) -> None:
         path = self._path(run_id, "metrics")
@@ -11747,9 +11758,13 @@ class Supervisor:
     def _begin_to_stop(self) -> None:
         self._is_stopping = True
         for worker in self._live.values():
-            if worker.owner is not None and process_is_alive(worker.owner):
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(process_of(worker.owner)[1], signal.SIGTERM)
+            self._suspend(worker)
+
+    @staticmethod
+    def _suspend(worker: Worker) -> None:
+        if worker.owner is not None and process_is_alive(worker.owner):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(process_of(worker.owner)[1], signal.SIGTERM)
 
 
 # The command
