@@ -8310,7 +8310,7 @@ APP_ROUTES = (
 )
 RUN_ROUTES = (
     Route("GET", "/", get_status, is_quick=True),
-    Route("GET", "/events", get_events),
+    Route("GET", "/events", get_events, is_quick=True),
     Route("GET", "/frames", get_frames),
     Route("GET", "/nodes", get_nodes),
     Route("GET", "/nodes/:nodeId", get_node),
@@ -8941,16 +8941,24 @@ class Conversation:
                 break
             if self._app.is_quick(head):
                 self._work()
-                response = self._app.handle(head, bytes)
-                keep_alive = head.keep_alive and not self._server.is_stopping
-                is_head = head.method == "HEAD"
-                yield render_response(response, is_head, keep_alive, head.is_http10)
+                response, has_read = self._app.handle(head, bytes), True
             else:
-                keep_alive = yield from self._answer(head, started)
+                response, has_read = yield from self._wait_for_answer(head, started)
+            keep_alive = head.keep_alive and has_read and not self._server.is_stopping
+            is_head = head.method == "HEAD"
+            if response.stream is not None:
+                yield render_stream_head(response, head.is_http10)
+                if not is_head:
+                    yield Follow(response.stream, not head.is_http10)
+                break
+            is_large = len(response.body) > LIGHT_BYTES and not is_head
+            yield render_response(response, is_head or is_large, keep_alive, head.is_http10)
+            if is_large:
+                yield Large(response.body)
         yield from self._linger()
 
-    def _answer(self, head: Head, started: float) -> Talk:
-        """Answer one request that may block; return whether another may follow."""
+    def _wait_for_answer(self, head: Head, started: float) -> Talk:
+        """Return a worker's answer, and whether the whole request was read."""
         app, label = self._app, UNMATCHED
         self._work()
         has_read = not head.has_body
@@ -8968,18 +8976,7 @@ class Conversation:
         if self.has_turn:
             yield TURN_END
         app.observe(head.method, label, response.status, started)
-        keep_alive = head.keep_alive and has_read and not self._server.is_stopping
-        is_head = head.method == "HEAD"
-        if response.stream is not None:
-            yield render_stream_head(response, head.is_http10)
-            if not is_head:
-                yield Follow(response.stream, not head.is_http10)
-            return False
-        is_large = len(response.body) > LIGHT_BYTES and not is_head
-        yield render_response(response, is_head or is_large, keep_alive, head.is_http10)
-        if is_large:
-            yield Large(response.body)
-        return keep_alive
+        return response, has_read
 
     def _linger(self) -> Talk:
         """Read on for a moment before closing.
