@@ -81,6 +81,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import stat
 import struct
 import sys
 import threading
@@ -6483,11 +6484,11 @@ class EventLog:
     BLOCK_EVENTS = 256
     # What one read returns: at most this or one event is what a stopped client can hold on to.
     PIECE_BYTES = 16 << 10
-    MAX_CACHED_BYTES = 4 << 20
 
-    def __init__(self, adapter: SmithersDb, run_id: str) -> None:
+    def __init__(self, adapter: SmithersDb, run_id: str, max_bytes: int = 4 << 20) -> None:
         self._adapter = adapter
         self._run_id = run_id
+        self._max_bytes = max_bytes  # of encoded events that are kept
         self.newest = -1
         self.has_ended = False
         self._blocks: collections.OrderedDict[tuple[bool, int], Block] = collections.OrderedDict()
@@ -6536,7 +6537,7 @@ class EventLog:
             rows = self._adapter.list_payloads(self._run_id, known, up_to)
             block.extend(rows, encode_chunk if is_chunked else encode_event)
             self._cached_bytes += len(block.data) - size
-            while self._cached_bytes > self.MAX_CACHED_BYTES and len(self._blocks) > 1:
+            while self._cached_bytes > self._max_bytes and len(self._blocks) > 1:
                 self._cached_bytes -= len(self._blocks.popitem(last=False)[1].data)
         return block
 
@@ -8093,7 +8094,7 @@ class RunView(Answers):
         super().__init__(watch, max_bytes)
         self.adapter = adapter
         self.run_id = run_id
-        self.log = EventLog(adapter, run_id)
+        self.log = EventLog(adapter, run_id, max_bytes // 4)
         self.streams: set[Any] = set()  # the connections that follow it
         self._pending = 0
         self._light_queries: set[str] = set()  # for frames, as their last answers were
@@ -11216,6 +11217,9 @@ def find_workflow(root: str, spec: str) -> str:
     return real + ("" if name == "workflow" else f":{name}")
 
 
+MAX_SOURCE_BYTES = 10 << 20
+
+
 def check_workflow(root: str, spec: str) -> str:
     """Return the sha256 of a workflow file. Raises InvalidRequest with the line of a mistake.
 
@@ -11225,6 +11229,8 @@ def check_workflow(root: str, spec: str) -> str:
     shown = os.path.relpath(path, root)
     try:
         found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_SOURCE_BYTES:
+            raise InvalidRequest(f"{shown} is not a workflow file", "WORKFLOW_INVALID")
         return _check_source(path, shown, found.st_mtime_ns, found.st_size)
     except OSError as error:
         raise InvalidRequest(
@@ -11441,6 +11447,7 @@ class Supervisor:
         self._crashes: dict[str, tuple[int, int]] = {}  # how often, since so many nodes had ended
         self._forker: Forker | None = None
         self._is_stopping = False
+        self._last_error = ""  # told once
         self._look_at = 0.0
         # Guards what was taken of each worker's metrics. Held to read a small file.
         self._share_lock = threading.Lock()
@@ -11551,8 +11558,11 @@ class Supervisor:
         try:
             call()
             self._fill()
-        except Exception:  # the outermost call of this thread
-            logger.error("the supervisor failed; it goes on", exc_info=True)
+            self._last_error = ""
+        except Exception as error:  # the outermost call of this thread
+            if str(error) != self._last_error:
+                logger.error("the supervisor failed; it goes on", exc_info=True)
+            self._last_error = str(error)
             self._db.metrics.inc("smithers_errors_total")
             threading.Event().wait(WATCH_SECONDS)
 
