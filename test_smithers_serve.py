@@ -2,7 +2,8 @@
 
 python3 -m unittest                      every test, nothing to install
 python3 test_smithers_serve.py bench     measure
-                                         (also: crash N, restart N, fuzz SECONDS, model SECONDS)
+                                         (also: crash N, restart N, power [ROUNDS], fuzz SECONDS,
+                                         model SECONDS)
 """
 
 from __future__ import annotations
@@ -9039,7 +9040,7 @@ def model_command(arguments: argparse.Namespace) -> int:
 
 
 # ---------------------------------------------------------------------------
-# Commands: bench, crash, restart, fuzz and model
+# Commands: bench, crash, restart, power, fuzz and model
 # ---------------------------------------------------------------------------
 
 
@@ -10110,12 +10111,19 @@ class Watcher:
             time.sleep(self._chance.uniform(0, 0.06))
             verdict = "denied" if (node, iteration) == ("again", 2) else "approved"
             if self._chance.random() < 0.5:
-                with contextlib.closing(ss.SmithersDb(self._path)) as db:
-                    ss.decide(db, RUN, node, ss.Decision(verdict, iteration))
+                self.decide_apart(node, iteration, verdict)
             else:
                 body = {"iteration": iteration, "decidedBy": "watcher"}
                 word = "deny" if verdict == "denied" else "approve"
-                ask(self.port, "POST", f"/{word}/{node}", body)
+                if ask(self.port, "POST", f"/{word}/{node}", body).status == 200:
+                    self.note_answer(node, iteration)
+
+    def decide_apart(self, node: str, iteration: int, verdict: str) -> None:
+        with contextlib.closing(ss.SmithersDb(self._path)) as db:
+            ss.decide(db, RUN, node, ss.Decision(verdict, iteration))
+
+    def note_answer(self, node: str, iteration: int) -> None:
+        """Keep that a decision was acknowledged."""
 
     def close(self) -> None:
         self._stop.set()
@@ -10504,6 +10512,493 @@ def restart_command(arguments: argparse.Namespace) -> int:
 
 
 # ---------------------------------------------------------------------------
+# Power: what a disk may hold when the power fails, at every sync of a run
+# ---------------------------------------------------------------------------
+
+# Writes to the file that POWER_TRACE names what is done to the database that POWER_DATABASE names,
+# its log or journal, and its folder, and what is sent to clients: see Trace. A file is what its
+# descriptor leads to, so that nothing has to be remembered, least of all over a fork.
+POWER_SHIM = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#define REAL(name) __typeof__(&name) real = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
+
+/* What is done and its record are one. A process that is killed between them has written without
+   having done, or synced without having written: either way the safe side. */
+static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;
+static const char *database, *folder;
+static int trace = -1;
+
+__attribute__((constructor)) static void begin(void)
+{
+    database = getenv("POWER_DATABASE");
+    folder = getenv("POWER_FOLDER");
+    trace = open(getenv("POWER_TRACE"), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
+}
+
+static void record(char kind, uint64_t inode, int64_t number, const void *data, uint64_t size)
+{
+    struct { uint64_t kind, inode; int64_t number; uint64_t size; } head =
+        { (uint64_t)kind, inode, number, size };
+    struct iovec parts[2] = { { &head, sizeof head }, { (void *)data, size } };
+    if (writev(trace, parts, 2) != (ssize_t)(sizeof head + size))
+        abort();
+}
+
+static int matters(const char *path)
+{
+    size_t length = strlen(database);
+    return trace >= 0 && strncmp(path, database, length) == 0 && strcmp(path + length, "-shm") != 0;
+}
+
+/* Return the inode behind a descriptor, 0 when it is nothing that is looked at. */
+static uint64_t inode_of(int fd)
+{
+    char link[64], path[4096];
+    struct stat found;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t length = readlink(link, path, sizeof path - 1);
+    path[length < 0 ? 0 : length] = 0;
+    if (trace < 0 || (!matters(path) && strcmp(path, folder) != 0) || fstat(fd, &found) != 0)
+        return 0;
+    return S_ISDIR(found.st_mode) ? 1 : found.st_ino;
+}
+
+#define OPEN(name) \
+    int name(const char *path, int flags, ...) \
+    { \
+        REAL(name); \
+        va_list rest; \
+        va_start(rest, flags); \
+        int mode = flags & O_CREAT ? va_arg(rest, int) : 0; \
+        va_end(rest); \
+        if (!matters(path)) \
+            return real(path, flags, mode); \
+        pthread_mutex_lock(&turn); \
+        int is_new = access(path, F_OK) != 0, fd = real(path, flags, mode); \
+        if (fd >= 0 && is_new) \
+            record('O', inode_of(fd), 0, path, strlen(path)); \
+        pthread_mutex_unlock(&turn); \
+        return fd; \
+    }
+OPEN(open)
+OPEN(open64)
+
+#define ACT(name, call, kind, number, data, size) \
+    { \
+        REAL(name); \
+        uint64_t inode = inode_of(fd); \
+        if (!inode) \
+            return call; \
+        pthread_mutex_lock(&turn); \
+        if (kind != 'S') \
+            record(kind, inode, number, data, size); \
+        __typeof__(call) done = call; \
+        if (kind == 'S' && done == 0) \
+            record(kind, inode, number, data, size); \
+        pthread_mutex_unlock(&turn); \
+        return done; \
+    }
+ssize_t write(int fd, const void *data, size_t size)
+    ACT(write, real(fd, data, size), 'W', lseek(fd, 0, SEEK_CUR), data, size)
+ssize_t pwrite(int fd, const void *data, size_t size, off_t offset)
+    ACT(pwrite, real(fd, data, size, offset), 'W', offset, data, size)
+ssize_t pwrite64(int fd, const void *data, size_t size, off64_t offset)
+    ACT(pwrite64, real(fd, data, size, offset), 'W', offset, data, size)
+int ftruncate(int fd, off_t size) ACT(ftruncate, real(fd, size), 'T', size, "", 0)
+int ftruncate64(int fd, off64_t size) ACT(ftruncate64, real(fd, size), 'T', size, "", 0)
+int fsync(int fd) ACT(fsync, real(fd), 'S', 0, "", 0)
+int fdatasync(int fd) ACT(fdatasync, real(fd), 'S', 0, "", 0)
+
+int unlink(const char *path)
+{
+    REAL(unlink);
+    if (!matters(path))
+        return real(path);
+    pthread_mutex_lock(&turn);
+    int done = real(path);
+    if (done == 0)
+        record('U', 0, 0, path, strlen(path));
+    pthread_mutex_unlock(&turn);
+    return done;
+}
+
+ssize_t send(int fd, const void *data, size_t size, int flags)
+{
+    REAL(send);
+    if (trace >= 0)
+        record('M', (uint64_t)fd, 0, data, size); /* before anybody can have it */
+    return real(fd, data, size, flags);
+}
+"""
+POWER_FLOW = (
+    CRASH_FLOW
+    + """
+def workflow(ctx):
+    return Workflow("power", Task("command", ["sh", "-c", COMMAND]),
+        Task("flaky", flaky, retries=3, retry_delay=0.02), Approval("ship"),
+        Loop(Task("inner", act), id="rounds", until=False, max_iterations=3))
+"""
+)
+# The same command line, with a promise that sqlite does not keep.
+CARELESS = (
+    "import sys, smithers_serve as ss; use = ss.SmithersDb._use_mode; "
+    "ss.SmithersDb._use_mode = lambda db, mode: "
+    "(use(db, mode), db._writer.execute('pragma synchronous = {}')); sys.exit(ss.main())"
+)
+
+
+@functools.lru_cache(maxsize=1)
+def power_shim() -> str:
+    """Return the path of the shim, compiled. Raises SkipTest where that cannot be done."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if not sys.platform.startswith("linux") or compiler is None:
+        raise unittest.SkipTest("needs Linux and a C compiler")
+    path = os.path.join(compiled_folder(), "power.so")
+    command = [compiler, "-x", "c", "-shared", "-fPIC", "-O1", "-o", path, "-", "-ldl", "-lpthread"]
+    done = subprocess.run(command, input=POWER_SHIM, text=True, capture_output=True)
+    if done.returncode != 0:
+        raise unittest.SkipTest(f"the compiler does not make a shim: {done.stderr[-300:]}")
+    return path
+
+
+class TraceRecord(NamedTuple):
+    """What was done: (O)pened anew, (W)ritten, (T)runcated, (S)ynced, (U)nlinked, told in a
+    (M)essage on a socket, or (A)cknowledged.
+
+    `number` is an offset or a size; the folder has inode 1.
+    """
+
+    kind: str
+    inode: int
+    number: int
+    data: bytes
+
+
+def read_trace(path: str) -> Iterator[TraceRecord]:
+    with open(path, "rb") as file:
+        for head in iter(lambda: file.read(32), b""):
+            kind, inode, number, size = struct.unpack("=QQqQ", head)
+            yield TraceRecord(chr(kind), inode, number, file.read(size))
+
+
+class DiskFile:
+    """What of a file is safe, and what was done to it since its last sync."""
+
+    def __init__(self) -> None:
+        self.safe = b""
+        self.since: list[tuple[int, bytes | None]] = []  # (offset, data), or (size, None)
+
+    def sync(self) -> None:
+        self.safe, self.since = self.with_changes(self.since), []
+
+    def with_changes(self, changes: Iterable[tuple[int, bytes | None]]) -> bytes:
+        content = bytearray(self.safe)
+        for number, data in changes:
+            content.extend(bytes(max(0, number - len(content))))
+            if data is None:
+                del content[number:]
+            else:
+                content[number : number + len(data)] = data
+        return bytes(content)
+
+
+class Disk:
+    """A folder of files as a power failure may leave it.
+
+    What was synced is there, of what came later anything. Names are synced with the folder; a
+    sector of a file is written wholly or not at all.
+    """
+
+    WAYS = ("dropped", "kept", "torn", "mixed")
+    SECTOR = 512
+
+    def __init__(self, chance: random.Random) -> None:
+        self.chance = chance
+        self.files: dict[int, DiskFile] = {}
+        self.now: dict[str, DiskFile] = {}
+        self.safe: dict[str, DiskFile] = {}
+        self.since: list[tuple[str, DiskFile | None]] = []
+
+    def take(self, record: TraceRecord) -> None:
+        kind, inode, number, data = record
+        if kind == "O":
+            self.files[inode] = self.now[data.decode()] = DiskFile()
+            self.since.append((data.decode(), self.files[inode]))
+        elif kind == "U":
+            del self.now[data.decode()]
+            self.since.append((data.decode(), None))
+        elif kind in "WT":
+            self.files[inode].since.append((number, data if kind == "W" else None))
+        elif kind == "S" and inode == 1:
+            self.safe, self.since = dict(self.now), []
+        elif kind == "S":
+            self.files[inode].sync()
+
+    def image(self, way: str) -> dict[str, bytes]:
+        """Return the content of each file after a failure now."""
+        names = dict(self.safe)
+        count = {"dropped": 0, "kept": len(self.since)}.get(way)
+        for name, file in self.since[: self.chance.randint(0, len(self.since))
+                                     if count is None else count]:  # fmt: skip
+            if file is None:
+                names.pop(name, None)
+            else:
+                names[name] = file
+        return {name: file.with_changes(self._survivors(file.since, way))
+                for name, file in names.items()}  # fmt: skip
+
+    def _survivors(
+        self, changes: list[tuple[int, bytes | None]], way: str
+    ) -> Iterator[tuple[int, bytes | None]]:
+        if way == "kept":
+            yield from changes
+        elif way == "torn":
+            whole = self.chance.randint(0, len(changes))
+            yield from changes[:whole]
+            for number, data in changes[whole : whole + 1]:
+                if data is not None:
+                    yield (
+                        number,
+                        data[: self.SECTOR * self.chance.randint(0, len(data) // self.SECTOR)],
+                    )
+        elif way == "mixed":
+            for number, data in changes:
+                if data is None:
+                    yield from [(number, data)][self.chance.randint(0, 1) :]
+                    continue
+                for start in range(0, len(data), self.SECTOR):
+                    if self.chance.random() < 0.5:
+                        yield number + start, data[start : start + self.SECTOR]
+
+
+class PowerWatcher(Watcher):
+    """A client that says in the trace what was acknowledged to it, by whom ever."""
+
+    def __init__(self, path: str, chance: random.Random, environment: dict[str, str]) -> None:
+        self._environment = environment
+        super().__init__(path, chance)
+
+    def decide_apart(self, node: str, iteration: int, verdict: str) -> None:
+        word = "deny" if verdict == "denied" else "approve"
+        words = (word, RUN, node, "--iteration", str(iteration), "-y", "--db", self._path)
+        if run_child(*MODULE, *words, **self._environment)[0] == 0:
+            self.note_answer(node, iteration)
+
+    def note_answer(self, node: str, iteration: int) -> None:
+        data = f"{node} {iteration}".encode()
+        with open(self._environment["POWER_TRACE"], "ab", buffering=0) as trace:
+            trace.write(struct.pack("=QQqQ", ord("A"), 0, 0, len(data)) + data)
+
+
+class Power:
+    """One recorded run, and what is left of it wherever the power might have failed."""
+
+    def __init__(self, folder: str, chance: random.Random, mode: str, careless: str = "") -> None:
+        self.folder = os.path.realpath(folder)
+        self.chance = chance
+        self.careless = careless
+        self.path = os.path.join(self.folder, "disk", "smithers.db")
+        self.effects = os.path.join(self.folder, "effects.txt")
+        self.trace = os.path.join(self.folder, "trace")
+        self.log: list[tuple[int, Any]] = []
+        self.syncs = self.images = self.resumed = 0
+        self.wrong: list[str] = []
+        os.mkdir(os.path.dirname(self.path))
+        if mode == "journal":
+            os.mkdir(self.path + "-shm")  # sqlite cannot make its shared memory here
+
+    def record(self, flow: str = CRASH_FLOW, kills: int = 0) -> None:
+        """Run it to its end, with a client that decides its gates, and stop its server."""
+        environment = {
+            "LD_PRELOAD": power_shim(), "POWER_TRACE": self.trace, "POWER_DATABASE": self.path,
+            "POWER_FOLDER": os.path.dirname(self.path), "CRASH_EFFECTS": self.effects,
+        }  # fmt: skip
+        watcher = PowerWatcher(self.path, self.chance, environment)
+        start = ("-c", CARELESS.format(self.careless)) if self.careless else MODULE
+        try:
+            lines = self.chance.randint(5, 30)
+            for _ in range(kills):
+                with self._life(flow, self.path, start, **environment) as run:
+                    watcher.port = run.port
+                    run.wait_until(lambda: len(run.lines) >= lines)
+                    run.process.kill()
+                    watcher.port = 0
+            with self._life(flow, self.path, start, **environment) as run:
+                watcher.port = run.port
+                if not run.wait_until(lambda: Crash.ENDED in run.text(), 60):
+                    raise AssertionError("no finished run: " + run.text()[-800:])
+                eventually(lambda: watcher.has_ended)
+                run.finish(signal.SIGTERM)
+        finally:
+            watcher.close()
+        self.log = self._read(self.path)
+        if watcher.seen != self.log:
+            self.wrong.append("the client has not seen the log")
+
+    def _life(self, flow: str, path: str, start: Seq[str] = MODULE, **environment: str) -> Child:
+        file = os.path.join(self.folder, "served_flow.py")
+        with open(file, "w", encoding="utf-8") as out:
+            out.write(flow)
+        words = ("up", file, "--serve", "--port", "0", "--run-id", RUN, "--db", path, "--resume")
+        return Child(*start, *words, folder=self.folder, **environment)
+
+    def _read(self, path: str) -> list[tuple[int, Any]]:
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            events = db.execute("select seq, payload_json from _smithers_events order by seq")
+            return [(seq, json.loads(payload)) for seq, payload in events]
+
+    def check(self, resumes: int = 0) -> None:
+        """Look at what is left before every sync and at the end; go on with some of it."""
+        disk = Disk(self.chance)
+        told = 0  # how many events of the log clients have, or can conclude to be there
+        records = list(read_trace(self.trace))
+        moments = [n for n, record in enumerate(records) if record.kind == "S"] + [len(records)]
+        later = self.chance.sample(moments, min(resumes, len(moments)))
+        self.syncs = len(moments) - 1
+        for number, record in enumerate([*records, None]):
+            for way in Disk.WAYS if record is None or record.kind == "S" else ():
+                self._look(disk, way, number, told)
+            if number in later:
+                self._go_on(disk, told)
+            if self.wrong:
+                return
+            if record is not None:
+                disk.take(record)
+                told = max(told, self._told_by(record))
+
+    def _told_by(self, record: TraceRecord) -> int:
+        if record.kind == "M":
+            return max((int(seq) + 1 for seq in re.findall(rb"\nid: (\d+)\n\n", record.data)),
+                       default=0)  # fmt: skip
+        if record.kind == "A":
+            node, iteration = record.data.decode().split()
+            gate = (node, int(iteration))
+            return next(seq + 1 for seq, event in self.log
+                        if (event.get("nodeId"), event.get("iteration")) == gate
+                        and event["type"] in ("ApprovalGranted", "ApprovalDenied"))  # fmt: skip
+        return 0
+
+    def _write_image(self, disk: Disk, way: str) -> str:
+        folder = os.path.join(self.folder, "image")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.mkdir(folder)
+        for name, content in disk.image(way).items():
+            with open(os.path.join(folder, os.path.basename(name)), "wb") as file:
+                file.write(content)
+        return os.path.join(folder, "smithers.db")
+
+    def _look(self, disk: Disk, way: str, number: int, told: int) -> None:
+        path = self._write_image(disk, way)
+        self.images += 1
+        try:
+            found = self._wrong_of(path, told)
+        except sqlite3.DatabaseError as error:
+            found = [f"{type(error).__name__}: {error}"]
+        self.wrong += [f"record {number}, the rest {way}: {text}" for text in found]
+
+    def _wrong_of(self, path: str, told: int) -> list[str]:
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute("begin")
+            sound = db.execute("pragma integrity_check").fetchone()[0]
+            if sound != "ok":
+                return [f"integrity_check: {sound}"]
+            exists = "select 1 from sqlite_master where name = '_smithers_events'"
+            log = self._read(path) if db.execute(exists).fetchone() else []
+            if log != self.log[: len(log)]:
+                return ["the log is not the run's first events"]
+            if len(log) < told:
+                return [f"{told} events were told, {len(log)} are there"]
+            return inspect_rows(db, Book(log)) if log else []
+
+    def _go_on(self, disk: Disk, told: int) -> None:
+        """Finish the run from what is left; nothing that was told to be done is done again."""
+        path = self._write_image(disk, self.chance.choice(Disk.WAYS))
+        effects = os.path.join(self.folder, "image", "effects.txt")
+        done = {(event["nodeId"], event["iteration"]) for _, event in self.log[:told]
+                if event["type"] == "NodeFinished"}  # fmt: skip
+        watcher = Watcher(path, self.chance)
+        try:
+            with self._life(CRASH_FLOW, path, CRASH_EFFECTS=effects) as run:
+                watcher.port = run.port
+                run.wait_until(lambda: Crash.ENDED in run.text(), 60)
+                said = run.text()
+        finally:
+            watcher.close()
+        self.resumed += 1
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            log = self._read(path)
+            self.wrong += inspect_rows(db, Book(log))
+        if "Workflow finished" not in said or log[:told] != self.log[:told]:
+            self.wrong.append(f"does not go on from {told} events: {said[-800:]}")
+        with open(effects, "a+", encoding="utf-8") as file:
+            file.seek(0)
+            again = {(node, int(turn)) for node, turn, *_ in map(str.split, file)} & done
+        self.wrong += [f"{key} was told to be finished, and ran again" for key in again]
+
+
+def power_command(arguments: argparse.Namespace) -> int:
+    """Record runs and look at all that a power failure could leave of them."""
+    chance = random.Random(arguments.seed)
+    began = time.monotonic()
+    for mode in ("wal", "journal"):
+        syncs = images = resumed = events = 0
+        for number in range(arguments.rounds):
+            folder = tempfile.mkdtemp(prefix="smithers-power-")
+            power = Power(folder, chance, mode)
+            power.record(kills=number % 2)
+            power.check(resumes=6)
+            syncs, images = syncs + power.syncs, images + power.images
+            resumed, events = resumed + power.resumed, events + len(power.log)
+            if power.wrong:
+                print(f"seed {arguments.seed}, {mode}, round {number}; kept: {folder}")
+                print("\n".join(f"VIOLATION {text}" for text in power.wrong))
+                return 1
+            shutil.rmtree(folder, ignore_errors=True)
+        print(f"{mode}: {images} images at {syncs} syncs of {arguments.rounds} runs, {events} "
+              f"events, {resumed} of the images gone on with")  # fmt: skip
+    print(f"{time.monotonic() - began:.0f} s, seed {arguments.seed}: no violation")
+    return 0
+
+
+class PowerTest(unittest.TestCase):
+    """What was told has reached the disk, however a power failure treats the rest."""
+
+    def look(self, mode: str, careless: str = "") -> Power:
+        folder = tempfile.TemporaryDirectory(prefix="smithers-power-")
+        self.addCleanup(folder.cleanup)
+        power = Power(folder.name, random.Random(0), mode, careless)
+        power.record(POWER_FLOW)
+        power.check()
+        return power
+
+    def test_told_events_survive_power_failure(self) -> None:
+        for mode in ("wal", "journal"):
+            with self.subTest(mode=mode):
+                power = self.look(mode)
+                self.assertEqual(power.wrong, [])
+                self.assertGreater(power.images, 40)
+
+    def test_careless_sync_would_be_seen(self) -> None:
+        """Also the care that is nearly enough, and all that the other mode needs."""
+        for mode, careless in (("wal", "normal"), ("journal", "full")):
+            with self.subTest(mode=mode, careless=careless):
+                self.assertIn("events were told", str(self.look(mode, careless).wrong))
+
+
+# ---------------------------------------------------------------------------
 # Fuzz: mutated requests against a server in a process of its own
 # ---------------------------------------------------------------------------
 
@@ -10749,6 +11244,10 @@ def make_arguments() -> argparse.ArgumentParser:
     restart.add_argument("count", type=int, metavar="N")
     restart.add_argument("--seed", type=int, default=random.randrange(10**6))
     restart.set_defaults(run=restart_command)
+    power = commands.add_parser("power", help="look at what power failures would leave of a run")
+    power.add_argument("rounds", type=int, nargs="?", default=3, metavar="ROUNDS")
+    power.add_argument("--seed", type=int, default=random.randrange(10**6))
+    power.set_defaults(run=power_command)
     fuzz = commands.add_parser("fuzz", help="throw mutated requests at a server")
     fuzz.add_argument("seconds", type=float, metavar="SECONDS")
     fuzz.add_argument("--seed", type=int, default=random.randrange(10**6))
@@ -10773,6 +11272,7 @@ if __name__ == "__main__":
         "bench",
         "crash",
         "restart",
+        "power",
         "fuzz",
         "model",
     ):
