@@ -10018,7 +10018,7 @@ def measure_and_show(name: str, options: Options, is_shown: bool) -> list[Measur
 # ---------------------------------------------------------------------------
 
 CRASH_FLOW = '''
-import os, time
+import os, signal, time
 from smithers_serve import Approval, Loop, Parallel, Task, TaskFailed, Workflow, current_task
 
 EFFECTS = os.environ["CRASH_EFFECTS"]
@@ -10061,7 +10061,49 @@ def workflow(ctx):
              id="rounds", max_iterations=4,
              until=(ctx.output("again") or {}).get("approved") is False),
         Task("last", act, needs={"upstream": "inner"}) if ctx.state("inner") else None)
+
+def make_pool():
+    import concurrent.futures, multiprocessing
+    return concurrent.futures.ProcessPoolExecutor(
+        3, mp_context=multiprocessing.get_context("fork"))
 '''
+SUSPECT_FLOW = (
+    CRASH_FLOW
+    + """
+def kill_twice():
+    note("start")
+    if current_task().attempt < 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    note("end")
+
+crash = workflow
+
+def workflow(ctx):
+    return Workflow("suspect",
+        Parallel(Task("killer", kill_twice),
+                 *[Task(f"beside{n}", act, kwargs={"seconds": 0.05}) for n in range(3)]),
+        *crash(ctx).children)
+"""
+)
+CANCEL_FLOW = (
+    CRASH_FLOW
+    + """
+def deaf():
+    note("start")
+    time.sleep(60)
+
+def polite():
+    note("start")
+    current_task().cancelled.wait(60)
+
+def workflow(ctx):
+    return Workflow("cancel",
+        *[Task(f"s{number}", act) for number in range(3)],
+        Parallel(Task("deaf", deaf), Task("polite", polite), Approval("ship"), Approval("again"),
+                 Task("command", ["sh", "-c", COMMAND.replace("0.01", "60 & wait")])),
+        Task("after", act))
+"""
+)
 
 
 class Watcher:
@@ -10244,7 +10286,10 @@ class Crash:
 
     ENDED = "Server still running"
     FLOW = CRASH_FLOW
+    FLAGS: tuple[str, ...] = ()
+    STATUS = "finished"
     NODES = 20
+    SUSPENDS = True
 
     def __init__(self, folder: str, chance: random.Random) -> None:
         self.folder = folder
@@ -10264,11 +10309,11 @@ class Crash:
                 pass
         finally:
             self.watcher.close()
+        self.wrong += self._left_behind()
 
     def _live_once(self, may_kill: bool) -> bool:
-        """One life of the run; True when it has finished and everything was checked."""
-        resume = ["--resume"] if self._has_run() else []
-        with serve_child(self.folder, self.FLOW, *resume, CRASH_EFFECTS=self.effects) as run:
+        """One life of the run; True when it has ended and everything was checked."""
+        with self._serve() as run:
             try:
                 if self._run_until_moment(run, may_kill):
                     run.process.kill()
@@ -10282,6 +10327,10 @@ class Crash:
             finally:
                 self.watcher.port = 0
 
+    def _serve(self) -> Child:
+        flags = [*(["--resume"] if self._has_run() else []), *self.FLAGS]
+        return serve_child(self.folder, self.FLOW, *flags, CRASH_EFFECTS=self.effects)
+
     def _has_run(self) -> bool:
         if not os.path.exists(self.path):
             return False
@@ -10292,23 +10341,59 @@ class Crash:
             return False
 
     def _run_until_moment(self, run: Child, may_kill: bool) -> bool:
-        """Wait for a moment to kill in; False when the run has finished before."""
-        if may_kill and self.chance.random() < 0.4:
+        """Wait for a moment to kill in; False when the run has ended before."""
+        spared = self._close_to_failing() if self._has_run() else []
+        if may_kill and not spared and self.chance.random() < 0.3:
             self.moments["while starting"] += 1
             time.sleep(self.chance.uniform(0, 0.35))
             return True
         self.watcher.port = run.port
         lines = self.chance.randint(2, 30) if may_kill else 10**9
-        run.wait_until(lambda: len(run.lines) >= lines or self.ENDED in run.text(), 60)
-        if not may_kill or self.ENDED in run.text():
+
+        def has_come() -> bool:
+            said = run.text()
+            has_lines = len(run.lines) >= lines and all(end in said for end in spared)
+            return has_lines or self.ENDED in said
+
+        run.wait_until(has_come, 60)
+        if self.ENDED in run.text():
             return False
+        if run.has_hung_up and run.process.wait() == -signal.SIGKILL:
+            self.moments["by its own task"] += 1
+            return True
+        if not may_kill:
+            return False
+        if self.SUSPENDS and self.chance.random() < 0.4:
+            self.moments["while suspending"] += 1
+            run.process.terminate()
+            time.sleep(self.chance.uniform(0, 0.15))
+            return True
         self.moments["after a line"] += 1
         time.sleep(self.chance.choice((0.0, self.chance.uniform(0, 0.02))))
         return True
 
+    def _close_to_failing(self) -> list[str]:
+        """Return what the ends of nodes that have brought down two lives will be told as.
+
+        A third one would be held against them: they get through first.
+        """
+        crashes: Counter[tuple[str, int]] = Counter()
+        with contextlib.closing(sqlite3.connect(self.path, timeout=10)) as db:
+            attempts = db.execute(
+                """select node_id, iteration, state = 'in-progress'
+                          or coalesce(json_extract(meta_json, '$.crashed'), 0)
+                   from _smithers_attempts order by node_id, iteration, attempt"""
+            )
+            for node, iteration, has_crashed in attempts:
+                key = (node, iteration)
+                crashes[key] = crashes[key] + 1 if has_crashed else 0
+        close = [key for key, count in crashes.items() if count > 1]
+        return [f"] {node} iteration {turn} finished" if turn else f"] {node} finished"
+                for node, turn in close]  # fmt: skip
+
     def _check_end(self, run: Child) -> None:
         if not run.wait_until(lambda: self.ENDED in run.text(), 60):
-            self.wrong.append("a life ended without a finished run: " + run.text()[-800:])
+            self.wrong.append("a life ended without an ended run: " + run.text()[-800:])
             return
         deadline = time.monotonic() + 10
         while not self.watcher.has_ended and time.monotonic() < deadline:
@@ -10318,13 +10403,90 @@ class Crash:
             log = [(event.seq, event.payload) for event in db.list_events(RUN)]
             run_row = db.get_run(RUN)
             nodes = db.list_nodes(RUN)
+            gates = db.list_gates(RUN)
         self.events = len(log)
         if not self.watcher.has_ended or self.watcher.seen != log:
             self.wrong.append(f"the client has {len(self.watcher.seen)} events of {len(log)}")
-        if run_row is None or run_row.status != "finished":
+        if run_row is None or run_row.status != self.STATUS:
             self.wrong.append(f"the run is {run_row and run_row.status}")
+        busy = [node for node in nodes if node.state in ("in-progress", "waiting-approval")]
+        if busy or "requested" in [gate.status for gate in gates]:
+            self.wrong.append(f"the run has ended, but not {busy}, {gates}")
+        self._check_nodes(nodes)
+
+    def _check_nodes(self, nodes: list[ss.Node]) -> None:
         if [node for node in nodes if node.state != "finished"] or len(nodes) != self.NODES:
             self.wrong.append(f"{len(nodes)} nodes, not {self.NODES}, or some not finished")
+
+    def _left_behind(self) -> list[str]:
+        """Return the processes that still live when all is over: commands, workers of a pool."""
+        mark = f"CRASH_EFFECTS={self.effects}\0".encode()
+
+        def left() -> list[str]:
+            found = []
+            for name in filter(str.isdecimal, os.listdir("/proc")):
+                with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
+                    found += [name] if mark in file.read() and is_process(int(name)) else []
+            return found
+
+        if os.path.isdir("/proc/self"):
+            try:
+                eventually(lambda: not left())
+            except AssertionError:
+                return [f"processes are left: {left()}"]
+        return []
+
+
+class PoolCrash(Crash):
+    """The same, with functions in a pool of processes."""
+
+    FLAGS = ("--executor", "served_flow:make_pool")
+
+
+class SuspectCrash(Crash):
+    """A run with a task that brings down two lives, and others that are in flight then."""
+
+    FLOW = SUSPECT_FLOW
+    NODES = 24
+
+
+class CancelCrash(Crash):
+    """A run that is killed after a cancel was acknowledged."""
+
+    FLOW = CANCEL_FLOW
+    STATUS = "cancelled"
+
+    def __init__(self, folder: str, chance: random.Random) -> None:
+        super().__init__(folder, chance)
+        self.FLAGS = chance.choice((Crash.FLAGS, PoolCrash.FLAGS))
+        self.newest = -1  # event of the log when the cancel had been acknowledged
+
+    def _run_until_moment(self, run: Child, may_kill: bool) -> bool:
+        if self.newest >= 0:
+            return super()._run_until_moment(run, may_kill)
+        self.watcher.port = run.port
+        lines = self.chance.randint(2, 12)
+        run.wait_until(lambda: len(run.lines) >= lines)
+        if self.chance.random() < 0.5:
+            answer = ask(run.port, "POST", "/cancel")
+            self.wrong += [] if answer.status == 200 else [f"cancel: {answer}"]
+        else:
+            with contextlib.closing(ss.SmithersDb(self.path)) as db:
+                ss.cancel_run(db, RUN)
+        with contextlib.closing(sqlite3.connect(self.path, timeout=10)) as plain:
+            sql = "select max(seq) from _smithers_events"
+            self.newest = plain.execute(sql).fetchone()[0]
+        self.moments["after a cancel"] += 1
+        time.sleep(self.chance.uniform(0, 0.3))
+        return True
+
+    def _check_nodes(self, nodes: list[ss.Node]) -> None:
+        late = [event for seq, event in self.watcher.seen
+                if seq > self.newest and event["type"] == "NodeStarted"]  # fmt: skip
+        self.wrong += [f"started after the cancel: {event}" for event in late]
+
+
+CRASHES = (Crash, PoolCrash, SuspectCrash, CancelCrash)
 
 
 def crash_command(arguments: argparse.Namespace) -> int:
@@ -10335,19 +10497,20 @@ def crash_command(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
     while kills < arguments.count:
         folder = tempfile.mkdtemp(prefix="smithers-crash-")
-        crash = Crash(folder, chance)
+        crash = CRASHES[runs % len(CRASHES)](folder, chance)
         crash.drive(min(chance.randint(3, 12), arguments.count - kills))
         kills, runs = kills + crash.kills, runs + 1
         reconnects, events = reconnects + crash.watcher.reconnects, events + crash.events
         moments += crash.moments
         if crash.wrong:
-            print(f"seed {arguments.seed}, run {runs}, after {crash.kills} kills; kept: {folder}")
+            print(f"seed {arguments.seed}, run {runs}, {type(crash).__name__}, after {crash.kills} "
+                  f"kills; kept: {folder}")  # fmt: skip
             print("\n".join(f"VIOLATION {text}" for text in crash.wrong))
             return 1
         shutil.rmtree(folder, ignore_errors=True)
     said = ", ".join(f"{count} {moment}" for moment, count in sorted(moments.items()))
     print(f"{kills} kills ({said}) over {runs} runs in {time.monotonic() - began:.0f} s: every run "
-          f"finished, {events} events, {reconnects} connections of the client, seed "
+          f"ended as it should, {events} events, {reconnects} connections of the client, seed "
           f"{arguments.seed}: no violation")  # fmt: skip
     return 0
 
@@ -10396,6 +10559,7 @@ class Restart(Crash):
 
     FLOW = RESTART_FLOW
     NODES = 33
+    SUSPENDS = False  # it is what is done to it
     MAX_KILLS = 2  # a node that is in flight at a third one may be failed as a crasher
 
     def __init__(self, folder: str, chance: random.Random) -> None:
