@@ -10088,6 +10088,8 @@ def workflow(ctx):
 CANCEL_FLOW = (
     CRASH_FLOW
     + """
+STUBBORN = "trap '' TERM" + COMMAND.replace("sleep 0.01", "sleep 60")
+
 def deaf():
     note("start")
     time.sleep(60)
@@ -10100,7 +10102,7 @@ def workflow(ctx):
     return Workflow("cancel",
         *[Task(f"s{number}", act) for number in range(3)],
         Parallel(Task("deaf", deaf), Task("polite", polite), Approval("ship"), Approval("again"),
-                 Task("command", ["sh", "-c", COMMAND.replace("0.01", "60 & wait")])),
+                 Task("command", ["sh", "-c", STUBBORN])),
         Task("after", act))
 """
 )
@@ -10207,6 +10209,8 @@ class Book:
             self.nodes[key] = self.STATES[kind]
         if kind in self.GATES:
             self.gates[key] = self.GATES[kind]
+        elif kind == "NodeCancelled" and self.gates.get(key) == "requested":
+            self.gates[key] = "cancelled"
         attempt = (*key, event.get("attempt", -1))
         if kind == "NodeStarted" or attempt in self.attempts and kind in (
             "NodeFinished", "NodeFailed", "NodeCancelled"
@@ -10465,8 +10469,8 @@ class CancelCrash(Crash):
         if self.newest >= 0:
             return super()._run_until_moment(run, may_kill)
         self.watcher.port = run.port
-        lines = self.chance.randint(2, 12)
-        run.wait_until(lambda: len(run.lines) >= lines)
+        moment = self.chance.choice(("s1 started", "deaf started", "command started", "ship waits"))
+        run.wait_until(lambda: moment in run.text())
         if self.chance.random() < 0.5:
             answer = ask(run.port, "POST", "/cancel")
             self.wrong += [] if answer.status == 200 else [f"cancel: {answer}"]
@@ -10486,7 +10490,7 @@ class CancelCrash(Crash):
         self.wrong += [f"started after the cancel: {event}" for event in late]
 
 
-CRASHES = (Crash, PoolCrash, SuspectCrash, CancelCrash)
+CRASHES = (Crash, CancelCrash, PoolCrash, CancelCrash, SuspectCrash)
 
 
 def crash_command(arguments: argparse.Namespace) -> int:
