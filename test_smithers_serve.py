@@ -6386,6 +6386,16 @@ def moving(ctx):
     return Workflow("moving", Task("move", lambda: os.chdir("/")), Approval("ok"),
                     Task("after", step))
 
+def freeze():
+    import ctypes
+    with open(os.environ["FIFO"]) as fifo:
+        note("begin")
+        ctypes.PyDLL(None).read(fifo.fileno(), ctypes.create_string_buffer(1), 1)
+    note("done")
+
+def frozen(ctx):
+    return Workflow("frozen", Task("freeze", freeze), Task("after", step))
+
 def cooperative():
     note("begin")
     current_task().log("holding")
@@ -6966,20 +6976,67 @@ class OwnerTest(FaultCase):
                 db.execute(f"update _smithers_runs set {name} = ?", (value,))
             db.commit()
 
+    @contextlib.contextmanager
+    def write_lock(self) -> Iterator[sqlite3.Connection]:
+        """Another program's write transaction, for as long as the block lasts."""
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as other:
+            other.execute("pragma busy_timeout = 20000")
+            other.execute("begin immediate")
+            yield other
+            other.execute("rollback")
+
+    def assert_kept(self, flow: str) -> None:
+        """Assert that one more engine leaves the run to the one that has it."""
+        code, _, err = self.live(flow)
+        self.assertEqual(code, 4, err)
+        self.assertIn("living process", err)
+
     def test_living_owner_with_old_heartbeat_is_kept(self) -> None:
         with self.life("gated") as child:
             child.wait_for("ok waits")
             child.process.send_signal(signal.SIGSTOP)
             try:
                 self.write_row(heartbeat_at_ms=1)
-                code, _, err = self.live("gated")
+                self.assert_kept("gated")
             finally:
                 child.process.send_signal(signal.SIGCONT)
-            self.assertEqual(code, 4, err)
-            self.assertIn("living process", err)
             self.approve()
             child.wait_for("Workflow finished")
         self.assertEqual(self.effects(), ["before 0 done", "after 0 done"])
+
+    def test_owner_behind_write_lock_is_kept(self) -> None:
+        """Its heart cannot beat while another program holds the lock."""
+        heartless = "ss.HEARTBEAT_SECONDS = 3600"
+        start = ("-c", f"import sys, smithers_serve as ss; {heartless}; sys.exit(ss.main())")
+        with self.life("gated", start=start) as child:
+            child.wait_for("ok waits")
+            self.write_row(heartbeat_at_ms=1)
+            with self.write_lock():
+                self.assert_kept("gated")
+            self.approve()
+            child.wait_for("Workflow finished")
+        self.assertEqual(self.effects(), ["before 0 done", "after 0 done"])
+
+    def test_owner_in_call_that_lets_nobody_run_is_kept(self) -> None:
+        """A function of C holds the interpreter: no other thread of the engine moves."""
+        os.mkfifo(self.in_folder("fifo"))
+        with self.life("frozen", FIFO=self.in_folder("fifo")) as child:
+            with open(self.in_folder("fifo"), "w") as fifo:
+                eventually(self.effects)
+                self.write_row(heartbeat_at_ms=1)
+                self.assert_kept("frozen")
+                fifo.write("x")
+            child.wait_for("Workflow finished")
+        self.assertEqual(self.effects(), ["freeze 0 begin", "freeze 0 done", "after 0 done"])
+
+    def test_owner_is_kept_when_clock_jumps(self) -> None:
+        with self.life("gated") as child:
+            child.wait_for("ok waits")
+            with stepping_clock() as clock:
+                for clock.offset_ms in (7_200_000, -7_200_000):
+                    self.assert_kept("gated")
+            self.approve()
+            child.wait_for("Workflow finished")
 
     def test_dead_owner_with_new_heartbeat_is_dead(self) -> None:
         self.end_life("gated", "ok waits", signal.SIGKILL)
