@@ -2621,13 +2621,24 @@ class SmithersDb(Reads):
 
     def _can_write(self) -> bool:
         """Return whether a write can begin, now or after another process's."""
+        error = self._try_to_write()
+        return error is None or _is_busy(error)
+
+    def is_locked(self) -> bool:
+        """Return whether another process holds the write lock now."""
+        with self._write_lock:
+            error = self._try_to_write()
+        return error is not None and _is_busy(error)
+
+    def _try_to_write(self) -> sqlite3.OperationalError | None:
+        """Return why a write cannot begin at once, if so."""
         self._writer.execute("pragma busy_timeout = 0")
         try:
             self._writer.execute("begin immediate")
             self._writer.execute("rollback")
-            return True
+            return None
         except sqlite3.OperationalError as error:
-            return _is_busy(error)
+            return error
         finally:
             self._writer.execute(f"pragma busy_timeout = {self.BUSY_SECONDS * 1000:.0f}")
 
@@ -4454,18 +4465,27 @@ def watch_owner(db: SmithersDb, run_id: str, seconds: float = HEARTBEAT_STALE_SE
     """Return whether the engine of a run lives, after watching its heartbeat if that must tell.
 
     Only this observer's own clock counts: an owner whose heartbeat does not move for so long is
-    dead, whatever time it bears.
+    dead, whatever time it bears. A look counts when a heart could have beaten before it: not while
+    somebody holds the write lock, nor for the time that this process itself has stood still.
+    Raises Unavailable when the lock is never free.
     """
     first = db.get_run(run_id)
-    deadline = time.monotonic() + seconds
+    looks = 0
+    patience = LOCK_PATIENCE_SECONDS / WATCH_SECONDS
     pause = threading.Event()
     while first is not None:
         life = owner_life(first)
         if life != "unseen":
             return life
-        if time.monotonic() >= deadline:
+        if looks * WATCH_SECONDS >= seconds:
             return "dead"
         pause.wait(WATCH_SECONDS)
+        if db.is_locked():
+            patience -= 1
+            if patience <= 0:
+                raise Unavailable("the database is locked by another process")
+        else:
+            looks += 1
         run = db.get_run(run_id)
         if run is not None and run.is_terminal:
             return "dead"
@@ -12641,7 +12661,8 @@ def run_guarded(args: argparse.Namespace) -> int:
         say(f"Error: {log_safe(error)}")
         return EXIT_CONFLICT
     except (AuthoringError, UsageError, StorageError, ServeError) as error:
-        say(f"Error: {log_safe(error)}")
+        hint = "; the same line tries again" if isinstance(error, Unavailable) else ""
+        say(f"Error: {log_safe(error)}{hint}")
         if isinstance(error, (StorageError, Unavailable)):
             return EXIT_FAILURE
         is_conflict = isinstance(error, RunOwned) and args.command != "up"

@@ -7038,6 +7038,70 @@ class OwnerTest(FaultCase):
             self.approve()
             child.wait_for("Workflow finished")
 
+    def test_unseen_owner_behind_write_lock_is_kept(self) -> None:
+        """While its heart cannot beat, its silence does not count."""
+        self.assertEqual(self.live("gated")[0], 3)
+        owner = "elsewhere/boot/pid:[1]|1|1|token"
+        self.write_row(runtime_owner_id=owner, heartbeat_at_ms=1, status="running")
+        looks: list[ss.Run] = []
+        found: queue.SimpleQueue[ss.Life] = queue.SimpleQueue()
+        db = self.adapter()
+        get_run = db.get_run
+
+        def look(run_id: str) -> ss.Run | None:
+            looks.extend(filter(None, [get_run(run_id)]))
+            return looks[-1]
+
+        def watch() -> None:
+            with mock.patch.object(db, "get_run", look):
+                found.put(ss.watch_owner(db, self.run_id, seconds=0.2))
+
+        thread = threading.Thread(target=watch)
+        with self.write_lock() as other:
+            thread.start()
+            eventually(lambda: len(looks) > 8 or not found.empty())
+            self.assertTrue(found.empty(), "silence behind a lock was taken for death")
+            other.execute("update _smithers_runs set heartbeat_at_ms = 2")
+            other.execute("commit")
+            self.assertEqual(found.get(timeout=PATIENCE), "alive")
+            other.execute("begin")
+        thread.join()
+
+    def test_lock_for_minutes_is_waited_for(self) -> None:
+        """By an engine that runs for as long as it takes; a line that starts says how to go on."""
+        self.assertEqual(self.live("gated")[0], 3)
+        before = rows(self.path)
+        begin = ss.SmithersDb._begin
+
+        def hasty_begin(db: ss.SmithersDb, patience: float, *rest: Any) -> None:
+            begin(db, patience / 1000, *rest)  # what is without end stays so
+
+        with (
+            mock.patch.object(ss.SmithersDb, "_begin", hasty_begin),
+            mock.patch.object(ss.SmithersDb, "BUSY_SECONDS", 0.01),
+        ):
+            with self.write_lock():
+                code, _, err = self.live("gated")
+                said = "[smithers] Error: the database is locked by another process; "
+                self.assertEqual((code, err), (1, f"{said}the same line tries again\n"))
+            self.assertEqual(rows(self.path), before)
+            db = self.adapter()
+            live = self.start(Task("wait", wait_for_go), "other", db)
+            live.wait("NodeStarted")
+
+            def tries() -> float:
+                text = db.metrics.render()
+                return float(text.partition("\nsmithers_db_retries ")[2].partition("\n")[0])
+
+            with self.write_lock():
+                before_go = tries()
+                GO.set()
+                eventually(lambda: tries() > before_go + 20)
+                self.assertTrue(live.is_running())
+            self.assertEqual(live.end().status, "finished")
+        self.approve()
+        self.assert_status(0, "finished", "gated")
+
     def test_dead_owner_with_new_heartbeat_is_dead(self) -> None:
         self.end_life("gated", "ok waits", signal.SIGKILL)
         self.write_row(heartbeat_at_ms=2**45)
