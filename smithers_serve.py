@@ -148,6 +148,7 @@ HURRY_SECONDS = 2.0  # both of the above when the process is told to leave: gone
 LOCK_PATIENCE_SECONDS = 60.0  # how long the engine waits for another process's write lock
 HTTP_LOCK_PATIENCE_SECONDS = 30.0
 MAX_RENDERS_WITHOUT_PROGRESS = 100
+MAX_EVENTS_AT_ONCE = 1000  # of one transaction: then others have their turn at the file
 MAX_TREE_DEPTH = 100
 MAX_JSON_DEPTH = 500  # of a request's body or a run's input
 MAX_RETRY_DELAY_SECONDS = 86400.0
@@ -3514,13 +3515,14 @@ class Progress:
 
     # Going on
 
-    def advance(self, now_ms: int) -> Iterator[Effect]:
+    def advance(self, now_ms: int, has_room: Callable[[], bool] = lambda: True) -> Iterator[Effect]:
         """Yield what is to be done, until a render is due or nothing is left to do now.
 
-        The caller carries each effect out before it asks for the next.
+        The caller carries each effect out before it asks for the next. Ends early, at a point from
+        where another call goes on, when there is no room for more.
         """
         plan = self.plan
-        while plan is not None and not self.is_stale and not self.is_halting:
+        while plan is not None and not self.is_stale and not self.is_halting and has_room():
             if plan.reached:
                 slot = plan.reached.popleft()
                 if plan.slots.get(slot.key) is slot:  # not of an iteration that is over
@@ -6008,10 +6010,21 @@ class Engine:
     # Going on
 
     def _advance(self, tx: Tx) -> None:
-        """Do everything that needs no render, then see whether the run is at an end or parked."""
-        for effect in self._progress.advance(tx.now_ms):
+        """Do everything that needs no render, then see whether the run is at an end or parked.
+
+        A loop whose outputs are given has all its turns here: not in one transaction.
+        """
+        limit = len(tx.events) + MAX_EVENTS_AT_ONCE
+
+        def has_room() -> bool:
+            return len(tx.events) < limit
+
+        for effect in self._progress.advance(tx.now_ms, has_room):
             self._steps.carry_out(tx, effect)
-        self._settle(tx)
+        if has_room():
+            self._settle(tx)
+        else:
+            self.post("more")
 
     def _settle(self, tx: Tx) -> None:
         """End the run, leave it, park it, or say that it runs."""

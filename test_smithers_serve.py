@@ -7376,6 +7376,13 @@ class ScaleTest(RunCase):
             live.end()
         return counted
 
+    def test_long_loop_lets_others_have_their_turn(self) -> None:
+        """One whose outputs are given has no task to wait for, and no end soon."""
+        live = self.start(loop(Task("a", {}), turns=20_000))
+        live.wait("NodeFinished a 9")
+        self.cancel()
+        self.assertEqual(live.end().status, "cancelled")
+
     def test_decision_reads_no_other_gates(self) -> None:
         with mock.patch.object(ss, "HEARTBEAT_SECONDS", 3600):
             few, many = self.work_of_decisions(30), self.work_of_decisions(2000)
