@@ -5010,6 +5010,9 @@ class Deadlines:
 
     def cancel(self, kind: str, key: Any) -> None:
         self.at.pop((kind, key), None)
+        if len(self._heap) > 2 * len(self.at) + 16:  # behind a later one they would pile up
+            self._heap = [entry for entry in self._heap if self.at.get(entry[2]) == entry[0]]
+            heapq.heapify(self._heap)
 
     def next(self) -> float:
         """Return the earliest, infinity when there is none."""
@@ -5220,6 +5223,8 @@ class Steps:
     def _attempt_book(self, tx: Tx, running: Running, outcome: Outcome, is_given_up: bool) -> None:
         key, attempt = running.key, running.attempt
         self._attempts.release(running)
+        for kind in ("timeout", "give up"):
+            self.grace.cancel(kind, running)
         self._metrics.observe(
             "smithers_attempt_duration_ms", (time.monotonic() - running.started_at) * 1000
         )

@@ -18,6 +18,7 @@ import contextvars
 import dataclasses
 import decimal
 import functools
+import gc
 import hashlib
 import http.client
 import io
@@ -46,6 +47,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import unittest
 import urllib.error
 import urllib.parse
@@ -7375,6 +7377,39 @@ class ScaleTest(RunCase):
             self.cancel(run_id)
             live.end()
         return counted
+
+    def test_turns_that_are_over_are_not_kept(self) -> None:
+        gate = Approval("gate", timeout=3600)
+        for name, child in (
+            ("given", Task("a", {"n": 1})), ("called", Task("a", answer, timeout=3600)),
+            ("asked", gate), ("nested", loop(Task("a", {}), id="inner")),
+        ):  # fmt: skip
+            with self.subTest(name=name):
+                few, many = (self.held_after(child, turns) for turns in (300, 600))
+                self.assertLess(many - few, 300)
+
+    def held_after(self, child: Any, turns: int) -> int:
+        """Return how many objects an engine keeps of a run that was a loop with so many turns."""
+        run_id = f"{child.id}-{turns}-{type(child).__name__}-{getattr(child, 'timeout', 0)}"
+
+        def decide(event: ss.Event) -> None:
+            if event.type == "NodeWaitingApproval":
+                decision = ss.Decision("approved", event.payload["iteration"])
+                ss.decide(self.db, run_id, "gate", decision)
+
+        tree = Workflow("test", loop(child, turns=turns))
+        engine = ss.Engine(tree, self.db, run_id, on_event=decide)
+        self.assertTrue(engine.open())
+        self.assertEqual(engine.run().status, "finished")
+        seen: dict[int, Any] = {}
+        rest: list[Any] = [engine._progress, engine._steps, engine._attempts, engine._renderer]
+        others = (type, types.ModuleType, types.FunctionType, ss.SmithersDb, ss.Metrics)
+        while rest:
+            found = rest.pop()
+            if id(found) not in seen and not isinstance(found, others):
+                seen[id(found)] = found
+                rest += gc.get_referents(found)
+        return len(seen)
 
     def test_long_loop_lets_others_have_their_turn(self) -> None:
         """One whose outputs are given has no task to wait for, and no end soon."""
