@@ -4529,6 +4529,20 @@ def end_leftovers(run: Run, attempts: Iterable[Attempt]) -> None:
 LEFTOVER_SECONDS = 2.0
 
 
+def bury_orphans() -> None:
+    """As the first process of a container, bury what commands have left: nobody else does.
+
+    A child of our own is in our session or leads one; what is in another's is nobody's to wait for.
+    """
+    if os.getpid() != 1:
+        return
+    for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+        # It may have gone, or be a child of somebody else.
+        with contextlib.suppress(OSError):
+            if os.getsid(pid) not in (os.getsid(0), pid):
+                os.waitpid(pid, os.WNOHANG)
+
+
 def _leftovers(owner: str, attempts: Iterable[Attempt], groups: set[int]) -> set[int]:
     """Return the processes that still live of these attempts' commands; add their groups.
 
@@ -5851,6 +5865,7 @@ class Engine:
         Report when it does not own the run any more.
         """
         while not self._stop_heartbeat.wait(HEARTBEAT_SECONDS):
+            bury_orphans()
             try:
                 with self._db.transaction(self.run_id) as tx:
                     owned = tx.update_heartbeat(self._owner)

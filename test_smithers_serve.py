@@ -6442,6 +6442,37 @@ def fork_and_wait():
 def waiting(ctx):
     return Workflow("waiting", Task("status", fork_and_wait))
 
+def sleepers():
+    found = 0
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat") as stat:
+                found += "(sleep)" in stat.read()
+        except OSError:
+            pass
+    return found
+
+def wait_until_buried():
+    deadline = time.monotonic() + 10
+    while sleepers() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return {"pid": os.getpid(), "left": sleepers()}
+
+def own_children():
+    start = [sys.executable, "-c", "import sys; sys.exit(7)"]
+    every = [subprocess.Popen(start, start_new_session=n % 2 == 0) for n in range(6)]
+    for process in every:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    wait_until = time.monotonic() + 0.3  # several looks at what has died
+    while time.monotonic() < wait_until:
+        time.sleep(0.02)
+    return [process.wait() for process in every]
+
+def first(ctx):
+    leave = ["sh", "-c", "for n in 1 2 3 4; do sleep 0.1 >/dev/null 2>&1 & done"]
+    return Workflow("first", Task("leave", leave), Task("buried", wait_until_buried),
+                    Task("own", own_children))
+
 def make_forked():
     pid = os.fork()
     if pid == 0:
@@ -6728,6 +6759,28 @@ class LeftoverTest(FaultCase):
             finally:
                 for pid in filter(is_process, workers):
                     os.kill(pid, signal.SIGKILL)
+
+    def test_first_process_buries_what_commands_leave(self) -> None:
+        """And nothing else: who waits for a child of its own gets its status."""
+        alone = next(filter(self.can_unshare, (("-pf",), ("-Urpf",))), None)
+        if alone is None:
+            self.skipTest("needs unshare, and the right to make a process namespace")
+        lively = (
+            "import sys, smithers_serve as ss; ss.HEARTBEAT_SECONDS = 0.05; sys.exit(ss.main())"
+        )
+        words = (*alone, "--mount-proc", sys.executable, "-c", lively, *self.words("first"))
+        code, _, err = run_child(*words, python="unshare", folder=self.folder)
+        self.assertEqual(code, 0, err)
+        outputs = dict(self.read("select node_id, output_json from _smithers_outputs"))
+        self.assertEqual(outputs["buried"], '{"pid":1,"left":0}')
+        self.assertEqual(outputs["own"], "[7,7,7,7,7,7]")
+
+    @staticmethod
+    def can_unshare(flags: tuple[str, ...]) -> bool:
+        with contextlib.suppress(OSError):
+            command = ["unshare", *flags, "--mount-proc", "true"]
+            return subprocess.run(command, capture_output=True).returncode == 0
+        return False
 
 
 def children_of(pid: int) -> list[int]:
