@@ -11643,6 +11643,7 @@ class Supervisor:
             self._wanted[run_id] = None
         if time.monotonic() >= self._look_at:
             self._look_at = time.monotonic() + 0.5
+            bury_orphans()
             for run_id, worker in list(self._live.items()):
                 is_told_of = worker.forker is not None and worker.forker is self._forker
                 if not is_told_of and worker.owner and not process_is_alive(worker.owner):
