@@ -1774,9 +1774,12 @@ class Reads:
 
     def find_newest_node(self, run_id: str, id: str) -> Node | None:
         """Return the newest iteration of a node; `id` may leave out the loops around it."""
+        # Two ranges of the key: with "or" sqlite would go through all nodes of the run.
         row = self.one(
-            f"""select {_NODE_COLUMNS} from _smithers_nodes where run_id = :run_id
-                  and (node_id = :id or node_id >= :id || '@@' and node_id < :id || '@A')
+            f"""select {_NODE_COLUMNS} from _smithers_nodes
+                where run_id = :run_id and node_id = :id
+                union all select {_NODE_COLUMNS} from _smithers_nodes
+                where run_id = :run_id and node_id >= :id || '@@' and node_id < :id || '@A'
                 order by updated_at_ms desc, iteration desc limit 1""",
             {"run_id": run_id, "id": id},
         )
@@ -1797,7 +1800,7 @@ class Reads:
         )
         return [Attempt(*row) for row in rows]
 
-    def list_waiting_retries(self, run_id: str) -> list[tuple[Node, Attempt]]:
+    def list_waiting_retries(self, run_id: str, limit: int) -> list[tuple[Node, Attempt]]:
         """Return the nodes that may wait for their next attempt, with the last one."""
         columns = ", ".join(f"n.{name}" for name in Node._fields)
         columns += ", " + ", ".join(f"a.{name}" for name in Attempt._fields)
@@ -1806,12 +1809,11 @@ class Reads:
                   on a.run_id = n.run_id and a.node_id = n.node_id
                     and a.iteration = n.iteration and a.attempt = n.last_attempt
                 where n.run_id = ? and n.state = 'pending' and n.last_attempt is not null
-                  and a.state = 'failed'""",
-            (run_id,),
+                  and a.state = 'failed' and instr(a.meta_json, '"dueAtMs":') limit ?""",
+            (run_id, limit),
         )
         width = len(Node._fields)
-        found = [(Node(*row[:width]), Attempt(*row[width:])) for row in rows]
-        return [(node, attempt) for node, attempt in found if "dueAtMs" in attempt.meta]
+        return [(Node(*row[:width]), Attempt(*row[width:])) for row in rows]
 
     def get_tree(self, run_id: str) -> str:
         """Return the newest frame's tree as JSON text, "" without one."""
@@ -1836,12 +1838,12 @@ class Reads:
         )
         return [iteration for (iteration,) in rows]
 
-    def list_open_nodes(self, run_id: str) -> list[Node]:
+    def list_open_nodes(self, run_id: str, with_pending: bool = False) -> list[Node]:
         """Return what is in progress or waits for a decision."""
         rows = self.rows(
-            f"""select {_NODE_COLUMNS} from _smithers_nodes
-                where run_id = ? and state in ('in-progress', 'waiting-approval')""",
-            (run_id,),
+            f"""select {_NODE_COLUMNS} from _smithers_nodes where run_id = ?
+                  and (state in ('in-progress', 'waiting-approval') or ? and state = 'pending')""",
+            (run_id, with_pending),
         )
         return [Node(*row) for row in rows]
 
@@ -1988,6 +1990,32 @@ class Reads:
         )
         return [Event(*row) for row in (rows if newest is None else reversed(rows))]
 
+    def newest_outputs(self, run_id: str, keys: Iterable[Key], after_seq: int) -> dict[Key, Event]:
+        """Return the newest NodeOutput after a seq of each of these nodes, if there is one.
+
+        In one way back through the log: it is begun anew where only nodes that are found go on.
+        """
+        start = {"type": "NodeOutput", "runId": run_id}
+        wanted = {key: to_json({**start, "nodeId": key[0], "iteration": key[1]}) for key in keys}
+        found: dict[Key, Event] = {}
+        before, limit = INT64_MAX, 64
+        while wanted:
+            rows = self.all(
+                f"""select seq, timestamp_ms, type, payload_json from _smithers_events
+                    where run_id = ? and seq > ? and seq < ? and type = 'NodeOutput'
+                      and substr(payload_json, 1, instr(payload_json, ',"attempt":')) in
+                        ({", ".join("?" for _ in wanted)})
+                    order by seq desc limit ?""",
+                (run_id, after_seq, before, *(b[:-1] + "," for b in wanted.values()), limit),
+            )
+            for event in map(Event._make, rows):
+                found.setdefault((event.payload["nodeId"], event.payload["iteration"]), event)
+                before = event.seq
+            if len(rows) < limit:
+                break
+            wanted = {key: begin for key, begin in wanted.items() if key not in found}
+        return found
+
     def list_events_of(self, run_id: str, types: Seq[str]) -> list[Event]:
         """Return the events of these types, oldest first."""
         marks = ", ".join("?" for _ in types)
@@ -2027,8 +2055,27 @@ class Reads:
 class Snapshot(Reads):
     """One consistent state of the file."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    MAX_KEPT_TEXTS = 4
+
+    def __init__(self, connection: sqlite3.Connection, kept: dict[Any, str]) -> None:
         self.rows = connection.execute  # type: ignore[method-assign,assignment]
+        self._kept = kept
+
+    def _newest_frame_of(self, run_id: str, column: str) -> str:
+        """Return it from what is kept of the last answers: 60,000 nodes are a tree of 6 MiB."""
+        frame = self.one(
+            """select frame_no, created_at_ms from _smithers_frames
+               where run_id = ? order by frame_no desc limit 1""",
+            (run_id,),
+        )
+        key = (run_id, column, frame)
+        text = self._kept.get(key)
+        if text is None:
+            text = super()._newest_frame_of(run_id, column)
+            if len(self._kept) >= self.MAX_KEPT_TEXTS:
+                self._kept.clear()
+            self._kept[key] = text
+        return text
 
 
 class Tx(Reads):
@@ -2468,6 +2515,7 @@ class SmithersDb(Reads):
         # Guards _writer. Held for one transaction, which runs no user code and writes to no socket.
         self._write_lock = threading.Lock()
         self._readers: collections.deque[sqlite3.Connection] = collections.deque()
+        self._frame_texts: dict[Any, str] = {}  # for snapshots; each use of it is atomic
         self._listeners: list[Callable[[Tx], None]] = []
         self._closed = False
         try:
@@ -2808,7 +2856,7 @@ class SmithersDb(Reads):
             connection = self._take_reader()
             connection.execute("begin")
             try:
-                yield Snapshot(connection)
+                yield Snapshot(connection, self._frame_texts)
             finally:
                 connection.execute("commit")
         except sqlite3.Error as error:
@@ -6638,9 +6686,10 @@ def follow_events(adapter: SmithersDb, run_id: str, after_seq: int) -> Iterator[
 # ---------------------------------------------------------------------------
 
 MAX_PAGE = 1000
-MAX_SCANNED_EVENTS = 100_000  # looked through for a node's lines, newest first: some 40 ms
-MAX_PLANNED_NODES = 5000  # a larger tree is not laid out to say what waits for a place
+MAX_SCANNED_EVENTS = 100_000  # looked through for a node's lines, newest first: some 20 ms
+RECENT_EVENTS = 20_000  # looked through for the last line of all that runs: some 15 ms
 MAX_EVIDENCE = 50  # nodes
+MAX_WITH_EVIDENCE = 20  # gates of a list; one that is asked for alone has it always
 EVIDENCE_BYTES = 4 << 10
 SOON_MS = 30_000  # without a heartbeat for so long an engine is said to be stale
 
@@ -6748,53 +6797,104 @@ def node_detail_json(
     }
 
 
+class Place(NamedTuple):
+    """Where an element of a stored tree stands: what is directly before it, the loops around it."""
+
+    element: Mapping[str, Any]
+    before: Mapping[str, Any] | None
+    loops: tuple[str, ...]
+
+
 @functools.lru_cache(maxsize=4)
-def tree_index(xml_json: str) -> dict[str, tuple[Mapping[str, Any], Any]]:
-    """Return by id each node's element, and the part of the tree directly before it, or None."""
-    found: dict[str, tuple[Mapping[str, Any], Any]] = {}
-    stack: list[tuple[Mapping[str, Any], Any]] = [(parse_tree(xml_json), None)]
+def tree_index(xml_json: str) -> dict[str, Place]:
+    """Return the place of each node by its id."""
+    found: dict[str, Place] = {}
+    stack = [Place(parse_tree(xml_json), None, ())]
     while stack:
-        element, before = stack.pop()
+        place = stack.pop()
+        element, before, loops = place
         if element.get("tag") == Task.tag:
-            found[element["props"].get("id", "")] = (element, before)
+            found[element["props"].get("id", "")] = place
+        elif element.get("tag") == Loop.tag:
+            loops += (element["props"].get("id", ""),)
         for child in element.get("children") or ():
-            stack.append((child, before))
+            stack.append(Place(child, before, loops))
             if element.get("tag") != Parallel.tag:
                 before = child
     return found
 
 
+def props_of(xml_json: str, node_id: str) -> Mapping[str, str]:
+    """Return the props of a node of a stored tree, none when it is not there.
+
+    Found in its text: to parse the tree of 60,000 nodes would take some 100 ms.
+    """
+    at = xml_json.find('"id":' + to_json(plain_id(node_id)))
+    if at < 0:
+        return {}
+    begin = xml_json.rindex('"props":', 0, at) + len('"props":')
+    return dict(json.JSONDecoder().raw_decode(xml_json, begin)[0])
+
+
 def needs_of(xml_json: str, node_id: str) -> list[str]:
-    element, _ = tree_index(xml_json).get(plain_id(node_id), ({"props": {}}, None))
-    return [id for id in element["props"].get("dependsOn", "").split(",") if id]
+    return [id for id in props_of(xml_json, node_id).get("dependsOn", "").split(",") if id]
 
 
 def before_of(xml_json: str, node_id: str) -> list[str]:
     """Return the ids of the nodes in the part of the tree that comes directly before a node."""
-    _, before = tree_index(xml_json).get(plain_id(node_id), (None, None))
-    leaves = walk_tree(before) if before is not None else ()
-    return [e["props"]["id"] for e in leaves if e["tag"] == Task.tag]
+    place = tree_index(xml_json).get(plain_id(node_id))
+    return [] if place is None or place.before is None else ids_of(place.before)
+
+
+def ids_of(element: Mapping[str, Any]) -> list[str]:
+    return [e["props"]["id"] for e in walk_tree(element) if e["tag"] == Task.tag]
+
+
+def attempt_span(reads: Reads, run_id: str, attempt: Attempt) -> tuple[int, int, bool]:
+    """Return the seqs of a log between which an attempt's events stand.
+
+    And whether that is sure: where the clock has stepped back, the log is not in order of time.
+    """
+    first = reads.first_seq_since(run_id, attempt.started_at_ms)
+    end = attempt.finished_at_ms
+    last = reads.get_newest_seq(run_id) if end is None else reads.first_seq_since(run_id, end + 1)
+    event = next(iter(reads.list_events(run_id, first - 1, 1)), None)
+    return first, last, event is not None and event.timestamp_ms == attempt.started_at_ms
 
 
 def last_lines(reads: Reads, run_id: str, key: Key, count: int) -> list[dict[str, Any]]:
-    """Return the last so many lines of a node, oldest first.
-
-    They stand in the log between the begin of its attempts and their end.
-    """
-    attempts = reads.list_attempts_of(run_id, key)
-    if not attempts:
-        return []
-    end = attempts[-1].finished_at_ms
-    last = reads.get_newest_seq(run_id) if end is None else reads.first_seq_since(run_id, end + 1)
-    first = reads.first_seq_since(run_id, attempts[0].started_at_ms)
-    first = max(first, last - MAX_SCANNED_EVENTS)
-    events = reads.list_outputs(run_id, key, None, first - 1, last, newest=count)
-    if not events:  # the clock has stepped back while the run went on
+    """Return the last so many lines of a node, oldest first."""
+    events: list[Event] = []
+    left, are_sure = MAX_SCANNED_EVENTS, True
+    for attempt in reversed(reads.list_attempts_of(run_id, key)):
+        first, last, is_sure = attempt_span(reads, run_id, attempt)
+        first, are_sure = max(first, last - left), are_sure and is_sure
+        left -= last - first
+        wanted = count - len(events)
+        events[:0] = reads.list_outputs(run_id, key, None, first - 1, last, newest=wanted)
+        if left <= 0 or len(events) == count:
+            break
+    if not events and not are_sure:
         newest = reads.get_newest_seq(run_id)
         events = reads.list_outputs(run_id, key, None, newest - MAX_SCANNED_EVENTS, newest=count)
     lines = [(event.payload, event.timestamp_ms) for event in events]
     names = ("attempt", "stream", "text")
     return [{**{n: line.get(n) for n in names}, "timestampMs": at} for line, at in lines]
+
+
+def lines_of(reads: Reads, run_id: str, keys: Seq[Key], after_seq: int) -> list[Event]:
+    """Return all NodeOutput events of these nodes after a seq, in order of the log."""
+    found: dict[int, Event] = {}
+    for key in keys:
+        for attempt in reads.list_attempts_of(run_id, key):
+            first, last, is_sure = attempt_span(reads, run_id, attempt)
+            if not is_sure:  # nor is it for others, then: once through the whole log
+                every = reads.list_outputs(run_id, None, None, after_seq)
+                wanted = set(keys)
+                return [e for e in every if (e.payload["nodeId"], e.payload["iteration"]) in wanted]
+            events = reads.list_outputs(run_id, key, None, max(after_seq, first - 1), last)
+            found.update((event.seq, event) for event in events)
+    return [found[seq] for seq in sorted(found)]
 
 
 def gate_json(
@@ -6837,7 +6937,8 @@ def evidence_json(
     ids = request.get("needs")
     if not ids:  # a gate of the original's does not say
         tree = reads.get_tree(run_id)
-        ids = needs_of(tree, node_id) or before_of(tree, node_id)[-MAX_EVIDENCE:]
+        ids = () if "needs" in request else needs_of(tree, node_id)
+        ids = ids or before_of(tree, node_id)[-MAX_EVIDENCE:]
     nodes = [
         node for node in (reads.find_newest_node(run_id, id) for id in ids) if node is not None
     ]
@@ -6874,7 +6975,7 @@ def approvals_json(reads: Reads, run: Run, status: str | None) -> list[dict[str,
         node = reads.get_node(run.run_id, gate.key)
         label = None if node is None else node.label
         # What led to it counts for whoever has still to decide.
-        is_open = gate.status == "requested" and len(shown) < 50
+        is_open = gate.status == "requested" and len(shown) < MAX_WITH_EVIDENCE
         shown.append(gate_json(reads, run, gate, label, log=is_open))
     return shown
 
@@ -6918,94 +7019,97 @@ def why_json(reads: Reads, run: Run) -> dict[str, Any]:
         add("owner", None, run.heartbeat_at_ms, "no engine drives the run: resume it")
     elif state == "stale":
         add("owner", None, run.heartbeat_at_ms, "its engine gives no sign of life")
-    open_nodes = {node.key: node for node in reads.list_open_nodes(run.run_id)}
+    nodes = {node.key: node for node in reads.list_open_nodes(run.run_id, with_pending=True)}
     for gate in reads.list_gates(run.run_id, "requested")[:MAX_PAGE]:
-        node = open_nodes.get(gate.key) or reads.get_node(run.run_id, gate.key)
+        node = nodes.get(gate.key) or reads.get_node(run.run_id, gate.key)
         shown = gate_json(reads, run, gate, None if node is None else node.label, log=False)
         add("approval", node, gate.requested_at_ms, shown["requestTitle"] or "waits for a decision")
         if shown["deadlineAtMs"] is not None:
             left = duration_text(shown["deadlineAtMs"] - now_ms())
             said = f"without a decision: {shown['onTimeout']} in {left}"
             add("timeout", node, gate.requested_at_ms, said)
-    running = [node for node in open_nodes.values() if node.state == "in-progress"]
-    for n, node in enumerate(running[:MAX_PAGE]):
-        spoken = last_lines(reads, run.run_id, node.key, 1) if n < 100 else []
-        detail = f"last line: {spoken[0]['text']}" if spoken else "no line yet"
-        add("task", node, node.updated_at_ms, detail)
-    for node, attempt in reads.list_waiting_retries(run.run_id):
-        left = duration_text(attempt.meta["dueAtMs"] - now_ms())
-        add("retry", node, attempt.finished_at_ms, f"its next attempt is due in {left}")
-    for node, needed in _queued_nodes(reads, run) if is_driven else ():
+    running = [node for node in nodes.values() if node.state == "in-progress"][:MAX_PAGE]
+    asked = [node.key for node in running[:100]]
+    seen_from = reads.get_newest_seq(run.run_id) - RECENT_EVENTS
+    spoken = reads.newest_outputs(run.run_id, asked, seen_from) if asked else {}
+    for node in running:
+        event = spoken.get(node.key)
+        nothing = "no line yet" if seen_from < 0 else "no line of late"
+        said = nothing if event is None else f"last line: {event.payload['text']}"
+        add("task", node, node.updated_at_ms, said)
+    retries = reads.list_waiting_retries(run.run_id, MAX_PAGE)
+    places = tree_index(reads.get_tree(run.run_id)) if is_driven or retries else {}
+    for node, attempt in retries:
+        place = places.get(plain_id(node.node_id))
+        which = attempt_text(attempt.attempt + 1, {} if place is None else place.element["props"])
+        when = due_text(attempt.meta["dueAtMs"])
+        add("retry", node, attempt.finished_at_ms, f"its {which} is due {when}")
+    retrying = {node.key for node, _ in retries}
+    queued = _queued_nodes(reads, run, nodes, places) if is_driven else iter(())
+    for node, needed in itertools.islice(queued, MAX_PAGE):
+        if node.key in retrying:
+            continue
         kind = "concurrency" if needed is None else "dependency"
         add(kind, node, node.updated_at_ms, needed or "ready, and waits for a free place")
     return {"state": state, "blocked": blocked, "error": error}
 
 
-def _queued_nodes(reads: Reads, run: Run) -> Iterator[tuple[Node, str | None]]:
+def _queued_nodes(
+    reads: Reads, run: Run, nodes: Mapping[Key, Node], places: Mapping[str, Place]
+) -> Iterator[tuple[Node, str | None]]:
     """Yield the nodes whose turn has come: with None for a place, or with what else they wait for.
 
-    The tree of the newest frame is laid out, and the run's progress in it, as the engine does.
+    `nodes` are those that have not ended, `places` those of the newest frame's tree.
     """
-    if sum(reads.get_summary(run.run_id).values()) > MAX_PLANNED_NODES:
-        return
-    tree = parse_tree(reads.get_tree(run.run_id))
-    if not tree:
-        return
-    progress = Progress(max_concurrency=0)
-    recall_records(reads, run.run_id, progress)
-    for record in progress.records.values():
-        if record.state == "in-progress":
-            record.phase = RUNNING
-    try:
-        plan = Plan(workflow_of(tree), progress.loops)
-    except AuthoringError:  # another program's tree has a form of its own
-        return
-    for _ in progress.rendered(plan, set()):
-        pass
-    for _ in progress.advance(0):
-        pass
-    for key, record in progress.records.items():
-        slot = plan.slots.get(key)
-        node = reads.get_node(run.run_id, key) if slot is not None else None
-        if node is None or slot is None or node.state != "pending":
+    for node_id, _ in reads.list_keys(run.run_id, "failed"):
+        place = places.get(plain_id(node_id))
+        if place is not None and place.element["props"].get("continueOnFail") != "true":
+            return  # nothing more is started
+    mounted = [key for key in mounted_keys(reads.get_mounted(run.run_id)) if key in nodes]
+    open_ids = {plain_id(node_id) for node_id, _ in mounted}
+    open_loops = {
+        plain_id(id) for id, (_, done) in reads.list_loops(run.run_id).items() if not done
+    }
+    ended: dict[int, bool] = {}  # by the element
+
+    def has_ended(element: Mapping[str, Any]) -> bool:
+        if id(element) not in ended:
+            ended[id(element)] = open_ids.isdisjoint(ids_of(element))
+        return ended[id(element)]
+
+    def is_in_open_loop(id: str, place: Place) -> bool:
+        """Return whether the loops around a node go on, and `place` is outside of them."""
+        around = places[id].loops if id in places else ()
+        return any(loop in open_loops and loop not in place.loops for loop in around)
+
+    for key in mounted:
+        node, place = nodes[key], places.get(plain_id(key[0]))
+        if node.state != "pending" or place is None:
             continue
-        if record.phase in (READY, BLOCKED):
-            yield node, None
-        elif slot.is_active and slot.needs_left:
-            needed = [id for _, id, _ in slot.targets if not plan.by_id[id].is_done]
-            yield node, "waits for " + ", ".join(needed)
+        if place.before is None or has_ended(place.before):
+            needs = place.element["props"].get("dependsOn", "").split(",")
+            needed = [id for id in needs if id in open_ids or is_in_open_loop(id, place)]
+            yield node, "waits for " + ", ".join(needed) if needed else None
 
 
-def workflow_of(tree: Mapping[str, Any]) -> Workflow:
-    """Return the elements of a frame's tree, with nothing to run. Raises AuthoringError."""
+def attempt_text(attempt: int, props: Mapping[str, str]) -> str:
+    """Return `2nd attempt of 3`; without the total where it would mislead.
 
-    def build(element: Mapping[str, Any]) -> Any:
-        props, tag = element.get("props", {}), element.get("tag")
-        children = [build(child) for child in element.get("children", ())]
-        if tag == Parallel.tag:
-            limit = props.get("maxConcurrency")
-            return Parallel(*children, max_concurrency=None if limit is None else int(limit))
-        if tag == Loop.tag:
-            is_over = props.get("until") == "true"
-            most = int(props.get("maxIterations", 1 << 30))
-            return Loop(*children, id=props["id"], until=is_over, max_iterations=most)
-        if tag == Task.tag:
-            needs = [id for id in props.get("dependsOn", "").split(",") if id]
-            skip = props.get("skipIf") == "true"
-            if props.get("approvalMode"):
-                return Approval(props["id"], needs=needs, skip_if=skip)
-            asks = props.get("needsApproval") == "true"
-            fails = props.get("continueOnFail") == "true"
-            return Task(
-                props["id"], [""], needs=needs, skip_if=skip, needs_approval=asks,
-                continue_on_fail=fails,
-            )  # fmt: skip
-        return Sequence(*children)
+    Attempts that were interrupted have numbers too, but do not count.
+    """
+    most = 1 + int(props.get("retries", 0))
+    return f"{ordinal(attempt + 1)} attempt" + (f" of {most}" if attempt < most else "")
 
-    try:
-        return Workflow(tree["props"]["name"], *[build(child) for child in tree["children"]])
-    except (KeyError, ValueError) as error:
-        raise AuthoringError(f"the tree of the frame is not one of ours: {error}") from error
+
+def ordinal(number: int) -> str:
+    ends = {1: "st", 2: "nd", 3: "rd"}
+    is_teen = number % 100 in (11, 12, 13)
+    return f"{number}{'th' if is_teen else ends.get(number % 10, 'th')}"
+
+
+def due_text(at_ms: int) -> str:
+    text = duration_text(at_ms - now_ms())
+    return text if text == "now" else f"in {text}"
 
 
 def duration_text(ms: float) -> str:
@@ -10373,12 +10477,6 @@ def page_url(url: str | None, *place: str) -> str | None:
     return f"{base}/ui" + (f"#/{'/'.join(parts)}" if parts else "")
 
 
-def ordinal(number: int) -> str:
-    ends = {1: "st", 2: "nd", 3: "rd"}
-    is_teen = number % 100 in (11, 12, 13)
-    return f"{number}{'th' if is_teen else ends.get(number % 10, 'th')}"
-
-
 class Narrator:
     """Writes a line per node event, and for a gate the line that approves it."""
 
@@ -10392,8 +10490,11 @@ class Narrator:
         "ApprovalDenied": "denied",
     }
 
-    def __init__(self, args: argparse.Namespace, url: str | None, has_token: bool) -> None:
+    def __init__(
+        self, args: argparse.Namespace, db: SmithersDb, url: str | None, has_token: bool
+    ) -> None:
         self._args = args
+        self._db = db
         self._url = url
         # Only a variable that is set where the line is pasted, as this process's own is.
         is_in_environment = has_token and "SMITHERS_API_KEY" in os.environ
@@ -10405,10 +10506,12 @@ class Narrator:
         if event.type == "NodeOutput":
             say(f"{payload['nodeId']} | {log_safe(payload['text'])}")
         elif event.type == "NodeRetrying":
-            pause = duration_text(payload["dueAtMs"] - now_ms())
-            when = pause if pause == "now" else f"in {pause}"
-            again = ordinal(payload["attempt"] + 1)
-            say(f"{self._name(payload, 0)} will be tried again {when}: {again} attempt")
+            props: Mapping[str, str] = {}
+            with contextlib.suppress(StorageError, Unavailable), self._db.snapshot() as reads:
+                props = props_of(reads.get_tree(payload["runId"]), payload["nodeId"])
+            which = attempt_text(payload["attempt"], props)
+            due = due_text(payload["dueAtMs"])
+            say(f"{self._name(payload, 0)} will be tried again {due}: {which}")
         elif event.type == "NodeCancelled":
             was_stopped = payload["reason"] in (SUSPENDED, INTERRUPTED, POOL_BROKE)
             what = "interrupted" if was_stopped else "cancelled"
@@ -10643,7 +10746,7 @@ def run_here(
         )
         engine = process.make_engine()
         has_token = token is not None or args.tokens is not None
-        process.listeners.append(Narrator(args, url, has_token))
+        process.listeners.append(Narrator(args, db, url, has_token))
         engine.open(args.resume, args.force, args.retry)
         say(f"Run {run_id} in {db.path}")
         warn_of_idle_flags(args)
@@ -12176,12 +12279,12 @@ def run_show(args: argparse.Namespace) -> int:
 def run_logs(args: argparse.Namespace) -> int:
     """Write what tasks printed, or with --events the log itself as NDJSON."""
     since = now_ms() - parse_duration(args.since) if args.since else None
+    told: set[Key] = set()
     with open_existing(args) as db, contextlib.closing(db.watch()) as watch:
         with db.snapshot() as reads:
             run, node_id = find_run_and_node(reads, args)
-            failed = set(reads.list_keys(run.run_id, "failed")) if args.failed else None
             after = -1 if since is None else reads.first_seq_since(run.run_id, since) - 1
-            if args.tail is not None and failed is None:
+            if args.tail is not None and not args.failed:
                 newest = reads.get_newest_seq(run.run_id)
                 if args.events:
                     after = max(after, newest - args.tail)
@@ -12192,7 +12295,10 @@ def run_logs(args: argparse.Namespace) -> int:
                     after = last[0].seq - 1 if last else newest
         while True:
             run = db.get_run(run.run_id) or run
-            after = _write_logs(db, run.run_id, after, args, node_id, failed)
+            if args.failed:
+                _write_failed_logs(db, run.run_id, after, args, node_id, told)
+            else:
+                after = _write_logs(db, run.run_id, after, args, node_id)
             if not args.follow or run.is_terminal:
                 return 0
             while not watch.changed():
@@ -12200,37 +12306,46 @@ def run_logs(args: argparse.Namespace) -> int:
 
 
 def _write_logs(
-    db: SmithersDb,
-    run_id: str,
-    after: int,
-    args: argparse.Namespace,
-    node_id: str | None,
-    failed: set[Key] | None,
+    db: SmithersDb, run_id: str, after: int, args: argparse.Namespace, node_id: str | None
 ) -> int:
     """Write the events after a seq that are asked for; return the seq reached."""
-    kept: collections.deque[str] = collections.deque(maxlen=args.tail if failed else None)
     newest = db.get_newest_seq(run_id)
     while True:
         if args.events:
             events = db.list_events(run_id, after, 1000)
         else:
             events = db.list_outputs(run_id, None, node_id, after, newest, limit=1000)
-        for event in events:
-            after = event.seq
-            if args.events:
-                kept.append(event.payload_json + "\n")
-                continue
-            payload = event.payload
-            key = (payload["nodeId"], payload["iteration"])
-            if failed is None or key in failed:
-                at = time.strftime("%H:%M:%S", time.localtime(event.timestamp_ms / 1000))
-                text = f"{at} {node_name(*key)} | {log_safe(payload['text'])}"
-                kept.append((event.payload_json if args.json else text) + "\n")
-        if not failed or args.tail is None or not events:
-            args.out.write("".join(kept))
-            kept.clear()
+        args.out.write("".join(log_line(args, event) for event in events))
         if not events:
             return max(after, newest)
+        after = events[-1].seq
+
+
+def _write_failed_logs(
+    db: SmithersDb,
+    run_id: str,
+    after: int,
+    args: argparse.Namespace,
+    node_id: str | None,
+    told: set[Key],
+) -> None:
+    """Write the lines of the nodes that have failed since the last call."""
+    with db.snapshot() as reads:
+        failed = [key for key in reads.list_keys(run_id, "failed") if key not in told]
+        if node_id is not None:
+            failed = [key for key in failed if key[0] == node_id]
+        found = lines_of(reads, run_id, failed, after)
+    told.update(failed)
+    args.out.write("".join(log_line(args, event) for event in found[-(args.tail or 0) :]))
+
+
+def log_line(args: argparse.Namespace, event: Event) -> str:
+    if args.events or args.json:
+        return event.payload_json + "\n"
+    payload = event.payload
+    at = time.strftime("%H:%M:%S", time.localtime(event.timestamp_ms / 1000))
+    name = node_name(payload["nodeId"], payload["iteration"])
+    return f"{at} {name} | {log_safe(payload['text'])}\n"
 
 
 def parse_duration(text: str) -> int:
@@ -12297,16 +12412,20 @@ def run_decision(args: argparse.Namespace) -> int:
     with open_existing(args) as db:
         with db.snapshot() as reads:
             run, node_id = run_and_node(reads, args)
-            waiting = approvals_json(reads, run, "requested")
-            gates = [gate for gate in waiting if gate["nodeId"] == node_id]
-            if args.iteration is not None:
-                gates = [gate for gate in gates if gate["iteration"] == args.iteration]
-        if not waiting and not gates:
-            state = run_state(run)
-            raise ApprovalNotPending(
-                f"nothing waits for a decision in run {run.run_id}: it is {state}"
-            )
-        seen = gates[0] if len(gates) == 1 else None
+            gates = [
+                gate
+                for gate in reads.list_gates_of(run.run_id, node_id)
+                if gate.status == "requested" and args.iteration in (None, gate.iteration)
+            ]
+            if not gates and not reads.count_open_gates(run.run_id):
+                state = run_state(run)
+                raise ApprovalNotPending(
+                    f"nothing waits for a decision in run {run.run_id}: it is {state}"
+                )
+            seen = None
+            if len(gates) == 1:
+                node = reads.get_node(run.run_id, gates[0].key)
+                seen = gate_json(reads, run, gates[0], None if node is None else node.label)
         if seen is not None and not args.json:
             tell(args, seen, gate_lines(args, seen))
         if not args.yes and not _is_confirmed(f"{args.command} {node_id}?"):
@@ -12462,6 +12581,7 @@ def tree_lines(element: Mapping[str, Any], indent: str) -> Iterator[str]:
 def mermaid_lines(tree: Mapping[str, Any]) -> Iterator[str]:
     """Yield the order of the nodes as a Mermaid flowchart."""
     yield "flowchart TD"
+    text = to_json(tree)
     leaves = [element for element in walk_tree(tree) if element["tag"] == Task.tag]
     number = {element["props"]["id"]: n for n, element in enumerate(leaves)}
     for id, n in number.items():
@@ -12470,7 +12590,7 @@ def mermaid_lines(tree: Mapping[str, Any]) -> Iterator[str]:
     for element in leaves:
         id = element["props"]["id"]
         needs = [need for need in element["props"].get("dependsOn", "").split(",") if need]
-        for earlier in dict.fromkeys(needs + before_of(to_json(tree), id)):
+        for earlier in dict.fromkeys(needs + before_of(text, id)):
             yield f"  n{number[earlier]} --> n{number[id]}"
 
 

@@ -3283,6 +3283,33 @@ class NodesTest(ServerCase):
         self.assertEqual(len(self.look("/nodes/a")["log"]), 100)
         self.assertEqual(len(self.look("/approvals")[0]["evidence"][0]["log"]), 20)
 
+    def test_lines_of_every_attempt_are_found(self) -> None:
+        """However much others have printed between the attempts."""
+
+        def speak() -> None:
+            current_task().log(f"attempt {current_task().attempt}")
+            fail_once()
+
+        served = self.served = self.at_gate(
+            [Task("a", speak, retries=1), Approval("g")], db=self.foreign_database()
+        )
+        (seq,) = [event.seq for event in served.events() if event.type == "NodeRetrying"]
+        later = "+ 60000 where"
+        change(
+            served.path,
+            f"""update _smithers_events set seq = seq + 200000, timestamp_ms = timestamp_ms {later}
+                seq > {seq}""",
+            f"""update _smithers_attempts set finished_at_ms = finished_at_ms + 60000,
+                started_at_ms = started_at_ms {later} attempt = 1""",
+            f"""with recursive numbers(n) as (select 1 union all select n + 1 from numbers
+                where n < 200000)
+                insert into _smithers_events select '{served.run_id}', {seq} + n,
+                (select timestamp_ms + 30000 from _smithers_events where seq = {seq}),
+                'NodeOutput', '{{}}' from numbers""",
+        )
+        found = [line["text"] for line in self.look("/nodes/a")["log"]]
+        self.assertEqual(found, ["attempt 0", "attempt 1"])
+
     def test_iterations_of_a_node_are_told_apart(self) -> None:
         nested = loop(loop(Task("in", turn), id="inner"), id="outer")
         self.look("/nodes", loop(Task("m", turn)), nested)
@@ -3397,6 +3424,46 @@ class WhyTest(ServerCase):
             GO.set()
             self.served.close()
             GO.clear()
+
+    def test_a_large_trees_queue_is_told(self) -> None:
+        self.served = self.fresh()
+        hold, many = Task("hold", wait_for_stop), [Task(f"t{n}", answer) for n in range(5000)]
+        self.served.start([Parallel(hold, *many, max_concurrency=1)], "NodeOutput hold")
+        found = [item["nodeId"] for item in self.look("/why")["blocked"]]
+        self.assertEqual(found[:3], ["hold", "t0", "t1"])
+        self.assertGreater(len(found), 100)
+
+    def test_what_waits_for_a_loop_is_not_ready(self) -> None:
+        self.served = self.fresh()
+        turns = loop(Task("a", answer), Task("b", wait_for_stop))
+        tree = Parallel(
+            turns,
+            Task("x", answer, needs=["a"]),
+            Sequence(Task("y", wait_for_stop), Task("z", answer)),
+        )
+        self.served.start([tree], "NodeStarted b")
+        self.assertIn("dependency x: waits for a", self.blocked())
+        self.assertNotIn(" z:", self.blocked())
+
+    def test_each_running_task_tells_its_last_line(self) -> None:
+        """Also the one that has said little beside one that says much."""
+        self.served = self.fresh()
+
+        def chat(count: int) -> None:
+            for number in range(count):
+                current_task().log(f"line {number}")
+            current_task().cancelled.wait(PATIENCE)
+
+        tree = Parallel(Task("few", chat, args=(1,)), Task("many", chat, args=(500,)))
+        live = self.served.start([tree], "NodeOutput few")
+        live.wait("NodeOutput many 0 0 line 499")
+        self.assertIn("task few: last line: line 0", self.blocked())
+        self.assertIn("task many: last line: line 499", self.blocked())
+
+    def test_a_retry_tells_how_many_are_left(self) -> None:
+        self.served = self.fresh()
+        self.served.start([Task("r", fail, retries=2, retry_delay=7200)], "NodeRetrying r")
+        self.assertIn("its 2nd attempt of 3 is due in 2 h", self.blocked())
 
     def test_a_run_without_engine_says_so(self) -> None:
         self.assertRegex(self.blocked(), r"\Aowner None: .*, approval deploy: Deploy\?\Z")
@@ -5889,6 +5956,10 @@ def broken():
     if not os.path.exists("go"):
         raise ValueError("no luck")
 
+def give_up():
+    print("try", current_task().attempt)
+    raise ValueError("no luck")
+
 def hold():
     current_task().log("asleep")
     current_task().cancelled.wait(60)
@@ -5904,6 +5975,7 @@ notes = Workflow("notes", Task("a", note), Loop(Task("b", note), id="l", until=F
                  max_iterations=2), Parallel(Task("c", note), Task("d", note)), Task("e", note))
 long = Workflow("long", Task("hold", hold), Approval("deploy"))
 listed = Workflow("listed", Approval("deploy", metadata=["a", "b"]))
+gave_up = Workflow("gave_up", Task("build", chat), Task("x", give_up, retries=1))
 where = Workflow("where", Task("where", ["pwd"]), Task("fail", broken))
 wide = Workflow("wide", Parallel(*[Task(f"t{n}", {}) for n in range(12)]), Task("join", {}))
 
@@ -6133,6 +6205,13 @@ class SeatTest(SeatCase):
         self.finished()
         output = self.output("where", run_id="where")
         self.assertEqual(output["stdout"].strip(), os.path.realpath(self.folder))
+
+    def test_failed_logs_are_those_of_failed_nodes_alone(self) -> None:
+        self.begin("gave_up")
+        lines = self.tell("logs --failed").splitlines()
+        self.assertEqual([line.split(" ", 1)[1] for line in lines], ["x | try 0", "x | try 1"])
+        self.assertEqual(self.tell("logs --failed --tail 1").splitlines(), lines[-1:])
+        self.assertEqual(self.tell("logs gave_up build --failed"), "")
 
     def test_wait_ends_at_the_end_or_a_gate(self) -> None:
         self.begin("ship")
@@ -6689,7 +6768,7 @@ class ResumeTest(FaultCase):
 
     def test_rest_of_retry_delay_is_kept(self) -> None:
         with self.life("delayed", DELAY="3600") as child:
-            child.wait_for("will be tried again in 60 min: 2nd attempt")
+            child.wait_for("will be tried again in 60 min: 2nd attempt of 2$")
             child.finish(signal.SIGKILL)
         with self.life("delayed", DELAY="3600") as child:
             self.assertEqual(ask(child.port, "GET", "/").body["status"], "running")
@@ -7403,10 +7482,10 @@ class StandardStreamTest(FaultCase):
 class ScaleTest(RunCase):
     """What waits costs nothing."""
 
-    def work_of_decisions(self, gates: int) -> int:
-        """Return how many hundreds of sqlite's steps 20 decisions among open gates take."""
-        run_id, steps = f"run-{gates}", [0]
-        connect = sqlite3.connect
+    @contextlib.contextmanager
+    def counted_steps(self) -> Iterator[list[int]]:
+        """Count the hundreds of sqlite's steps that the block takes."""
+        steps, connect = [0], sqlite3.connect
 
         def connect_counted(*args: Any, **options: Any) -> sqlite3.Connection:
             def count() -> int:
@@ -7417,8 +7496,14 @@ class ScaleTest(RunCase):
             connection.set_progress_handler(count, 100)
             return connection
 
-        every = [Approval(f"gate{n}", on_deny="continue") for n in range(gates)]
         with mock.patch.object(ss.sqlite3, "connect", connect_counted):
+            yield steps
+
+    def work_of_decisions(self, gates: int) -> int:
+        """Return what 20 decisions among open gates take."""
+        run_id = f"run-{gates}"
+        every = [Approval(f"gate{n}", on_deny="continue") for n in range(gates)]
+        with self.counted_steps() as steps:
             db = self.adapter()
             live = self.start([Parallel(*every)], run_id, adapter=db)
             live.wait(PARKS)
@@ -7474,6 +7559,26 @@ class ScaleTest(RunCase):
     def test_decision_reads_no_other_gates(self) -> None:
         with mock.patch.object(ss, "HEARTBEAT_SECONDS", 3600):
             few, many = self.work_of_decisions(30), self.work_of_decisions(2000)
+        self.assertLess(many, 3 * few + 100)
+
+    def work_of_evidence(self, nodes: int) -> int:
+        """Return what it takes to show a gate beside so many nodes."""
+        tree = [Task("a", answer), Approval("gate", needs=["a"])]
+        ss.run_workflow(as_workflow(tree), adapter=self.db, run_id=f"r{nodes}", park=False)
+        change(
+            self.path,
+            f"""with recursive numbers(n) as (select 1 union all select n + 1 from numbers
+                where n < {nodes})
+                insert into _smithers_nodes (run_id, node_id, state, last_attempt)
+                select 'r{nodes}', 'n' || n, 'finished', 0 from numbers""",
+        )
+        with self.counted_steps() as steps, self.adapter().snapshot() as reads:
+            steps[0] = 0
+            ss.approvals_json(reads, self.run_row(f"r{nodes}"), "requested")
+            return steps[0]
+
+    def test_evidence_reads_no_other_nodes(self) -> None:
+        few, many = self.work_of_evidence(30), self.work_of_evidence(10_000)
         self.assertLess(many, 3 * few + 100)
 
     def test_parked_run_reads_no_gates(self) -> None:
