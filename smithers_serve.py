@@ -12258,22 +12258,25 @@ def gate_lines(args: argparse.Namespace, gate: Mapping[str, Any]) -> Iterator[st
 
 
 def run_show(args: argparse.Namespace) -> int:
-    with open_existing(args) as db, db.snapshot() as reads:
-        run, node_id = find_run_and_node(reads, args)
-        if node_id is None:
-            gates = approvals_json(reads, run, "requested")
-            if gates:
-                found = (line for gate in gates for line in gate_lines(args, gate))
-                return tell(args, gates, found)
-            shown = status_json(reads, run)
-            return tell(args, shown, ["Nothing waits for a decision.", *status_lines(args, shown)])
+    with open_existing(args) as db:
+        with db.snapshot() as reads:
+            shown, lines = shown_of(args, reads)
+        # Not before: who reads slowly, in a pager, would keep the engine from tidying its log.
+        return tell(args, shown, lines)
+
+
+def shown_of(args: argparse.Namespace, reads: Reads) -> tuple[Any, Iterable[str]]:
+    """Return what `show` shows: a node, the gates that wait, or how the run stands."""
+    run, node_id = find_run_and_node(reads, args)
+    if node_id is not None:
         detail = node_detail_json(reads, run, node_id, args.iteration, with_traceback=True)
-        lines = list(show_lines(detail))
-        gate = reads.get_gate(run.run_id, (detail["nodeId"], detail["iteration"]))
-        if gate is not None:
-            detail["gate"] = gate_json(reads, run, gate, detail["label"])
-            lines += gate_lines(args, detail["gate"])
-        return tell(args, detail, lines)
+        gate = detail["gate"]
+        return detail, [*show_lines(detail), *(() if gate is None else gate_lines(args, gate))]
+    gates = approvals_json(reads, run, "requested")
+    if gates:
+        return gates, (line for gate in gates for line in gate_lines(args, gate))
+    status = status_json(reads, run)
+    return status, ["Nothing waits for a decision.", *status_lines(args, status)]
 
 
 def run_logs(args: argparse.Namespace) -> int:
