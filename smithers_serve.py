@@ -77,7 +77,6 @@ import re
 import secrets
 import selectors
 import shlex
-import shutil
 import signal
 import socket
 import sqlite3
@@ -87,6 +86,7 @@ import sys
 import threading
 import time
 import types
+import unicodedata
 import urllib.parse
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -10177,6 +10177,7 @@ EXIT_CANCELLED = 2
 EXIT_SUSPENDED = 3
 EXIT_USAGE = 4
 EXIT_CONFLICT = 5
+EXIT_INTERRUPTED, EXIT_LEFT = 128 + 2, 128 + 13  # as a shell tells of SIGINT and SIGPIPE
 # Wrappers such as timeout(1) signal the process and its group: what comes so soon is one signal.
 SAME_SIGNAL_SECONDS = 0.1
 
@@ -12058,15 +12059,77 @@ def run_and_node(reads: Reads, args: argparse.Namespace) -> tuple[Run, str]:
     return run, str(args.words[-1])
 
 
-def tell(args: argparse.Namespace, value: Any, lines: Iterable[str]) -> int:
-    """Write a command's answer: JSON, or lines that fit the terminal."""
+def tell(args: argparse.Namespace, value: Any, lines: Iterable[str], fit: bool = False) -> int:
+    """Write a command's answer: JSON, or lines, which `fit` cuts to a terminal's width."""
     if args.json:
         args.out.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
         return 0
-    width = shutil.get_terminal_size().columns if args.out.isatty() else None
-    for line in lines:
-        args.out.write((line if isinstance(line, Whole) else line[:width].rstrip()) + "\n")
+    size = terminal_size(args.out) if fit else None
+    args.out.write("".join(line + "\n" for line in fitted(lines, size and size.columns)))
     return 0
+
+
+def terminal_size(out: TextIO) -> os.terminal_size | None:
+    """Return the size of the terminal that is written to, None when it is none."""
+    if not out.isatty():
+        return None
+    with contextlib.suppress(OSError):
+        size = os.get_terminal_size(out.fileno())
+        if size.columns and size.lines:
+            return size
+    return os.terminal_size((80, 24))
+
+
+def fitted(lines: Iterable[str], width: int | None) -> Iterator[str]:
+    """Yield lines as a terminal may get them, cut to its width, if any; never a Whole one."""
+    for line in lines:
+        safe = log_safe(line)
+        if width is not None and not isinstance(line, Whole):
+            while cells(safe[:width]) > width:
+                safe = safe[: min(len(safe), width) - 1]
+            safe = safe[:width]
+        yield safe.rstrip()
+
+
+def cells(text: str) -> int:
+    """Return how many columns of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    is_wide = [unicodedata.east_asian_width(c) in "WF" for c in text]
+    return len(text) + sum(is_wide) - sum(unicodedata.combining(c) > 0 for c in text)
+
+
+class Screen:
+    """Lines at the end of a terminal that are drawn over in place: nothing flickers."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._size: os.terminal_size | None = None
+        self._rows = 0
+
+    def fits(self) -> bool:
+        return self._size == terminal_size(self._out)
+
+    def draw(self, lines: Iterable[str]) -> None:
+        size = terminal_size(self._out)
+        assert size is not None
+        begin = f"\r\x1b[{self._rows}A" if self._rows else ""
+        if self._size is not None and size != self._size:
+            begin = "\x1b[H\x1b[2J"  # what stands there has been wrapped anew
+        self._size, self._rows = size, 0
+        text = ""
+        for line in fitted(lines, size.columns):
+            taken = cells(line)
+            rows = max(1, math.ceil(taken / size.columns))
+            if self._rows + rows >= size.lines - 1:
+                text += "...\x1b[K\n"
+                self._rows += 1
+                break
+            # At the margin, the cursor still stands on the last character.
+            is_at_margin = taken > 0 and taken % size.columns == 0
+            text += line + ("" if is_at_margin else "\x1b[K") + "\n"
+            self._rows += rows
+        self._out.write(begin + text + "\x1b[J")  # at once, and the rest of before is cleared
 
 
 def ago(at_ms: int | None) -> str:
@@ -12117,19 +12180,21 @@ def run_ps(args: argparse.Namespace) -> int:
         found = [run_row(reads, run) for run in runs]
 
     def lines() -> Iterator[str]:
-        form = "{:<20} {:<16} {:>9} {:>8}  {:<12} {:>7}  {:<16} {}"
-        heads = ("RUN", "STATE", "DONE", "AGE", "WAITS FOR", "ENGINE", "WORKFLOW", "PAGE")
-        yield form.format(*heads)
+        table = ["RUN STATE DONE AGE WAITS-FOR ENGINE WORKFLOW PAGE".split()]
         for row in found:
-            yield form.format(
+            shown = (
                 row["runId"], row["state"], f"{row['done']}/{row['nodes']}",
-                ago(row["createdAtMs"]), row["waitsFor"] or "", row["engine"] or "none",
-                row["workflowName"][:16], row["page"] or "",
+                ago(row["createdAtMs"]), row["waitsFor"] or "-", row["engine"] or "none",
+                row["workflowName"], row["page"] or "",
             )  # fmt: skip
+            table.append([str(text) for text in shown])
+        widths = [max(map(len, column)) for column in zip(*table)]
+        for texts in table:
+            yield "  ".join(text.ljust(width) for text, width in zip(texts, widths))
         if not found:
             yield "No run has still to end; -a lists all."
 
-    return tell(args, found, lines())
+    return tell(args, found, lines(), fit=True)
 
 
 def status_json(reads: Reads, run: Run) -> dict[str, Any]:
@@ -12157,7 +12222,7 @@ def status_lines(args: argparse.Namespace, shown: dict[str, Any]) -> Iterator[st
             yield Whole(f"    {shown['resume']}")
     for item in by_kind.get("approval", ()):
         name = node_name(item["nodeId"], item["iteration"])
-        title, since = log_safe(item["detail"]), ago(item["sinceMs"])
+        title, since = item["detail"], ago(item["sinceMs"])
         yield f"! {name} waits for approval since {since}: {title}"
         words = ["approve", shown["runId"], item["nodeId"], "--iteration", str(item["iteration"])]
         yield Whole(f"    {hint(args, *words)}")
@@ -12173,34 +12238,39 @@ def status_lines(args: argparse.Namespace, shown: dict[str, Any]) -> Iterator[st
         for item in items[:20]:
             name = node_name(item["nodeId"], item["iteration"])
             since = "" if kind in ("retry", "timeout") else f" {ago(item['sinceMs'])}"
-            yield f"  {name} {word}{since}: {log_safe(item['detail'])}"
+            yield f"  {name} {word}{since}: {item['detail']}"
         if len(items) > 20:
             yield f"  and {len(items) - 20} more ({kind})"
     for node in shown["failed"]:
         said = (node["error"] or {}).get("message", "")
-        yield f"x {node_name(node['nodeId'], node['iteration'])} failed: {log_safe(said)}"
+        yield f"x {node_name(node['nodeId'], node['iteration'])} failed: {said}"
     if shown["why"]["error"] is not None:
-        yield f"x {log_safe(shown['why']['error']['message'])}"
+        yield f"x {shown['why']['error']['message']}"
     yield "  " + ", ".join(f"{count} {state}" for state, count in shown["summary"].items())
 
 
 def run_status(args: argparse.Namespace) -> int:
-    with open_existing(args) as db:
-        watch, shown = db.watch(), None
-        with contextlib.closing(watch):
-            while True:
-                with db.snapshot() as reads:
-                    run = find_run(reads, args, args.run_id)
-                    before, shown = shown, status_json(reads, run)
-                if args.watch and args.out.isatty():
-                    args.out.write(
-                        "\x1b[H\x1b[J"
-                    )  # from the top; what is left of before is cleared
-                if before is None or shown["why"] != before["why"] or args.out.isatty():
-                    tell(args, shown, status_lines(args, shown))
-                if not args.watch or run.is_terminal:
+    can_draw = args.watch and not args.json and args.out.isatty()
+    screen = Screen(args.out) if can_draw and os.environ.get("TERM") != "dumb" else None
+    before: Any = None
+    with open_existing(args) as db, contextlib.closing(db.watch()) as watch:
+        while True:
+            with db.snapshot() as reads:
+                run = find_run(reads, args, args.run_id)
+                shown = status_json(reads, run)
+            args.run_id = run.run_id  # also when it has ended, and another one goes on
+            if screen is not None:
+                screen.draw(status_lines(args, shown))
+            elif before is None or shown["why"] != before["why"]:
+                tell(args, shown, status_lines(args, shown), fit=True)
+            if not args.watch or run.is_terminal:
+                break
+            before, until = shown, time.monotonic() + 1.0  # ages go on without a commit
+            threading.Event().wait(0.2)
+            while not watch.changed() and time.monotonic() < until:
+                if screen is not None and not screen.fits():
                     break
-                threading.Event().wait(1.0)
+                threading.Event().wait(WATCH_SECONDS)
     return EXIT_CODES.get(run.status, 3) if args.exit_status else 0
 
 
@@ -12213,39 +12283,39 @@ def show_lines(shown: Mapping[str, Any]) -> Iterator[str]:
             f" {clock_text(attempt['startedAtMs'])} to {clock_text(attempt['finishedAtMs'])}"
         )
         if attempt["error"] is not None:
-            yield f"    {attempt['error']['name']}: {log_safe(attempt['error']['message'])}"
+            yield f"    {attempt['error']['name']}: {attempt['error']['message']}"
         for line in (attempt.get("traceback") or "").splitlines():
-            yield f"    {log_safe(line)}"
+            yield f"    {line}"
     if shown["needs"]:
         yield "  needs " + ", ".join(shown["needs"])
     if shown["output"] is not None:
         yield "  output: " + to_json(shown["output"])[:EVIDENCE_BYTES]
     for line in shown["log"]:
-        yield f"  | {log_safe(line['text'])}"
+        yield f"  | {line['text']}"
 
 
 def gate_lines(args: argparse.Namespace, gate: Mapping[str, Any]) -> Iterator[str]:
     """Yield a gate as whoever decides must know it."""
-    yield f"{node_name(gate['nodeId'], gate['iteration'])}: {log_safe(gate['requestTitle'] or '')}"
+    yield f"{node_name(gate['nodeId'], gate['iteration'])}: {gate['requestTitle'] or ''}"
     if gate["requestSummary"]:
-        yield f"  {log_safe(gate['requestSummary'])}"
+        yield f"  {gate['requestSummary']}"
     metadata = gate["metadata"]
     table = metadata if isinstance(metadata, dict) else {"metadata": metadata}
     for name, value in table.items() if metadata is not None else ():
-        yield f"  {log_safe(name)}: {log_safe(value if isinstance(value, str) else to_json(value))}"
+        yield f"  {name}: {value if isinstance(value, str) else to_json(value)}"
     if gate["status"] != "requested":
-        note = f": {log_safe(gate['note'])}" if gate["note"] else ""
-        by = f" by {log_safe(gate['decidedBy'])}" if gate["decidedBy"] else ""
+        note = f": {gate['note']}" if gate["note"] else ""
+        by = f" by {gate['decidedBy']}" if gate["decidedBy"] else ""
         yield f"  {gate['status']}{by} at {clock_text(gate['decidedAtMs'])}{note}"
         return
     for found in gate.get("evidence", ()):
         yield f"  {node_name(found['nodeId'], found['iteration'])} {found['state']}"
         if found["error"] is not None:
-            yield f"    {log_safe(found['error']['message'])}"
+            yield f"    {found['error']['message']}"
         if found["output"] is not None:
             yield f"    output: {to_json(found['output'])}"
         for line in found["log"]:
-            yield f"    | {log_safe(line['text'])}"
+            yield f"    | {line['text']}"
     yield f"  asked {ago(gate['requestedAtMs'])} ago; yes goes on, no: {gate['onDeny'] or 'fail'}"
     if gate["deadlineAtMs"] is not None:
         left = duration_text(gate["deadlineAtMs"] - now_ms())
@@ -12392,9 +12462,9 @@ def run_history(args: argparse.Namespace) -> int:
             why = item.get("note") or item.get("reason") or (item.get("error") or {}).get("message")
             yield (
                 f"{clock_text(item['timestampMs'])}  {node}{what}"
-                + (f" by {log_safe(by)}" if by else "")
+                + (f" by {by}" if by else "")
                 + (" (claimed)" if item.get("bySource") == "claimed" else "")
-                + (f": {log_safe(why)}" if why else "")
+                + (f": {why}" if why else "")
             )
 
     return tell(args, found, lines())
@@ -12734,6 +12804,9 @@ class DescriptorWriter(io.TextIOBase):
     def isatty(self) -> bool:
         return os.isatty(self._descriptor)
 
+    def fileno(self) -> int:
+        return self._descriptor
+
     def write(self, text: str) -> int:
         data = text.encode("utf-8")
         while data:
@@ -12825,7 +12898,9 @@ def run_guarded(args: argparse.Namespace) -> int:
         is_conflict = isinstance(error, RunOwned) and args.command != "up"
         return EXIT_CONFLICT if is_conflict else EXIT_USAGE
     except KeyboardInterrupt:
-        return EXIT_CANCELLED
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # who has read the answer has seen enough
+        return EXIT_LEFT
 
 
 def main(argv: Seq[str] | None = None) -> int:

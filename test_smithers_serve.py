@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import atexit
 import base64
+import codecs
 import concurrent.futures
 import contextlib
 import contextvars
@@ -6051,31 +6052,121 @@ READING = (
 WRITING = "up demo approve deny stop cancel retry graph".split()
 
 
+class Terminal:
+    """A command on a pseudo terminal: what it writes, and what a person sees of it."""
+
+    def __init__(
+        self, folder: str, line: str, columns: int = 80, lines: int = 24, is_piped: bool = False
+    ) -> None:
+        import pty
+
+        try:
+            self._ours, theirs = pty.openpty()
+        except OSError as error:
+            raise unittest.SkipTest(f"no pseudo terminals here: {error}") from error
+        self.written, self.rows = "", [""]
+        self._at = (0, 0)  # row, column
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        self._arrived = threading.Condition()
+        self._resize(theirs, columns, lines)
+        self.process = subprocess.Popen(
+            [sys.executable, *MODULE, *shlex.split(line)], cwd=folder, stdin=theirs, stderr=theirs,
+            stdout=subprocess.PIPE if is_piped else theirs, env=child_environment(TERM="xterm"),
+        )  # fmt: skip
+        os.close(theirs)
+        source = self.process.stdout.fileno() if self.process.stdout else self._ours
+        self._reader = threading.Thread(target=self._read, args=(source,), daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.process.kill()
+        self.end()
+
+    def _resize(self, terminal: int, columns: int, lines: int) -> None:
+        import fcntl
+        import termios
+
+        self._columns, self._lines = columns, lines
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    def resize(self, columns: int, lines: int) -> None:
+        with self._arrived:
+            self._resize(self._ours, columns, lines)
+
+    def say(self, text: str) -> None:
+        os.write(self._ours, text.encode())
+
+    def _read(self, source: int) -> None:
+        with contextlib.suppress(OSError):  # EIO: nobody has the other end any more
+            while data := os.read(source, 65536):
+                with self._arrived:
+                    self._see(self._decode(data))
+                    self._arrived.notify_all()
+
+    def _see(self, text: str) -> None:
+        """Do what a terminal does; what it is not expected to be told to is shown as it is."""
+        self.written += text
+        for escape, count, what, plain in re.findall(r"(\x1b\[(\d*)([AHJK]))|(.)", text, re.DOTALL):
+            row, column = self._at
+            if escape:
+                if what == "A":
+                    self._at = (max(0, row - int(count or 1)), column)
+                elif what == "H":
+                    self._at = (max(0, len(self.rows) - self._lines), 0)
+                else:
+                    self.rows[row] = self.rows[row][:column]
+                    if what == "J":
+                        begin = max(0, len(self.rows) - self._lines) if count else row + 1
+                        self.rows[begin:] = [""] * (len(self.rows) - begin)
+            elif plain == "\r":
+                self._at = (row, 0)
+            elif plain == "\n":
+                self._at = (row + 1, column)
+            else:
+                if column == self._columns:
+                    row, column = row + 1, 0
+                self.rows += [""] * (row + 1 - len(self.rows))
+                line = self.rows[row].ljust(column)
+                self.rows[row] = line[:column] + plain + line[column + 1 :]
+                self._at = (row, column + 1)
+            self.rows += [""] * (self._at[0] + 1 - len(self.rows))
+
+    def wait_for(self, pattern: str) -> list[str]:
+        """Return the rows once the screen shows this."""
+
+        def shown() -> list[str]:
+            return self.rows[-self._lines :]
+
+        with self._arrived:
+            found = self._arrived.wait_for(
+                lambda: re.search(pattern, "\n".join(shown())), 2 * PATIENCE
+            )
+            if not found:
+                raise AssertionError(f"no {pattern!r} in {shown()}")
+            return shown()
+
+    def end(self) -> tuple[int, str]:
+        """Return the exit code, once the command has left, and what it has written."""
+        code = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        if self._ours >= 0:
+            os.close(self._ours)
+            self._ours = -1
+        if self.process.stdout:
+            self.process.stdout.close()
+        return code, self.written.replace("\r\n", "\n")
+
+
 def on_terminal(
     folder: str, line: str, columns: int, is_piped: bool = False, said: str = ""
 ) -> str:
     """Return what a command prints on a terminal, or from one into a pipe."""
-    import fcntl
-    import pty
-    import termios
-
-    try:
-        ours, theirs = pty.openpty()
-    except OSError as error:
-        raise unittest.SkipTest(f"no pseudo terminals here: {error}") from error
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    with subprocess.Popen(
-        [sys.executable, *MODULE, *shlex.split(line)], cwd=folder, env=child_environment(),
-        stdin=theirs, stdout=subprocess.PIPE if is_piped else theirs, stderr=theirs,
-    ) as process:  # fmt: skip
-        os.close(theirs)
-        os.write(ours, said.encode())
-        text = b"" if process.stdout is None else process.stdout.read()
-        with contextlib.suppress(OSError):  # EIO: nobody has the other end any more
-            while data := b"" if is_piped else os.read(ours, 65536):
-                text += data
-        os.close(ours)
-    return text.decode().replace("\r\n", "\n")
+    with Terminal(folder, line, columns, is_piped=is_piped) as terminal:
+        terminal.say(said)
+        return terminal.end()[1]
 
 
 class SeatTest(SeatCase):
@@ -6246,6 +6337,76 @@ class SeatTest(SeatCase):
             hints = [line for line in out.splitlines() if " approve " in line]
             self.assertEqual(hints, [line for line in whole.splitlines() if " approve " in line])
             self.assertEqual(out == whole, is_piped)
+
+    def test_watch_draws_in_place_until_the_end(self) -> None:
+        """Line over line: a screen that is cleared each time flickers. Only a new size does so."""
+        with self.up("napping") as child:
+            child.wait_for("asleep")
+            with Terminal(self.folder, "status --watch", columns=40, lines=12) as terminal:
+                narrow = terminal.wait_for("since [2-9] s")
+                terminal.resize(20, 4)
+                terminal.wait_for(r"\.\.\.")
+                terminal.resize(200, 24)
+                wide = terminal.wait_for("last line: asleep")
+                for rows in (narrow, wide):
+                    self.assertEqual(sum("napping" in row for row in rows), 1, rows)
+                ask(child.port, "POST", "/cancel")
+                self.assertEqual(terminal.end()[0], 0)
+                self.assertRegex("\n".join(terminal.rows), "r  napping  cancelled")
+                self.assertEqual(terminal.written.count("\x1b[2J"), 2)
+                self.assertEqual(terminal.written.count("\x1b[H"), 2)
+
+    def test_a_watch_stays_with_its_run(self) -> None:
+        self.begin("ship", "other")
+        self.tell("cancel other")
+        with self.up("napping", "-r", "first") as child:
+            child.wait_for("asleep")
+            change(self.path, "update _smithers_runs set created_at_ms = 1 where run_id = 'first'")
+            with Terminal(self.folder, "status --watch --exit-status") as terminal:
+                terminal.wait_for("first  napping  running")
+                child.finish(signal.SIGINT)
+                self.assertEqual(terminal.end()[0], 2)
+                self.assertNotIn("other", terminal.written)
+
+    def test_leaving_a_command_is_quiet(self) -> None:
+        with self.up("napping") as child:
+            child.wait_for("asleep")
+            for line, seen in (("status --watch", "napping"), ("logs -f", "asleep")):
+                with Terminal(self.folder, line) as terminal:
+                    terminal.wait_for(seen)
+                    terminal.process.send_signal(signal.SIGINT)
+                    code, written = terminal.end()
+                    self.assertEqual(code, 130)
+                    self.assertNotIn("Traceback", written)
+        for line in ("ps -a", "logs", "logs --events --json"):
+            reader, writer = os.pipe()
+            os.close(reader)
+            argv = [sys.executable, *MODULE, *line.split()]
+            done = subprocess.run(
+                argv,
+                cwd=self.folder,
+                env=child_environment(),
+                stdout=writer,
+                stderr=subprocess.PIPE,
+            )
+            os.close(writer)
+            self.assertEqual((done.returncode, done.stderr), (141, b""))
+
+    def test_what_is_shown_fits_the_terminal(self) -> None:
+        """Counted in columns, where letters are wide; and nothing that it would obey."""
+        wide = "\u8a2d" * 60
+        self.write(
+            "text.py",
+            "from smithers_serve import *\n"
+            f"workflow = Workflow('text', Approval('a', title={wide!r}, summary='\x9b31m'))",
+        )
+        self.main("up", "text.py", "-r", "r")
+        with Terminal(self.folder, "status", columns=40) as terminal:
+            written = terminal.end()[1]
+        (row,) = [row for row in written.splitlines() if row.startswith("! a")]
+        self.assertEqual(ss.cells(row), 40 - ss.cells(row) % 2)
+        self.assertNotIn("\x9b", self.tell("show"))
+        self.assertIn(wide, on_terminal(self.folder, "show", columns=40))
 
     def test_reading_a_killed_engines_file_changes_nothing(self) -> None:
         with self.up("napping") as child:
