@@ -100,6 +100,13 @@ if TYPE_CHECKING:
     import subprocess
     from concurrent.futures import Executor, Future
 
+# Whatever runs this file (`-m`, a worker of multiprocessing or of MPI), there is one module, known
+# by its own name: a workflow file imports this one, and what is pickled here is found by workers.
+_run_as = __name__
+if _run_as in ("__main__", "__mp_main__", "__worker__"):
+    __name__ = "smithers_serve"
+    sys.modules.setdefault(__name__, sys.modules[_run_as])
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -5049,13 +5056,15 @@ class Attempts:
         """Stop whatever still runs; its results go nowhere."""
         for running in list(self.in_flight.values()):
             running.stop()
+            self.left_call_behind |= running.future is not None
             self.release(running)
         with self._line_room:
             self._waiting_lines = 0
             self._line_room.notify_all()
         self._threads.close()
         if self._make_executor is not None and self._executor is not None:
-            self._executor.shutdown(wait=False)
+            closing = start_thread("pool-close", self._executor.shutdown)
+            closing.join(0 if self.left_call_behind else HURRY_SECONDS)
 
 
 class Deadlines:
@@ -10387,6 +10396,17 @@ def _line_in(error: BaseException, path: str) -> str:
     return "" if line is None else f", line {line}"
 
 
+def share_import_path(folder: str) -> None:
+    """Have this process, and the workers that it starts in whatever way, import the same files.
+
+    Those of this file's folder, of the workflow's and of the working folder.
+    """
+    folders = [os.path.dirname(os.path.abspath(__file__)), os.path.realpath(folder), os.getcwd()]
+    sys.path += [folder for folder in folders if folder not in sys.path]
+    folders += filter(None, [os.environ.get("PYTHONPATH")])
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(folders))
+
+
 def load_executor(spec: str) -> Callable[[], Any]:
     """Return a function that makes the Executor `MODULE:FACTORY` names; the first is made here."""
     import importlib
@@ -10395,8 +10415,10 @@ def load_executor(spec: str) -> Callable[[], Any]:
     try:
         factory = getattr(importlib.import_module(module_name), factory_name)
         first = factory()
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"--executor {spec}: expected MODULE:FACTORY: {error}") from error
+    except Exception as error:  # foreign code: a cluster that is not there says so in its own way
+        raise UsageError(f"--executor {spec}: {type(error).__name__}: {error}") from error
     if not callable(getattr(first, "submit", None)):
         raise UsageError(f"--executor {spec}: {type(first).__name__} is not an executor")
     made = [first]
@@ -10721,6 +10743,8 @@ def run_here(
     Then drive the run. `use` is called with the database.
     """
     value = read_input(args.input)
+    if args.executor:
+        share_import_path(os.path.dirname(split_workflow(args.workflow)[0]))
     executor = load_executor(args.executor) if args.executor else None
     process = Process(args)
     server = bind_server(args) if args.serve else None
@@ -10837,9 +10861,8 @@ def resume_line(args: argparse.Namespace, run_id: str) -> str:
     for host in args.allowed_host:
         words += ["--allowed-host", host]
     # Tasks may name files of the folder, and --executor a module there.
-    path = f"PYTHONPATH={shlex.quote(args.folder)} " if args.executor else ""
     go = f"cd {shlex.quote(args.folder)} && " if os.path.isdir(args.folder) else ""
-    return f"{go}{path}{shlex.join(words)}"
+    return f"{go}{shlex.join(words)}"
 
 
 class Process:
@@ -10903,12 +10926,12 @@ class Process:
         return code
 
     def _has_foreign_threads(self) -> bool:
-        """Return whether something that a task has started would keep the process.
+        """Return whether something that a task has started may keep the process.
 
-        Threads and pools of concurrent.futures do, whatever kind of thread they are.
+        Threads of concurrent.futures do, whatever kind of thread they are.
         """
-        others = [thread for thread in threading.enumerate() if thread not in self._threads_before]
-        return "concurrent.futures" in sys.modules or any(not thread.daemon for thread in others)
+        others = set(threading.enumerate()) - self._threads_before
+        return not all(thread.name.startswith("smithers-") for thread in others)
 
     def _say_where(self, server: ServeServer) -> None:
         is_everywhere = self._args.host in ("0.0.0.0", "::", "")
@@ -12915,9 +12938,5 @@ def main(argv: Seq[str] | None = None) -> int:
     return code
 
 
-# The running module is the one that a workflow file, or a worker process, imports: never a second
-# copy.
-if __name__ in ("__main__", "__mp_main__"):
-    sys.modules.setdefault("smithers_serve", sys.modules[__name__])
-if __name__ == "__main__":
+if _run_as == "__main__":
     raise SystemExit(main())
