@@ -1109,7 +1109,8 @@ class Attempt(NamedTuple):
         """What is kept beside its result.
 
         `group`: process group and start time of its command; `crashed`: its process died under it;
-        `dueAtMs`: when the retry after it is due; `traceback`; `forgiven`: it does not count.
+        `dueAtMs`: when the retry after it is due; `traceback`; `forgiven`: it does not count;
+        `stop`: why an executor's task was told to stop.
         """
         found = json.loads(self.meta_json) if self.meta_json else {}
         return found if isinstance(found, dict) else {}
@@ -4261,20 +4262,34 @@ def _wait_a_little(process: subprocess.Popen[bytes]) -> None:
 _attempts_here: dict[str, CurrentTask] = {}
 
 
-class _RemoteTask(CurrentTask):
-    """A task in another process: no flag reaches it, its lines travel back with the result."""
+class RecordedTask(CurrentTask):
+    """A task that keeps its lines, as (text, stream): in another process, or in a test."""
 
     def __init__(self, run_id: str, node_id: str, iteration: int, attempt: int) -> None:
         super().__init__(run_id, node_id, iteration, attempt)
-        self.lines: list[tuple[str, str]] = []
+        self.said: list[tuple[str, str]] = []
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines so far, of both streams."""
+        return [text for text, _ in self.said]
 
     def _send(self, text: str, stream: str) -> None:
-        self.lines.append((text, stream))
+        self.said.append((text, stream))
+
+
+class RemoteResult(NamedTuple):
+    """What comes back from an executor's worker: a plain tuple of plain values."""
+
+    outcome: tuple[Any, ...]
+    lines: list[tuple[str, str]] = []
+    has_seen_flag: bool = False
 
 
 def call_in_executor(
     token: str,
     engine: str,
+    path: str,
     run: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -4282,19 +4297,43 @@ def call_in_executor(
     node_id: str,
     iteration: int,
     attempt: int,
-) -> tuple[tuple[Any, ...], list[tuple[str, str]]]:
-    """Run one attempt in an executor's worker and return its outcome and lines, as plain tuples.
+) -> tuple[Any, ...]:
+    """Run one attempt in an executor's worker and return a RemoteResult.
 
-    A user exception never has to be pickled; what it said comes back as text.
+    A user exception never has to be pickled; what it said comes back as text, its lines with it.
     """
     here = _attempts_here.get(token)
     if here is not None:
-        return tuple(_outcome_alone(here, run, args, kwargs)), []
+        return tuple(RemoteResult(tuple(_outcome_alone(here, run, args, kwargs))))
     _leave_with(engine)
-    task = _RemoteTask(run_id, node_id, iteration, attempt)
-    with captured_prints(echo=True):
-        outcome = _outcome_alone(task, run, args, kwargs)
-    return tuple(outcome), task.lines
+    task = RecordedTask(run_id, node_id, iteration, attempt)
+    ended = threading.Event()
+    if process_of(engine)[0] == _host():  # else neither the file nor the engine can be looked at
+        start_thread("stop-watch", _stop_when_told, task, path, engine, ended)
+    try:
+        with captured_prints(echo=True):
+            outcome = _outcome_alone(task, run, args, kwargs)
+    finally:
+        ended.set()
+    return tuple(RemoteResult(tuple(outcome), task.said, task.cancelled.was_seen))
+
+
+REMOTE_POLL_SECONDS = 0.25  # how late a task in another process sees that it should stop
+
+
+def _stop_when_told(task: CurrentTask, path: str, engine: str, ended: threading.Event) -> None:
+    """Stop a task when its row says so, or when its engine has died; look until it has ended."""
+    if ended.wait(REMOTE_POLL_SECONDS):
+        return
+    with contextlib.suppress(SmithersError), SmithersDb(path, create=False) as db:
+        while not ended.is_set():
+            rows = db.list_attempts_of(task.run_id, (task.node_id, task.iteration))
+            row = next((row for row in rows if row.attempt == task.attempt), None)
+            is_over = row is None or row.state != "in-progress" or "stop" in row.meta
+            if is_over or not process_is_alive(engine):
+                task.stop()
+                return
+            ended.wait(REMOTE_POLL_SECONDS)
 
 
 def _outcome_alone(
@@ -4944,7 +4983,7 @@ class Attempts:
             if self._executor is None and self._make_executor is not None:
                 self._executor = self._make_executor()
             running.future = self._executor.submit(
-                call_in_executor, running.token, self.owner, task.run, task.args,
+                call_in_executor, running.token, self.owner, self._db.path, task.run, task.args,
                 self._arguments_of(running), running.run_id, running.node_id, running.iteration,
                 running.attempt,
             )  # fmt: skip
@@ -4981,10 +5020,11 @@ class Attempts:
         if future.cancelled() or error is not None:
             self._take_failure(running, error)
             return
-        outcome, lines = future.result()
-        for text, stream in lines:
+        result = RemoteResult(*future.result())
+        for text, stream in result.lines:
             self.accept_line(running, text, stream)
-        self._post("done", running, Outcome(*outcome))
+        running.cancelled.was_seen |= result.has_seen_flag
+        self._post("done", running, Outcome(*result.outcome))
 
     def _take_failure(self, running: Running, error: BaseException | None) -> None:
         """Post that an executor has not run an attempt."""
@@ -5154,7 +5194,7 @@ class Steps:
             if not self._attempts.is_live(running):
                 continue
             if kind == "timeout":
-                self._stop(running, "timeout")
+                self._stop(tx, "timeout", running)
             else:
                 self._attempts.give_up(running)
                 self._attempt_book(tx, running, Outcome(None), is_given_up=True)
@@ -5347,18 +5387,19 @@ class Steps:
     # Stopping
 
     def _attempt_stop(self, tx: Tx, key: Key, reason: str) -> None:
-        self._stop(self._attempts.in_flight[key], reason)
+        self._stop(tx, reason, self._attempts.in_flight[key])
 
-    def _stop(self, running: Running, reason: str) -> None:
-        """Tell an attempt to stop; it is given up when it does not."""
-        if self._attempts.stop(running, reason):
+    def _stop(self, tx: Tx, reason: str, *stopped: Running) -> None:
+        """Tell attempts to stop; those that do not are given up."""
+        for running in [one for one in stopped if self._attempts.stop(one, reason)]:
             self.grace.set("give up", running, time.monotonic() + STOP_GRACE_SECONDS)
+            if running.future is not None:  # in another process it is its row that tells it
+                tx.note_attempt(running.key, running.attempt, stop=reason)
 
-    def stop_all(self, reason: str) -> None:
+    def stop_all(self, tx: Tx, reason: str) -> None:
         if not self._progress.is_stopping:
             self._progress.is_stopping = True
-            for running in self._attempts.in_flight.values():
-                self._stop(running, reason)
+            self._stop(tx, reason, *self._attempts.in_flight.values())
 
     def shorten_grace(self, seconds: float) -> None:
         """Give what still runs only as long as a process may take to leave."""
@@ -6016,7 +6057,7 @@ class Engine:
             if status in TERMINAL_STATUSES or is_cancelled or self.abort.is_set():
                 self._begin_to_cancel(tx, is_cancelled)
             elif self._is_suspended.is_set():
-                self._steps.stop_all(SUSPENDED)
+                self._steps.stop_all(tx, SUSPENDED)
             if self._is_leaving.is_set() and not self._is_hurrying:
                 self._is_hurrying = True
                 self._steps.shorten_grace(HURRY_SECONDS if self._cancelling else SUSPEND_SECONDS)
@@ -6030,7 +6071,7 @@ class Engine:
             self._cancelling = True
             if not is_requested:  # what was acknowledged by a signal is not forgotten either
                 tx.request_cancel()
-            self._steps.stop_all("the run was cancelled")
+            self._steps.stop_all(tx, "the run was cancelled")
 
     def _after_commit(self, tx: Tx) -> None:
         starting, self._steps.starting = self._steps.starting, []

@@ -2732,6 +2732,20 @@ def remote_die() -> None:
     os._exit(7)
 
 
+def remote_wait() -> str:
+    told = current_task().cancelled.wait(PATIENCE)
+    current_task().log("told" if told else "not told")
+    return "half done"
+
+
+async def remote_sleep() -> None:
+    try:
+        await asyncio.sleep(PATIENCE)
+    except asyncio.CancelledError:
+        current_task().log("told")
+        raise
+
+
 class ExecutorTest(RunCase):
     processes: concurrent.futures.Executor
 
@@ -2803,6 +2817,28 @@ class ExecutorTest(RunCase):
         )
         for node_id in ("a", "b"):
             self.assertIn("BrokenProcessPool", self.error_of(node_id)["message"])
+
+    def test_worker_is_told_to_stop(self) -> None:
+        pool = {"executor": self.processes}
+        told = "NodeOutput a 0 0 told stdout"
+        late = f"{told}, NodeFailed a 0 0 TASK_TIMEOUT"
+        for number, run in enumerate((remote_wait, remote_sleep)):
+            tree = Task("a", run, timeout=0.1)
+            self.play(tree, "", "failed", late, run_id=f"late{number}", options=pool)
+        cancelled = f"{told}, NodeCancelled a 0 0 the run was cancelled"
+        self.play(
+            Task("a", remote_wait), "NodeStarted a; cancel", "cancelled", cancelled, options=pool
+        )
+
+    def test_worker_that_gave_up_has_not_finished(self) -> None:
+        engine = ss.Engine(as_workflow(Task("a", remote_wait)), self.db, "r", park=False,
+                           executor=self.processes, on_event=lambda event: None)  # fmt: skip
+        engine.open()
+        thread = ss.start_thread("engine", engine.run)
+        eventually(lambda: self.attempts() == "a 0 in-progress")
+        engine.suspend()
+        thread.join(PATIENCE)
+        self.assertEqual(self.attempts(), "a 0 cancelled")
 
     def test_closed_executor_fails_task_with_reason(self) -> None:
         pool = self.threads()
@@ -5464,6 +5500,11 @@ def is_same():
 
 same = Workflow("same", Task("check", is_same))
 
+def spawned():
+    import concurrent.futures, multiprocessing
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
+
 def fail():
     raise RuntimeError("it broke")
 
@@ -5597,6 +5638,19 @@ class UpTest(CommandCase):
         self.assertEqual(code, 0, err)
         self.finished()
         self.assertIs(self.output("check"), True)
+
+    def test_workers_import_what_the_engine_does(self) -> None:
+        elsewhere = self.in_folder("elsewhere")
+        os.mkdir(elsewhere)
+        script = (os.path.join(HERE, "smithers_serve.py"),)
+        flags = ("up", "../flow.py:same", "--db", self.path, "--executor", "flow:spawned")
+        for run_id, start, path in (("module", MODULE, HERE), ("script", script, "")):
+            argv = (*start, *flags, "-r", run_id)
+            code, _, err = run_child(*argv, folder=elsewhere, PYTHONPATH=path)
+            self.assertEqual(code, 0, err)
+            self.assertNotIn("Warning", err)
+        self.finished()
+        self.assertIs(self.output("check", run_id="module"), True)
 
     def test_input_comes_from_a_file_or_stdin(self) -> None:
         self.write("input.json", '{"ref": "from a file"}')
