@@ -93,7 +93,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any, Callable, Literal, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, Callable, Literal, NamedTuple, TextIO, Union, cast, get_args
 
 if TYPE_CHECKING:
     import ssl
@@ -110,12 +110,21 @@ if _run_as in ("__main__", "__mp_main__", "__worker__"):
 __version__ = "0.1.0"
 
 __all__ = [
+    "Answer",
     "Approval",
     "AuthoringError",
     "Ctx",
+    "CurrentTask",
+    "Event",
+    "Fail",
     "Loop",
     "OwnerLost",
     "Parallel",
+    "Pause",
+    "Rehearsal",
+    "RunExists",
+    "RunNotFound",
+    "RunOwned",
     "RunResult",
     "Sequence",
     "ServeApp",
@@ -130,8 +139,10 @@ __all__ = [
     "create_serve_app",
     "create_server_app",
     "current_task",
+    "fake_task",
     "main",
     "make_server",
+    "rehearse",
     "run_workflow",
     "start_server",
 ]
@@ -491,6 +502,21 @@ def parse_json(data: bytes | str) -> Any:
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
+Backoff = Literal["fixed", "linear", "exponential"]
+OnDeny = Literal["fail", "continue", "skip"]
+OnTimeout = Literal["fail", "approve", "deny"]
+OnMax = Literal["return-last", "fail"]
+RunStatus = Literal[
+    "queued", "running", "waiting-approval", "finished", "failed", "cancelled", "continued"
+]
+NodeState = Literal[
+    "pending", "waiting-approval", "in-progress", "finished", "failed", "cancelled", "skipped"
+]
+# What may stand below an element: one, None for nothing, or a list of them (a fan-out).
+Child = Union["Element", None, "list[Any]", "tuple[Any, ...]"]
+# What a task does: a function or coroutine function, an argv, or its output.
+Runnable = Union[Callable[..., Any], "list[str]", "tuple[str, ...]", "dict[str, Any]"]
+
 
 def check_id(value: object, what: str) -> str:
     """Return `value` when it is a valid id. Raises AuthoringError INVALID_ID."""
@@ -510,7 +536,8 @@ def _check_number(owner: str, name: str, value: Any, minimum: float, whole: bool
         )
 
 
-def _check_choice(owner: str, name: str, value: object, choices: tuple[str, ...]) -> None:
+def _check_choice(owner: str, name: str, value: object, kind: Any) -> None:
+    choices = get_args(kind)
     if value not in choices:
         raise AuthoringError(
             f"{owner}: {name} must be one of {', '.join(choices)}, got {short(value)}"
@@ -619,7 +646,7 @@ class Workflow(Container):
     name: str
     tag = "smithers:workflow"
 
-    def __init__(self, name: str, *children: Any) -> None:
+    def __init__(self, name: str, *children: Child) -> None:
         if not isinstance(name, str) or not 1 <= len(name) <= 200:
             raise AuthoringError(
                 f"Workflow name must be text of 1 to 200 characters, got {short(name)}"
@@ -637,7 +664,7 @@ class Sequence(Container):
 
     tag = "smithers:sequence"
 
-    def __init__(self, *children: Any) -> None:
+    def __init__(self, *children: Child) -> None:
         self._fill(children=_children_of("Sequence", children))
 
 
@@ -648,7 +675,7 @@ class Parallel(Container):
     max_concurrency: int | None
     tag = "smithers:parallel"
 
-    def __init__(self, *children: Any, max_concurrency: int | None = None) -> None:
+    def __init__(self, *children: Child, max_concurrency: int | None = None) -> None:
         if max_concurrency is not None:
             _check_number("Parallel", "max_concurrency", max_concurrency, 1, whole=True)
         self._fill(children=_children_of("Parallel", children), max_concurrency=max_concurrency)
@@ -669,21 +696,21 @@ class Loop(Container):
     id: str
     until: bool
     max_iterations: int
-    on_max: str
+    on_max: OnMax
     tag = "smithers:ralph"
 
     def __init__(
         self,
-        *children: Any,
+        *children: Child,
         id: str,
         until: bool,
         max_iterations: int = 5,
-        on_max: str = "return-last",
+        on_max: OnMax = "return-last",
     ) -> None:
         owner = f"Loop {check_id(id, 'Loop')!r}"
         _check_flags(owner, until=until)
         _check_number(owner, "max_iterations", max_iterations, 1, whole=True)
-        _check_choice(owner, "on_max", on_max, ("return-last", "fail"))
+        _check_choice(owner, "on_max", on_max, OnMax)
         kept = _children_of(owner, children)
         self._fill(children=kept, id=id, until=until, max_iterations=max_iterations, on_max=on_max)
 
@@ -694,6 +721,26 @@ class Loop(Container):
             "onMaxReached": self.on_max,
             "until": _text_of(self.until),
         }
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Fail(Container):
+    """The run fails with this message when its turn has come: after a rollback, for one.
+
+    What is in flight ends first, as at any failure.
+    """
+
+    message: str
+    tag = "smithers:fail"
+
+    def __init__(self, message: str) -> None:
+        _check_text("Fail", message=message)
+        if not message:
+            raise AuthoringError("Fail: say why the run fails")
+        self._fill(message=message, children=())
+
+    def props(self) -> dict[str, str]:
+        return {"message": self.message}
 
 
 def _text_of(value: object) -> str:
@@ -707,7 +754,7 @@ class Leaf(Element):
     id: str
     needs: tuple[tuple[str | None, str], ...]
     label: str | None
-    on_deny: str
+    on_deny: OnDeny
     skip_if: bool
     continue_on_fail: bool
     approvers: tuple[str, ...] | None
@@ -743,14 +790,14 @@ class Task(Leaf):
     kwargs: Mapping[str, Any]
     retries: int
     retry_delay: float
-    backoff: str
+    backoff: Backoff
     timeout: float | None
     needs_approval: bool
 
     def __init__(
         self,
         id: str,
-        run: Any,
+        run: Runnable,
         *,
         args: Iterable[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
@@ -758,19 +805,19 @@ class Task(Leaf):
         label: str | None = None,
         retries: int = 0,
         retry_delay: float = 0.0,
-        backoff: str = "fixed",
+        backoff: Backoff = "fixed",
         timeout: float | None = None,
         needs_approval: bool = False,
         approvers: Iterable[str] | None = None,
-        on_deny: str = "fail",
+        on_deny: OnDeny = "fail",
         skip_if: bool = False,
         continue_on_fail: bool = False,
     ) -> None:
         owner = f"Task {check_id(id, 'Task')!r}"
         _check_number(owner, "retries", retries, 0, whole=True)
         _check_number(owner, "retry_delay", retry_delay, 0)
-        _check_choice(owner, "backoff", backoff, ("fixed", "linear", "exponential"))
-        _check_choice(owner, "on_deny", on_deny, ("fail", "continue", "skip"))
+        _check_choice(owner, "backoff", backoff, Backoff)
+        _check_choice(owner, "on_deny", on_deny, OnDeny)
         if timeout is not None:
             _check_number(owner, "timeout", timeout, 0.001)
         _check_flags(
@@ -871,7 +918,7 @@ class Approval(Leaf):
     summary: str | None
     metadata: Mapping[str, Any] | None
     timeout: float | None
-    on_timeout: str
+    on_timeout: OnTimeout
     kind = "approval"
 
     def __init__(
@@ -883,15 +930,15 @@ class Approval(Leaf):
         metadata: Mapping[str, Any] | None = None,
         needs: Mapping[str, str] | Iterable[str] = (),
         approvers: Iterable[str] | None = None,
-        on_deny: str = "fail",
+        on_deny: OnDeny = "fail",
         timeout: float | None = None,
-        on_timeout: str = "fail",
+        on_timeout: OnTimeout = "fail",
         skip_if: bool = False,
     ) -> None:
         owner = f"Approval {check_id(id, 'Approval')!r}"
         _check_text(owner, title=title, summary=summary)
-        _check_choice(owner, "on_deny", on_deny, ("fail", "continue", "skip"))
-        _check_choice(owner, "on_timeout", on_timeout, ("fail", "approve", "deny"))
+        _check_choice(owner, "on_deny", on_deny, OnDeny)
+        _check_choice(owner, "on_timeout", on_timeout, OnTimeout)
         if timeout is not None:
             _check_number(owner, "timeout", timeout, 0.001)
         _check_flags(owner, skip_if=skip_if)
@@ -941,34 +988,66 @@ class Approval(Leaf):
 class CtxSource:
     """Where a Ctx reads from.
 
-    This one knows nothing, so a workflow function can be called in a unit test.
+    This one knows what it is given, so a workflow function can be called in a unit test. Outputs
+    are named by id, or by (id, iteration); a node with an output has finished, one with an error
+    has failed, unless `states` says otherwise.
     """
+
+    def __init__(
+        self,
+        outputs: Mapping[Any, Any] | None = None,
+        states: Mapping[str, NodeState] | None = None,
+        errors: Mapping[str, dict[str, Any] | BaseException] | None = None,
+        iterations: Mapping[str, int] | None = None,
+    ) -> None:
+        plain = ((key, -1) if isinstance(key, str) else key for key in outputs or ())
+        self._outputs = dict(zip(plain, (outputs or {}).values()))
+        self._errors = dict(errors or {})
+        self._iterations = dict(iterations or {})
+        ended = {id: "finished" for id, _ in self._outputs}
+        self._states = {**ended, **dict.fromkeys(self._errors, "failed"), **(states or {})}
 
     def find_output(self, id: str, iteration: int | None) -> str | None:
         """Return an output as JSON text, or None when there is none."""
-        return None
+        found = {number: output for (name, number), output in self._outputs.items() if name == id}
+        if iteration is None:
+            iteration = max(found, default=-1)
+        output = found.get(iteration, found.get(-1))
+        return None if output is None else to_json(output)
 
     def find_state(self, id: str) -> str | None:
-        return None
+        return self._states.get(id)
 
     def find_error(self, id: str) -> dict[str, Any] | None:
-        return None
+        error = self._errors.get(id)
+        return describe_error(error) if isinstance(error, BaseException) else error
 
     def find_iteration(self, loop_id: str) -> int:
-        return 0
+        return self._iterations.get(loop_id, 0)
 
 
 class Ctx:
     """What a workflow function may read: the input and what the run has produced so far.
 
     Every read is remembered; the function is called again only when something that it read changed.
+    A test makes one of outputs, states, errors and iterations: see CtxSource.
     """
 
-    def __init__(self, run_id: str, input: Any = None, source: CtxSource | None = None) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        input: dict[str, Any] | None = None,
+        *,
+        outputs: Mapping[Any, Any] | None = None,
+        states: Mapping[str, NodeState] | None = None,
+        errors: Mapping[str, dict[str, Any] | BaseException] | None = None,
+        iterations: Mapping[str, int] | None = None,
+        source: CtxSource | None = None,
+    ) -> None:
         self.run_id = run_id
-        self.input: Any = {} if input is None else input
+        self.input: dict[str, Any] = {} if input is None else input
         self.reads: set[tuple[str, str]] = set()
-        self._source = source or CtxSource()
+        self._source = source or CtxSource(outputs, states, errors, iterations)
 
     def output(self, id: str, default: Any = None, iteration: int | None = None) -> Any:
         """Return the output of node `id` (its newest iteration if none is given), or `default`."""
@@ -976,10 +1055,10 @@ class Ctx:
         found = self._source.find_output(id, iteration)
         return default if found is None else json.loads(found)
 
-    def state(self, id: str) -> str | None:
+    def state(self, id: str) -> NodeState | None:
         """Return the state of node `id` in its current iteration, None when never rendered."""
         self.reads.add(("state", id))
-        return self._source.find_state(id)
+        return cast("NodeState | None", self._source.find_state(id))
 
     def error(self, id: str) -> dict[str, Any] | None:
         """Return `{"name","message","code"?}` of node `id` when it has failed, else None."""
@@ -1926,6 +2005,12 @@ class Reads:
             {"run_id": run_id, "node_id": node_id, "iteration": iteration},
         )
         return None if row is None else row[0]
+
+    def list_output_ids(self, run_id: str) -> list[str]:
+        rows = self.rows(
+            "select distinct node_id from _smithers_outputs where run_id = ? order by 1", (run_id,)
+        )
+        return [node_id for (node_id,) in rows]
 
     def find_error(self, run_id: str, key: Key) -> str | None:
         """Return the error of the node's last failed attempt as JSON text."""
@@ -3023,6 +3108,8 @@ def scope_of(loops: tuple[LoopSlot, ...]) -> str:
 class Plan:
     """A mounted tree: `reached` are the nodes whose turn has come, `due` the loops to decide.
 
+    `failure` is the message of a Fail whose turn has come.
+
     `loops` gives (iteration, done) of every loop that has begun, by key. Raises AuthoringError for
     duplicate ids and for unknown or cyclic needs.
     """
@@ -3030,6 +3117,7 @@ class Plan:
     def __init__(self, workflow: Workflow, loops: Mapping[str, tuple[int, bool]]) -> None:
         self.reached: collections.deque[LeafSlot] = collections.deque()
         self.due: collections.deque[LoopSlot] = collections.deque()
+        self.failure: str | None = None
         self.slots: dict[Key, LeafSlot] = {}
         self.by_id: dict[str, LeafSlot] = {}
         self.loop_by_id: dict[str, LoopSlot] = {}
@@ -3275,6 +3363,8 @@ class Plan:
                 self._enter_body(slot)
             else:
                 self.due.append(slot)
+        elif isinstance(slot.element, Fail):
+            self.failure = slot.element.message
         elif isinstance(slot, Branch) and slot.children:
             first = slot.children if isinstance(slot.element, Parallel) else slot.children[:1]
             # At the front, so that what can start starts in document order.
@@ -3579,7 +3669,9 @@ class Progress:
         """
         plan = self.plan
         while plan is not None and not self.is_stale and not self.is_halting and has_room():
-            if plan.reached:
+            if plan.failure is not None:
+                self.fatal = describe_error(TaskFailed(plan.failure, "WORKFLOW_FAILED"))
+            elif plan.reached:
                 slot = plan.reached.popleft()
                 if plan.slots.get(slot.key) is slot:  # not of an iteration that is over
                     yield from self._reach(slot, now_ms)
@@ -3973,6 +4065,22 @@ class CurrentTask:
                 self._on_stop = None
 
 
+class RecordedTask(CurrentTask):
+    """A task that keeps its lines, as (text, stream): in another process, or in a test."""
+
+    def __init__(self, run_id: str, node_id: str, iteration: int, attempt: int) -> None:
+        super().__init__(run_id, node_id, iteration, attempt)
+        self.said: list[tuple[str, str]] = []
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines so far, of both streams."""
+        return [text for text, _ in self.said]
+
+    def _send(self, text: str, stream: str) -> None:
+        self.said.append((text, stream))
+
+
 _current: contextvars.ContextVar[CurrentTask] = contextvars.ContextVar("smithers_current_task")
 
 
@@ -4072,6 +4180,25 @@ def encode_output(value: Any) -> str:
             "OUTPUT_TOO_LARGE",
         )
     return text
+
+
+@contextlib.contextmanager
+def fake_task(
+    node_id: str = "task", *, run_id: str = "run", iteration: int = 0, attempt: int = 0
+) -> Iterator[RecordedTask]:
+    """Have `current_task()` work in the block, for a test of what a task does.
+
+    What is logged or printed there is in the task's `lines` afterwards; `cancelled.set()` and
+    `stop()` say that it should stop, the latter also to a coroutine.
+    """
+    task = RecordedTask(run_id, node_id, iteration, attempt)
+    token = _current.set(task)
+    try:
+        with captured_prints(echo=True):
+            yield task
+    finally:
+        task.end_lines()
+        _current.reset(token)
 
 
 # The work is done and would be done again: a retry cannot help.
@@ -4262,22 +4389,6 @@ def _wait_a_little(process: subprocess.Popen[bytes]) -> None:
 _attempts_here: dict[str, CurrentTask] = {}
 
 
-class RecordedTask(CurrentTask):
-    """A task that keeps its lines, as (text, stream): in another process, or in a test."""
-
-    def __init__(self, run_id: str, node_id: str, iteration: int, attempt: int) -> None:
-        super().__init__(run_id, node_id, iteration, attempt)
-        self.said: list[tuple[str, str]] = []
-
-    @property
-    def lines(self) -> list[str]:
-        """The lines so far, of both streams."""
-        return [text for text, _ in self.said]
-
-    def _send(self, text: str, stream: str) -> None:
-        self.said.append((text, stream))
-
-
 class RemoteResult(NamedTuple):
     """What comes back from an executor's worker: a plain tuple of plain values."""
 
@@ -4406,9 +4517,12 @@ def traceback_of(error: BaseException) -> str:
     """Return the traceback from the user's first line on, at most its last 8 KiB."""
     import traceback
 
-    entries = error.__traceback__
-    while entries is not None and entries.tb_frame.f_code.co_filename == __file__:
-        entries = entries.tb_next
+    entries = found = error.__traceback__
+    while found is not None:  # of a coroutine, asyncio's frames come between ours and the user's
+        code = found.tb_frame.f_code
+        found = found.tb_next
+        if code.co_filename == __file__ and code.co_name in CALLERS_OF_USER_CODE:
+            entries = found
     try:
         text = "".join(
             traceback.format_exception(type(error), error, entries or error.__traceback__)
@@ -4418,6 +4532,7 @@ def traceback_of(error: BaseException) -> str:
     return printable(text[-MAX_TRACEBACK_CHARS:].rstrip())
 
 
+CALLERS_OF_USER_CODE = ("call_function", "supervise", "render")
 MAX_TRACEBACK_CHARS = 8 << 10
 
 
@@ -5521,6 +5636,24 @@ EFFECTS = {
 # ---------------------------------------------------------------------------
 
 
+class Outputs(Mapping[str, Any]):
+    """The outputs of a run, by node id: read from the file when they are asked for."""
+
+    def __init__(self, db: SmithersDb, run_id: str) -> None:
+        self._db = db
+        self._run_id = run_id
+
+    def __getitem__(self, node_id: str) -> Any:
+        found = self._db.find_output(self._run_id, node_id, None)
+        if found is None:
+            raise KeyError(node_id)
+        return json.loads(found)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._db.list_output_ids(self._run_id))
+
+    def __len__(self) -> int:
+        return len(self._db.list_output_ids(self._run_id))
 # Which gates an engine waits at when nothing else is left to do: any, those with a deadline, none.
 Patience = Literal["all", "timed", "none"]
 
@@ -5529,12 +5662,14 @@ class RunResult(NamedTuple):
     """How a run stands when its engine leaves it.
 
     `error` is `{"name","message","code"?}` of a failed run. `running` or `waiting-approval` is the
-    status of a run that was suspended, or that waits and was not to be waited for.
+    status of a run that was suspended, or that waits and was not to be waited for. `outputs` holds
+    the output of each node by id (in a loop, of its newest iteration), read when it is asked for.
     """
 
     run_id: str
-    status: str
+    status: RunStatus
     error: dict[str, Any] | None
+    outputs: Mapping[str, Any]
 
 
 def recall_records(reads: Reads, run_id: str, progress: Progress) -> dict[Key, str | None]:
@@ -5819,7 +5954,7 @@ class Engine:
             retry = run.config.get("retry") or False
         if run.is_terminal and retry is False:
             error = None if run.error_json is None else dict(json.loads(run.error_json))
-            self.result = RunResult(self.run_id, run.status, error)
+            self._leave(run.status, error)
             return False
         if not force and watch_owner(self._db, self.run_id) == "alive":
             raise RunOwned(
@@ -6171,12 +6306,16 @@ class Engine:
             tx.update_run_status(status)
             tx.append_event("RunStatusChanged", status=status)
 
+    def _leave(self, status: str, error: dict[str, Any] | None = None) -> None:
+        outputs = Outputs(self._db, self.run_id)
+        self.result = RunResult(self.run_id, cast(RunStatus, status), error, outputs)
+
     def _run_leave(self, tx: Tx) -> None:
         """Leave the run as it is, without an owner."""
         if self._is_suspended.is_set():
             tx.note_history("suspended")
         tx.release_run()
-        self.result = RunResult(self.run_id, self._status, None)
+        self._leave(self._status)
 
     def _run_end(self, tx: Tx) -> None:
         progress = self._progress
@@ -6200,7 +6339,7 @@ class Engine:
         self._metrics.inc(f"smithers_runs_{status}_total")
         ms = (time.monotonic() - self._began) * 1000
         self._metrics.observe("smithers_run_duration_ms", ms)
-        self.result = RunResult(self.run_id, status, error)
+        self._leave(status, error)
 
     def _run_close_after(self, tx: Tx, status: str) -> None:
         """Close what is open of a run whose end another program has written."""
@@ -6210,7 +6349,7 @@ class Engine:
         if status == "cancelled" and "RunCancelled" not in told:
             tx.append_event("RunCancelled")
         tx.release_run()
-        self.result = RunResult(self.run_id, status, None)
+        self._leave(status)
 
 
 def encode_input(value: Any) -> str:

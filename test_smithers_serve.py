@@ -64,7 +64,17 @@ from typing import Any, Callable, NamedTuple
 from unittest import mock
 
 import smithers_serve as ss
-from smithers_serve import Approval, Ctx, Loop, Parallel, Sequence, Task, Workflow, current_task
+from smithers_serve import (
+    Approval,
+    Ctx,
+    Fail,
+    Loop,
+    Parallel,
+    Sequence,
+    Task,
+    Workflow,
+    current_task,
+)
 
 SELF = os.path.abspath(__file__)
 HERE = os.path.dirname(SELF)
@@ -1105,7 +1115,7 @@ class AuthoringTest(RunCase):
             "announce finished",
             options={"input": {"ref": "v1", "announce": True}},
         )
-        self.assertEqual(result, ("r", "finished", None))
+        self.assertEqual(result[:3], ("r", "finished", None))
         self.assertEqual(self.run_row().workflow_name, "release")
         self.assertEqual(self.output("fix", 1), "fixed v1")
         self.assertIsNone(self.output("fix", 2))
@@ -1223,6 +1233,7 @@ class AuthoringTest(RunCase):
         refuse("'l'", again, {"until": True, "max_iterations": 0})
         refuse("max_concurrency", Parallel, {"max_concurrency": 0})
         refuse("name", Workflow, {"name": ""}, {"name": lone})
+        refuse("Fail", Fail, {"message": ""}, {"message": 5}, {"message": lone})
 
     def test_wrong_runnables_are_refused(self) -> None:
         wrong = (None, "ls", [], ["ls", 1], ["a\0b"], 5, {"x": object()}, {"x": "\ud800"})
@@ -1260,6 +1271,25 @@ class AuthoringTest(RunCase):
                 error = self.play(render, ends="failed", run_id=f"r{number}").error or {}
                 self.assertEqual(error["code"], code)
                 self.assertIn(says, error["message"])
+
+    def test_a_workflow_fails_on_purpose(self) -> None:
+        def workflow(ctx: Ctx) -> Workflow:
+            error = ctx.error("deploy")
+            mend = [*tasks("rollback"), Fail(f"rolled back: {error['message']}")] if error else None
+            deploy = Task("deploy", fail_until_go, continue_on_fail=True)
+            return Workflow("w", deploy, mend, *tasks("announce"))
+
+        error = {"name": "TaskFailed", "message": "rolled back: no luck", "code": "WORKFLOW_FAILED"}
+        states = "deploy failed, rollback finished, announce pending"
+        self.assertEqual(self.play(workflow, ends="failed", states=states).error, error)
+        GO.set()
+        self.drive(workflow, retry=True)
+        self.assertEqual(self.status(), "finished")
+
+    def test_what_is_in_flight_ends_before_a_fail(self) -> None:
+        tree = Parallel(Task("a", wait_for_go), Sequence(*tasks("b"), Fail("enough"), *tasks("c")))
+        states = "a finished, b finished, c pending"
+        self.play(tree, "NodeFinished b; go", "failed", states=states)
 
     def test_late_render_error_drains_and_fails(self) -> None:
         def workflow(ctx: Ctx) -> Workflow:
@@ -1313,6 +1343,62 @@ class AuthoringTest(RunCase):
             loop(Task("t", turn), turns=3),
         )
         self.assertEqual(seen, [2, 0, 2])
+
+    def test_ctx_of_a_test_knows_what_it_is_given(self) -> None:
+        ctx = Ctx(
+            "r",
+            {"ref": "v1"},
+            outputs={"review": {"ok": True}, ("turn", 0): "first", ("turn", 1): "second"},
+            states={"lint": "in-progress"},
+            errors={"unit": {"name": "E", "message": "no"}, "lint": ValueError("no luck")},
+            iterations={"polish": 2},
+        )
+        self.assertEqual(ctx.output("review"), {"ok": True})
+        self.assertEqual(ctx.output("review", iteration=3), {"ok": True})
+        turns = [ctx.output("turn"), ctx.output("turn", iteration=0), ctx.output("turn", 9, 5)]
+        self.assertEqual(turns, ["second", "first", 9])
+        seen = [ctx.state(id) for id in ("review", "unit", "lint", "nobody")]
+        self.assertEqual(seen, ["finished", "failed", "in-progress", None])
+        self.assertEqual(ctx.error("lint"), {"name": "ValueError", "message": "no luck"})
+        self.assertEqual(
+            (ctx.error("review"), ctx.error("unit")), (None, {"name": "E", "message": "no"})
+        )
+        self.assertEqual((ctx.iteration("polish"), ctx.iteration("other")), (2, 0))
+
+    def test_a_fake_task_keeps_what_is_logged(self) -> None:
+        async def work() -> str:
+            task = current_task()
+            task.log("two\nlines")
+            print("printed")
+            return f"{task.node_id} {task.attempt} {task.cancelled.is_set()}"
+
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), ss.fake_task("unit", attempt=1) as task:
+            task.cancelled.set()
+            self.assertEqual(asyncio.run(work()), "unit 1 True")
+        self.assertEqual(task.lines, ["two", "lines", "printed"])
+        self.assertEqual(printed.getvalue(), "printed\n")
+        with self.assertRaises(RuntimeError):
+            current_task()
+
+    def test_a_result_reads_outputs_on_demand(self) -> None:
+        outputs = self.drive(
+            [Task("a", {"n": 1}), loop(Task("t", turn)), *tasks("b", skip_if=True)]
+        ).outputs
+        self.assertEqual((dict(outputs), len(outputs)), ({"a": {"n": 1}, "t": 1}, 2))
+        with self.assertRaises(KeyError):
+            outputs["b"]
+
+    def test_a_traceback_begins_at_the_tasks_line(self) -> None:
+        async def broken() -> None:
+            await asyncio.sleep(0)
+            fail()
+
+        for number, run in enumerate((fail, broken)):
+            self.drive(Task("a", run), f"r{number}")
+            _, first, *_ = self.db.list_attempts(f"r{number}")[0].meta["traceback"].split("\n")
+            self.assertIn(f'{SELF}", line', first)
+            self.assertIn(f"in {run.__name__}", first)
 
     def test_current_task_outside_of_task_raises(self) -> None:
         with self.assertRaises(RuntimeError):
