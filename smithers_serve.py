@@ -22,6 +22,7 @@ The file reads from top to bottom; nothing is used before it is defined.
     Control              who owns a run, decisions, cancel: from any process with the file
     Attempts, Steps      what is in flight; what is written when something happens
     Engine               claims a run and drives it
+    Rehearsal            the same engine in memory: no tasks, no people, a clock that jumps
     HTTP, Event stream   a request's bytes read strictly; a run's log as SSE bytes
     Views                what people ask of a run
     Page                 one document that asks the routes: style, script, Content-Security-Policy
@@ -93,9 +94,21 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any, Callable, Literal, NamedTuple, TextIO, Union, cast, get_args
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    TextIO,
+    Union,
+    cast,
+    get_args,
+)
 
 if TYPE_CHECKING:
+    import datetime
     import ssl
     import subprocess
     from concurrent.futures import Executor, Future
@@ -759,7 +772,7 @@ class Leaf(Element):
     continue_on_fail: bool
     approvers: tuple[str, ...] | None
     tag = "smithers:task"
-    kind = "task"
+    kind: ClassVar[str] = "task"
 
     @property
     def asks_first(self) -> bool:
@@ -985,6 +998,48 @@ class Approval(Leaf):
         return {name: _text_of(value) for name, value in shown.items() if value is not None}
 
 
+@dataclasses.dataclass(frozen=True, init=False)
+class Pause(Approval):
+    """The run goes on from here after so many seconds, or at a time; nobody decides it.
+
+    `until` is a datetime with a time zone, or seconds since the epoch. Its deadline is stored when
+    its turn comes, where a gate's is, and holds through restarts. Its output is that of a gate.
+    """
+
+    until: float | None
+    kind = "pause"
+
+    def __init__(
+        self,
+        id: str,
+        *,
+        seconds: float | None = None,
+        until: datetime.datetime | float | None = None,
+        needs: Mapping[str, str] | Iterable[str] = (),
+        skip_if: bool = False,
+    ) -> None:
+        owner = f"Pause {check_id(id, 'Pause')!r}"
+        if (seconds is None) == (until is None):
+            raise AuthoringError(f"{owner}: give either seconds or until")
+        if until is not None and not isinstance(until, (int, float)):
+            if getattr(until, "tzinfo", None) is None:
+                raise AuthoringError(f"{owner}: until needs a time zone, got {short(until)}")
+            until = until.timestamp()
+        for name, value in (("seconds", seconds), ("until", until)):
+            if value is not None:
+                _check_number(owner, name, value, 0)
+        super().__init__(id, needs=needs, skip_if=skip_if)
+        self._fill(timeout=seconds, until=until)
+
+    def request(self) -> dict[str, Any]:
+        until_ms = None if self.until is None else round(1000 * self.until)
+        return {**super().request(), "pause": True, "untilMs": until_ms}
+
+    def props(self) -> dict[str, str]:
+        until = {} if self.until is None else {"until": f"{self.until:.3f}"}
+        return {**super().props(), "approvalMode": "pause", **until}
+
+
 class CtxSource:
     """Where a Ctx reads from.
 
@@ -1162,7 +1217,7 @@ class Node(NamedTuple):
     last_attempt: int | None
     updated_at_ms: int
     label: str | None
-    kind: str | None  # of the element, `task` or `approval`; None: another program has written it
+    kind: str | None  # of the element: task, approval, pause; None: of another program
 
     @property
     def key(self) -> Key:
@@ -1233,6 +1288,23 @@ class Gate(NamedTuple):
     @property
     def key(self) -> Key:
         return self.node_id, self.iteration
+
+    @property
+    def request(self) -> dict[str, Any]:
+        return dict(json.loads(self.request_json)) if self.request_json else {}
+
+    @property
+    def is_pause(self) -> bool:
+        """True when nobody decides it: it ends by its deadline."""
+        return self.request.get("pause") is True
+
+    @property
+    def deadline_at_ms(self) -> int | None:
+        request = self.request
+        until, timeout = request.get("untilMs"), request.get("timeoutMs")
+        if until is not None or timeout is None or self.requested_at_ms is None:
+            return None if until is None else int(until)
+        return int(self.requested_at_ms + timeout)
 
     def to_output(self) -> dict[str, Any]:
         return {
@@ -1780,19 +1852,18 @@ class Reads:
         """Return the runs with a decision, or a request to go on, that no engine has taken up."""
         return [run_id for (run_id,) in self.all("select run_id from _smithers_woken")]
 
-    def list_open_gates(self, limit: int = -1) -> list[tuple[str, Gate]]:
-        """Return the gates of all runs that wait for a decision, with their run, oldest first."""
+    def list_open_gates(self) -> Iterator[tuple[str, Gate]]:
+        """Yield the open gates and pauses of all runs, with their run, oldest first."""
         rows = self.rows(
             f"""select run_id, {_GATE_COLUMNS} from _smithers_approvals
-                where status = 'requested' order by requested_at_ms, run_id limit ?""",
-            (limit,),
+                where status = 'requested' order by requested_at_ms, run_id"""
         )
-        return [(run_id, Gate(*row)) for run_id, *row in rows]
+        for run_id, *row in rows:
+            yield run_id, Gate(*row)
 
     def count_all_open_gates(self) -> int:
-        return int(
-            self.one("select count(*) from _smithers_approvals where status = 'requested'")[0]
-        )
+        row = self.one("select sum(nodes) from _smithers_summary where state = 'waiting-approval'")
+        return int(row[0] or 0)
 
     def look_at_log(self, run_id: str) -> tuple[str | None, int]:
         """Return the status of a run, None without one, and the seq of its newest event or -1."""
@@ -2510,6 +2581,14 @@ class Tx(Reads):
             """update _smithers_approvals set status = 'cancelled', decided_at_ms = ?
                where run_id = ? and node_id = ? and iteration = ?""",
             (self.now_ms, self.run_id, *key),
+        )
+
+    def close_gates(self) -> None:
+        """Mark what is still open at the end of the run: the pauses, whose nodes are pending."""
+        self.run(
+            """update _smithers_approvals set status = 'cancelled', decided_at_ms = ?
+               where run_id = ? and status = 'requested'""",
+            (self.now_ms, self.run_id),
         )
 
     def decide_gate(self, gate: Gate, decision: Decision) -> bool:
@@ -3428,7 +3507,7 @@ class Record:
         "due_at_ms",
         "gate",
         "asked",
-        "is_gate",
+        "kind",
         "ready_at_ms",
         "started_at_ms",
     )
@@ -3442,7 +3521,7 @@ class Record:
         self.due_at_ms = 0  # its next attempt begins no earlier
         self.gate: str | None = None  # what the row of its gate says
         self.asked: dict[str, Any] | None = None  # at its open gate
-        self.is_gate: bool | None = None  # an Approval, when it was last more than skipped
+        self.kind: str | None = None  # its leaf's, when it was last more than skipped
         self.ready_at_ms = 0
         self.started_at_ms: int | None = None
 
@@ -3580,7 +3659,7 @@ class Progress:
             record = self.records.get(slot.key)
             if record is None:
                 record = Record()
-                record.is_gate = isinstance(slot.leaf, Approval)
+                record.kind = slot.leaf.kind
                 self.recall(slot.key, record)
                 yield Effect("insert", slot.key)
             elif record.phase == RUNNING:
@@ -3590,14 +3669,14 @@ class Progress:
     def _fit(self, key: Key, record: Record, slot: LeafSlot | None) -> list[Effect]:
         """Bring a record in line with what today's tree has under its key."""
         id = plain_id(key[0])
-        is_gate = record.is_gate if slot is None else isinstance(slot.leaf, Approval)
+        kind = record.kind if slot is None else slot.leaf.kind
         is_skipped = record.state == "skipped" and slot is not None and slot.leaf.skip_if
         is_other = not is_skipped and self._is_other(record, slot)
         if not is_skipped:
-            record.is_gate = is_gate
+            record.kind = kind
         if record.phase in (READY, BLOCKED, RETRYING):
             self._move(record, PENDING, record.state, id)  # its turn is looked at again
-        elif record.phase == RUNNING and (slot is None or is_gate):
+        elif record.phase == RUNNING and (slot is None or kind != "task"):
             effects = [Effect("stop", key, "no longer in the tree")]
             return effects + (self._renew(key, record) if is_other else [])
         elif record.phase == AT_GATE:
@@ -3621,9 +3700,9 @@ class Progress:
     @staticmethod
     def _is_other(record: Record, slot: LeafSlot | None) -> bool:
         """True when a record is that of a gate and today's node a task, or the reverse."""
-        if slot is None or record.is_gate is None:  # its rows do not tell: what was denied stays so
+        if slot is None or record.kind is None:  # its rows do not tell: what was denied stays so
             return False
-        return record.is_gate != isinstance(slot.leaf, Approval)
+        return record.kind != slot.leaf.kind
 
     def _renew(self, key: Key, record: Record) -> list[Effect]:
         """Forget how a node went under whose id there is a gate for a task now, or the reverse.
@@ -3712,7 +3791,8 @@ class Progress:
             is_open = record.gate == "requested"
             record.gate, record.asked = "requested", leaf.request()
             self._idle_renders = 0
-            self._move(record, AT_GATE, "waiting-approval", leaf.id)
+            state = "pending" if leaf.kind == "pause" else "waiting-approval"
+            self._move(record, AT_GATE, state, leaf.id)
             yield Effect("await" if is_open else "open", key)
 
     def _deny(self, slot: LeafSlot) -> Effect:
@@ -3916,7 +3996,7 @@ class Progress:
             return
         record.gate = status
         self._idle_renders = 0
-        if record.state == "waiting-approval":
+        if record.state == "waiting-approval" or record.phase == AT_GATE:
             self._move(record, PENDING, "pending", plain_id(key[0]))
             self._look_again(slot)
 
@@ -4812,6 +4892,8 @@ def decide(
                 f"node {node_id!r} was asked again at {gate.requested_at_ms},"
                 f" after what was decided about ({decision.requested_at_ms})"
             )
+        if gate.is_pause:
+            raise ApprovalNotPending(f"node {node_id!r} is a pause: it ends by itself")
         _check_approver(gate, who)
         if gate.status == decision.verdict:
             return
@@ -4825,8 +4907,7 @@ def decide(
 
 
 def _check_approver(gate: Gate, who: Identity | None) -> None:
-    request = json.loads(gate.request_json) if gate.request_json else {}
-    approvers = request.get("approvers")
+    approvers = gate.request.get("approvers")
     if approvers and who is not None and not {who.name, who.role} & set(approvers):
         name = who.name or "nobody in particular"
         raise Forbidden(f"this gate is decided by {', '.join(approvers)}, not by {name}")
@@ -4974,6 +5055,7 @@ def run_close(tx: Tx, status: str, error: Mapping[str, Any] | None) -> None:
     """End the run: what is open is cancelled, the row gets its status, the last event says so."""
     for node in tx.list_open_nodes(tx.run_id):
         node_close(tx, node, CLOSING_REASONS[status])
+    tx.close_gates()
     tx.end_run(status, None if error is None else to_json(error))
     tx.append_event("RunStatusChanged", status=status)
     if status == "failed":
@@ -5525,20 +5607,31 @@ class Steps:
     # Gates
 
     def _gate_open(self, tx: Tx, key: Key, _: Any) -> None:
-        tx.open_gate(key, to_json(self._leaf(key).request()))
-        tx.append_event("ApprovalRequested", key)
-        self._node_move(tx, key, "NodeWaitingApproval")
-        self._metrics.inc("smithers_approvals_requested")
+        leaf = self._leaf(key)
+        tx.open_gate(key, to_json(leaf.request()))
+        if isinstance(leaf, Pause):
+            self._pause_tell(tx, key)
+        else:
+            tx.append_event("ApprovalRequested", key)
+            self._node_move(tx, key, "NodeWaitingApproval")
+            self._metrics.inc("smithers_approvals_requested")
         self._gate_time(tx, key)
+
+    def _pause_tell(self, tx: Tx, key: Key) -> None:
+        """Say when a pause ends as a line of its node: it waits for nobody."""
+        gate = tx.get_gate(self._run_id, key)
+        assert gate is not None and gate.deadline_at_ms is not None
+        at = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(gate.deadline_at_ms / 1000))
+        tx.append_event("NodeOutput", key, attempt=0, text=f"pauses until {at}", stream="stdout")
 
     def _gate_await(self, tx: Tx, key: Key, _: Any) -> None:
         """Have an open gate ask what today's tree asks, and end when that says.
 
         Another question is another request: a decision on what was read before is refused.
         """
-        leaf, gate = self._leaf(key), tx.get_gate(self._run_id, key)
-        asked = json.loads(gate and gate.request_json or "{}")
-        today = json.loads(to_json(leaf.request()))
+        gate = tx.get_gate(self._run_id, key)
+        asked = {} if gate is None else gate.request
+        today = json.loads(to_json(self._leaf(key).request()))
         if any(asked.get(name) != today.get(name) for name in ("title", "summary", "metadata")):
             tx.open_gate(key, to_json(today))
             tx.append_event("ApprovalRequested", key)
@@ -5547,10 +5640,9 @@ class Steps:
         self._gate_time(tx, key)
 
     def _gate_time(self, tx: Tx, key: Key) -> None:
-        leaf, gate = self._leaf(key), tx.get_gate(self._run_id, key)
-        if isinstance(leaf, Approval) and leaf.timeout is not None and gate is not None:
-            requested = gate.requested_at_ms or tx.now_ms
-            self.wall.set("gate", key, requested + round(leaf.timeout * 1000))
+        gate = tx.get_gate(self._run_id, key)
+        if gate is not None and gate.deadline_at_ms is not None:
+            self.wall.set("gate", key, gate.deadline_at_ms)
         else:
             self.wall.cancel("gate", key)
 
@@ -5593,7 +5685,13 @@ class Steps:
         if self._progress.records[key].phase != AT_GATE:
             return
         gate, leaf = tx.get_gate(self._run_id, key), self._leaf(key)
-        if not isinstance(leaf, Approval) or leaf.timeout is None or gate is None:
+        if not isinstance(leaf, Approval) or gate is None:
+            return
+        if isinstance(leaf, Pause):
+            tx.decide_gate(gate, Decision("approved"))
+            self._gate_look(tx, key)
+            return
+        if leaf.timeout is None:
             return
         if gate.status != "requested":
             self._gate_look(tx, key)
@@ -5654,6 +5752,8 @@ class Outputs(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._db.list_output_ids(self._run_id))
+
+
 # Which gates an engine waits at when nothing else is left to do: any, those with a deadline, none.
 Patience = Literal["all", "timed", "none"]
 
@@ -5690,16 +5790,15 @@ def record_of(node: Node, attempts: Iterable[Attempt], gate: Gate | None) -> Rec
     """Return what the rows of a node say."""
     record = Record(node.state, node.last_attempt)
     record.gate = None if gate is None else gate.status
-    if node.kind is not None:
-        record.is_gate = node.kind == Approval.kind
-    elif node.last_attempt is not None or node.state == "finished":
-        record.is_gate = node.last_attempt is None  # as far as the rows can tell
+    record.kind = node.kind
+    if node.kind is None and (node.last_attempt is not None or node.state == "finished"):
+        record.kind = "approval" if node.last_attempt is None else "task"  # as far as rows can tell
     if record.gate == "requested" and record.state == "waiting-approval":
         record.phase = AT_GATE
     for attempt in attempts:
         meta = attempt.meta
         if node.kind is None and node.state == "finished" and gate is not None:
-            record.is_gate = attempt.state != "finished"  # by this attempt, or by a decision
+            record.kind = "task" if attempt.state == "finished" else "approval"
         if not meta.get("forgiven"):
             record.failures += attempt.state == "failed"
             record.crashes = record.crashes + 1 if meta.get("crashed") else 0
@@ -5857,6 +5956,8 @@ class Engine:
     file. Other threads call `cancel`, `suspend` and `post`, also in a signal handler.
     """
 
+    ATTEMPTS: ClassVar[type[Attempts]] = Attempts
+
     def __init__(
         self,
         workflow: Workflow | Callable[[Ctx], Workflow],
@@ -5906,7 +6007,9 @@ class Engine:
     def _begin_empty(self) -> None:
         """Set what the engine knows of its run: nothing yet."""
         self._progress = Progress(self._max_concurrency)
-        self._attempts = Attempts(self._db, self.run_id, self._owner, self._executor, self.post)
+        self._attempts = self.ATTEMPTS(
+            self._db, self.run_id, self._owner, self._executor, self.post
+        )
         self._steps = Steps(
             self.run_id, self._metrics, self._progress, self._attempts, self._max_concurrency
         )
@@ -6345,6 +6448,7 @@ class Engine:
         """Close what is open of a run whose end another program has written."""
         for node in tx.list_open_nodes(self.run_id):
             node_close(tx, node, f"the run was {status} by another program")
+        tx.close_gates()
         told = {event.type for event in tx.list_events(self.run_id, tx.next_seq - 3)}
         if status == "cancelled" and "RunCancelled" not in told:
             tx.append_event("RunCancelled")
@@ -6414,6 +6518,153 @@ def run_workflow(
         assert engine.result is not None
         return engine.result
     return engine.run()
+
+
+# ---------------------------------------------------------------------------
+# Rehearsal: the same engine in memory, without tasks and people, by a clock that jumps
+# ---------------------------------------------------------------------------
+
+
+class Rehearsal(NamedTuple):
+    """How a rehearsed run went.
+
+    `order` holds the id of each attempt and of each gate or pause, as they began; `states` the
+    state of each node, in its newest iteration; `frames` the trees, `events` the log, both oldest
+    first; `seconds` is how long it would have taken if tasks and people took no time.
+    """
+
+    status: RunStatus
+    error: dict[str, Any] | None
+    order: list[str]
+    states: dict[str, str]
+    outputs: Mapping[str, Any]
+    frames: list[dict[str, Any]]
+    events: list[Event]
+    seconds: float
+
+
+class RehearsalDb(SmithersDb):
+    """The tables of one run in memory; what is written there bears the time of its own clock."""
+
+    def __init__(self) -> None:
+        self.path = ":memory:"
+        self.metrics = Metrics()
+        self.clock_ms = now_ms()
+        self._writer = sqlite3.connect(":memory:", isolation_level=None)
+        for statement in (*_statements(SCHEMA), *_statements(TRIGGERS)):
+            self._writer.execute(statement)
+
+    @contextlib.contextmanager
+    def transaction(self, run_id: str, *_: Any) -> Iterator[Tx]:
+        tx = Tx(self._writer, run_id)
+        tx.now_ms = self.clock_ms
+        yield tx
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[Reads]:
+        yield Snapshot(self._writer, {})
+
+
+class Script(NamedTuple):
+    """What a rehearsal goes by: each by node id, or by (id, iteration)."""
+
+    outputs: Mapping[Any, Any]
+    failures: Mapping[Any, Any]
+    decisions: Mapping[Any, Any]
+
+
+def said_of(given: Mapping[Any, Any], node_id: str, iteration: int) -> Any:
+    id = plain_id(node_id)
+    return given.get((id, iteration), given.get(id))
+
+
+class RehearsedAttempts(Attempts):
+    """Attempts that are launched only to be told how they end."""
+
+    def launch(self, running: Running) -> None:
+        self._post("launched", running)
+
+
+class Rehearser(Engine):
+    """Drives a run whose tasks end, and whose gates are decided, as it is told."""
+
+    ATTEMPTS = RehearsedAttempts
+
+    def rehearse(self, db: RehearsalDb, script: Script) -> str:
+        """Drive the run until nothing more would happen by itself; return its status."""
+        self.open()
+        _engines_here.discard(self._owner)
+        self._step([])
+        while self.result is None:
+            self._steps.grace.at.clear()  # nothing that runs takes time
+            if not self._mailbox.empty():
+                _, running = self._mailbox.get()
+                self._step([("done", running, self._outcome(running, script))])
+            elif self._decide_next(db, script.decisions):
+                self._step([])
+            elif self._steps.wall.next() < math.inf:
+                db.clock_ms = max(db.clock_ms, math.ceil(self._steps.wall.next()))
+                self._step([])
+            else:
+                return self._status
+        return self.result.status
+
+    @staticmethod
+    def _outcome(running: Running, script: Script) -> Outcome:
+        key = running.node_id, running.iteration
+        failures = said_of(script.failures, *key) or ()
+        if isinstance(failures, BaseException):
+            return Outcome(None, describe_error(failures))
+        if running.attempt < len(failures):
+            return Outcome(None, describe_error(failures[running.attempt]))
+        return Outcome(encode_output(said_of(script.outputs, *key)))
+
+    def _decide_next(self, db: RehearsalDb, decisions: Mapping[Any, Any]) -> bool:
+        for gate in db.list_gates(self.run_id, "requested"):
+            said = said_of(decisions, *gate.key)
+            if said is not None and not gate.is_pause:
+                said = {"approved": said} if isinstance(said, bool) else said
+                verdict = "approved" if said["approved"] else "denied"
+                note, by = said.get("note"), said.get("decidedBy")
+                decide(db, self.run_id, gate.node_id, Decision(verdict, gate.iteration, note, by))
+                return True
+        return False
+
+
+def rehearse(
+    workflow: Workflow | Callable[[Ctx], Workflow],
+    input: dict[str, Any] | None = None,
+    *,
+    outputs: Mapping[Any, Any] | None = None,
+    failures: Mapping[Any, BaseException | Seq[BaseException]] | None = None,
+    decisions: Mapping[Any, bool | dict[str, Any]] | None = None,
+    max_concurrency: int = 4,
+) -> Rehearsal:
+    """Run a workflow in memory, without its tasks, people and time, and return how it went.
+
+    No task is called: it ends with its output in `outputs` (None when there is none), or fails with
+    its error in `failures`, each time, or with one of a list in each of its first attempts. A gate
+    is decided as `decisions` say: True, False, or an output of a gate; without a word of it, its
+    time runs out, or the run is left `waiting-approval`. Each is named by id, or by (id, iteration)
+    in a loop. Retries, deadlines and pauses take no time: the clock jumps to the next.
+    """
+    db = RehearsalDb()
+    began = db.clock_ms
+    engine = Rehearser(workflow, db, "rehearsal", input=input, max_concurrency=max_concurrency)
+    status = engine.rehearse(db, Script(outputs or {}, failures or {}, decisions or {}))
+    events = db.list_events("rehearsal")
+    starts = ("NodeStarted", "ApprovalRequested", "NodeOutput")  # only pauses print something
+    error = None if engine.result is None else engine.result.error
+    return Rehearsal(
+        cast(RunStatus, status),
+        error,
+        [plain_id(event.payload["nodeId"]) for event in events if event.type in starts],
+        {node.node_id: node.state for node in db.list_nodes("rehearsal")},
+        Outputs(db, "rehearsal"),
+        [parse_tree(frame.xml_json) for frame in db.list_frames("rehearsal", -1, 0)],
+        events,
+        (db.clock_ms - began) / 1000,
+    )
 
 
 # ---------------------------------------------------------------------------
@@ -6980,7 +7231,7 @@ def node_detail_json(
         **node_json(node, attempts),
         "attempts": shown,
         "output": None if output is None else json.loads(output),
-        "gate": None if gate is None else gate_json(reads, run, gate, node.label),
+        "gate": None if gate is None or gate.is_pause else gate_json(reads, run, gate, node.label),
         "needs": needs_of(reads.get_tree(run.run_id), node_id),
         "log": log,
     }
@@ -7090,8 +7341,7 @@ def gate_json(
     reads: Reads, run: Run, gate: Gate, label: str | None, log: bool = True
 ) -> dict[str, Any]:
     """Return a gate as whoever decides should see it, with what led to it."""
-    request = json.loads(gate.request_json) if gate.request_json else {}
-    timeout = request.get("timeoutMs")
+    request = gate.request
     asked = gate.requested_at_ms
     shown = {
         "runId": run.run_id,
@@ -7105,7 +7355,7 @@ def gate_json(
         "metadata": request.get("metadata"),
         "requestedAtMs": asked,
         "waitingMs": None if asked is None else (gate.decided_at_ms or now_ms()) - asked,
-        "deadlineAtMs": None if asked is None or timeout is None else asked + timeout,
+        "deadlineAtMs": gate.deadline_at_ms,
         "onDeny": request.get("onDeny"),
         "onTimeout": request.get("onTimeout"),
         "approvers": request.get("approvers"),
@@ -7157,7 +7407,7 @@ def _loaded(text: str | None) -> Any:
 
 def approvals_json(reads: Reads, run: Run, status: str | None) -> list[dict[str, Any]]:
     """Return the gates of a run with this status (all when None), oldest request first."""
-    gates = reads.list_gates(run.run_id, status)
+    gates = [gate for gate in reads.list_gates(run.run_id, status) if not gate.is_pause]
     gates.sort(key=lambda gate: (gate.requested_at_ms or 0, gate.key))
     shown: list[dict[str, Any]] = []
     for gate in gates[:MAX_PAGE]:
@@ -7211,6 +7461,11 @@ def why_json(reads: Reads, run: Run) -> dict[str, Any]:
     nodes = {node.key: node for node in reads.list_open_nodes(run.run_id, with_pending=True)}
     for gate in reads.list_gates(run.run_id, "requested")[:MAX_PAGE]:
         node = nodes.get(gate.key) or reads.get_node(run.run_id, gate.key)
+        if gate.is_pause:
+            add(
+                "pause", node, gate.requested_at_ms, f"goes on {due_text(gate.deadline_at_ms or 0)}"
+            )
+            continue
         shown = gate_json(reads, run, gate, None if node is None else node.label, log=False)
         add("approval", node, gate.requested_at_ms, shown["requestTitle"] or "waits for a decision")
         if shown["deadlineAtMs"] is not None:
@@ -10805,6 +11060,8 @@ class Notifier:
             gate = None if key is None else reads.get_gate(self._run_id, key)
         if run is None or key is not None and (gate is None or gate.status != "requested"):
             return
+        if gate is not None and gate.is_pause:
+            return
         facts: dict[str, Any] = {
             "event": kind,
             "runId": run.run_id,
@@ -10813,12 +11070,12 @@ class Notifier:
             "url": page_url(self._url),
         }
         if gate is not None:
-            request = json.loads(gate.request_json or "{}")
+            request = gate.request
             facts.update(nodeId=gate.node_id, iteration=gate.iteration)
             facts.update(title=request.get("title"), summary=request.get("summary"))
-            timeout = request.get("timeoutMs")
-            if timeout is not None and gate.requested_at_ms is not None:
-                facts["deadlineAtMs"] = deadline = gate.requested_at_ms + timeout
+            deadline, timeout = gate.deadline_at_ms, request.get("timeoutMs")
+            if deadline is not None and timeout is not None:
+                facts["deadlineAtMs"] = deadline
                 soon = deadline - timeout * self.SOON_SHARE
                 if kind == "gate-known" and now_ms() >= soon:
                     kind = facts["event"] = "gate-expiring"
@@ -11488,7 +11745,8 @@ def get_all_approvals(app: ServerApp, request: Request) -> Response:
     def read() -> Response:
         shown = []
         with app.adapter.snapshot() as reads:
-            for run_id, gate in reads.list_open_gates(limit):
+            gates = (found for found in reads.list_open_gates() if not found[1].is_pause)
+            for run_id, gate in itertools.islice(gates, limit):
                 run, node = reads.get_run(run_id), reads.get_node(run_id, gate.key)
                 label = None if node is None else node.label
                 if run is not None:
@@ -12099,14 +12357,14 @@ class Supervisor:
 
     def _note_deadline(self, run_id: str, gate: Gate) -> None:
         """Have a parked run looked at when its first gate is due; others' are ignored then."""
-        timeout = json.loads(gate.request_json or "{}").get("timeoutMs")
-        if timeout is not None and gate.requested_at_ms is not None and run_id not in self._live:
-            at = gate.requested_at_ms + timeout
-            if at < self._deadlines.at.get(("gate", run_id), math.inf):
-                self._deadlines.set("gate", run_id, at)
-                soon = at - timeout * Notifier.SOON_SHARE
-                if self._options.get("notify") and soon > now_ms():
-                    self._deadlines.set("soon", run_id, soon)
+        at = gate.deadline_at_ms
+        if at is None or run_id in self._live:
+            return
+        if at < self._deadlines.at.get(("gate", run_id), math.inf):
+            self._deadlines.set("gate", run_id, at)
+        soon = at - (gate.request.get("timeoutMs") or 0) * Notifier.SOON_SHARE
+        if self._options.get("notify") and now_ms() < soon < at and not gate.is_pause:
+            self._deadlines.set("soon", run_id, soon)
 
     def _take_share(self, run_id: str, worker: Worker, is_last: bool = False) -> None:
         path = self._path(run_id, "metrics")
@@ -12432,6 +12690,7 @@ def status_lines(args: argparse.Namespace, shown: dict[str, Any]) -> Iterator[st
     words_of = {
         "timeout": "has a deadline",
         "task": "runs since",
+        "pause": "pauses",
         "retry": "is tried again",
         "concurrency": "is queued since",
         "dependency": "stands since",
@@ -12440,7 +12699,7 @@ def status_lines(args: argparse.Namespace, shown: dict[str, Any]) -> Iterator[st
         items = by_kind.get(kind, [])
         for item in items[:20]:
             name = node_name(item["nodeId"], item["iteration"])
-            since = "" if kind in ("retry", "timeout") else f" {ago(item['sinceMs'])}"
+            since = "" if kind in ("pause", "retry", "timeout") else f" {ago(item['sinceMs'])}"
             yield f"  {name} {word}{since}: {item['detail']}"
         if len(items) > 20:
             yield f"  and {len(items) - 20} more ({kind})"
@@ -12803,7 +13062,8 @@ def run_wait(args: argparse.Namespace) -> int:
         while True:
             run = find_run(db, args, args.run_id)
             args.run_id = run.run_id
-            if run.is_terminal or args.until == "gate" and db.count_open_gates(run.run_id):
+            asked = db.list_gates(run.run_id, "requested") if args.until == "gate" else ()
+            if run.is_terminal or not all(gate.is_pause for gate in asked):
                 break
             if time.monotonic() >= deadline:
                 say(f"Run {run.run_id} is {run.status} after {args.timeout:g} s")

@@ -17,6 +17,7 @@ import concurrent.futures
 import contextlib
 import contextvars
 import dataclasses
+import datetime
 import decimal
 import functools
 import gc
@@ -70,6 +71,7 @@ from smithers_serve import (
     Fail,
     Loop,
     Parallel,
+    Pause,
     Sequence,
     Task,
     Workflow,
@@ -1228,6 +1230,9 @@ class AuthoringTest(RunCase):
         refuse("'g'", gate, {"timeout": -1}, {"on_deny": "deny"}, {"on_timeout": "continue"})
         refuse("'g'", gate, {"title": 1}, {"summary": []}, {"metadata": {"x": object()}})
         refuse("'g'", gate, {"skip_if": 0}, {"title": lone}, {"metadata": {"x": lone}})
+        pause = functools.partial(Pause, "p")
+        refuse("'p'", pause, {}, {"seconds": -1}, {"seconds": 1, "until": 1}, {"until": "noon"})
+        refuse("'p'", pause, {"until": datetime.datetime(2026, 1, 1)}, {"seconds": None})
         again = functools.partial(Loop, id="l")
         refuse("'l'", again, {"until": None}, {"until": True, "on_max": "stop"})
         refuse("'l'", again, {"until": True, "max_iterations": 0})
@@ -2013,7 +2018,7 @@ class RunningTest(RunCase):
             "cancelled",
             states="command cancelled, coroutine cancelled, function cancelled, never pending",
         )
-        self.assertEqual(result, ("r", "cancelled", None))
+        self.assertEqual(result[:3], ("r", "cancelled", None))
         self.assertEqual(sorted(stopped), ["coroutine", "function"])
         why = "the run was cancelled"
         self.assertEqual(
@@ -2146,6 +2151,9 @@ class GateTest(RunCase):
                     p = event.payload
                     said[p["nodeId"], p["iteration"]] = words[event.type[8:]]
             for gate in self.db.list_gates(run.run_id):
+                if gate.is_pause:
+                    self.assertNotIn(gate.key, said)
+                    continue
                 told = said[gate.node_id, gate.iteration]
                 self.assertEqual(gate.status, "cancelled" if told == "requested" else told)
 
@@ -2357,12 +2365,159 @@ class GateTest(RunCase):
         self.cancel()
         self.drive(Approval("gate"), resume=True)
 
+    def test_a_pause_ends_by_itself(self) -> None:
+        for run_id in ("seconds", "until", "datetime"):
+            soon = time.time() + 0.2
+            at = datetime.datetime.fromtimestamp(soon, datetime.timezone.utc)
+            until = {"until": soon if run_id == "until" else at}
+            options: dict[str, Any] = {"seconds": 0.2} if run_id == "seconds" else until
+            live = self.start([Pause("gate", **options), AFTER], run_id)
+            live.wait(PARKS)
+            self.assertEqual(live.end().status, "finished")
+            gate = self.gate(run_id)
+            due = gate.deadline_at_ms or 0
+            if "until" in options:
+                self.assertAlmostEqual(due, soon * 1000, delta=1)
+            self.assertGreaterEqual(gate.decided_at_ms or 0, due)
+            told = self.told("ApprovalRequested", "NodeWaitingApproval", "ApprovalGranted")
+            self.assertEqual(told, [])
+
+    def test_a_pause_that_is_over_holds_nothing_up(self) -> None:
+        self.play([Pause("gate", until=1.0), AFTER], tells="NodeFinished gate 0 0, after 0 0")
+
+    def test_nobody_decides_a_pause(self) -> None:
+        live = self.start([Pause("gate", seconds=600), AFTER])
+        live.wait(PARKS)
+        for verdict in ("approved", "denied"):
+            self.refused(ss.ApprovalNotPending, verdict)
+        with self.db.snapshot() as reads:
+            run = reads.get_run("r")
+            assert run is not None
+            self.assertEqual(ss.approvals_json(reads, run, None), [])
+            self.assertIsNone(ss.node_detail_json(reads, run, "gate", None)["gate"])
+            why = ss.why_json(reads, run)
+            row = ss.run_row(reads, run)
+        self.assertEqual([item["kind"] for item in why["blocked"]], ["pause"])
+        self.assertEqual((row["waitsFor"], row["state"]), (None, "waiting-approval"))
+        self.cancel()
+        self.assertEqual(live.end().status, "cancelled")
+        self.assertEqual(self.gate().status, "cancelled")
+
+    def test_a_pause_keeps_its_end_through_restarts(self) -> None:
+        pause: list[Any] = [Pause("gate", seconds=600), AFTER]
+        engine = ss.Engine(as_workflow(pause), self.db, "r")
+        engine.open()
+        thread = ss.start_thread("engine", engine.run)
+        eventually(lambda: self.db.list_gates("r"))
+        engine.suspend()
+        thread.join(PATIENCE)
+        asked = "update _smithers_approvals set requested_at_ms = requested_at_ms - 600000"
+        change(self.path, asked)
+        self.play(pause, options={"resume": True})
+        self.assertEqual(len(self.told("NodeOutput")), 1)
+
+    def test_a_pauses_end_passes_no_gate_of_its_id(self) -> None:
+        self.drive([Pause("gate", seconds=0), Task("after", fail)])
+        live = self.start(lambda ctx: Workflow("test", Approval("gate"), AFTER), retry=True)
+        live.wait(WAITS)
+        self.assertEqual(self.starts(), "after")
+        self.decide("approved")
+        self.assertEqual(live.end().status, "finished")
+
     def test_unparked_run_returns_at_gate(self) -> None:
         elements = [Approval("gate"), *tasks("a")]
         self.play(elements, ends="waiting-approval", options={"park": False})
         self.decide("approved")
         self.play(elements, options={"park": False, "resume": True})
         self.assertEqual(self.starts(), "a")
+
+
+# ---------------------------------------------------------------------------
+# Rehearsal
+# ---------------------------------------------------------------------------
+
+
+def canary(ctx: Ctx) -> Workflow:
+    error, watched = ctx.error("deploy"), ctx.output("watch") or {}
+    retries = {"retries": 3, "retry_delay": 600.0, "timeout": 0.001}
+    return Workflow(
+        "canary",
+        Task("deploy", fail, continue_on_fail=True, **retries),  # type: ignore[arg-type]
+        [*tasks("rollback", fail), Fail(f"rolled back: {error['message']}")] if error else None,
+        loop(*tasks("watch", fail), Pause("settle", seconds=300), until=watched.get("ok") is True),
+        Approval("promote", timeout=7200, on_timeout="deny", on_deny="skip"),
+        Task("tell", {"told": True}),
+    )
+
+
+class RehearsalTest(RunCase):
+    LOOPED = "deploy watch settle watch settle promote"
+
+    def test_a_rehearsal_takes_what_it_is_told(self) -> None:
+        found = ss.rehearse(
+            canary,
+            outputs={"deploy": "v1", ("watch", 1): {"ok": True}},
+            failures={"deploy": [ValueError("no"), ValueError("luck")]},
+        )
+        self.assertEqual((found.status, found.error), ("finished", None))
+        self.assertEqual(found.order, f"deploy deploy {self.LOOPED} tell".split())
+        self.assertEqual(found.seconds, 2 * 600 + 2 * 300 + 7200)
+        self.assertEqual((found.outputs["deploy"], found.outputs["watch"]), ("v1", {"ok": True}))
+        self.assertEqual((found.states["promote"], found.states["tell"]), ("skipped", "finished"))
+        self.assertEqual([frame["props"]["name"] for frame in found.frames], ["canary"] * 3)
+        self.assertEqual(words_of(found.events[-1]), "RunFinished")
+
+    def test_a_rehearsed_task_may_fail_for_good(self) -> None:
+        found = ss.rehearse(canary, failures={"deploy": ValueError("no luck")})
+        self.assertEqual(found.order, ["deploy"] * 4 + ["rollback"])
+        assert found.error is not None
+        self.assertEqual((found.status, found.error["message"]), ("failed", "rolled back: no luck"))
+
+    def test_rehearsed_gates_are_decided_or_wait(self) -> None:
+        said = {"approved": True, "note": "go", "decidedBy": "alice"}
+        for decisions, after in (({"promote": said}, True), ({"promote": False}, False)):
+            gate = Approval("promote")
+            found = ss.rehearse(Workflow("w", gate, AFTER), decisions=decisions)
+            self.assertEqual("after" in found.order, after)
+        found = ss.rehearse(Workflow("w", Approval("promote"), AFTER), decisions={"promote": said})
+        self.assertEqual(found.outputs["promote"], {**found.outputs["promote"], **said})
+        tree = loop(Approval("gate", on_deny="continue"))
+        found = ss.rehearse(Workflow("w", tree), decisions={("gate", 0): False})
+        self.assertEqual((found.status, found.order), ("waiting-approval", ["gate", "gate"]))
+
+    def test_a_rehearsal_goes_as_the_run_would(self) -> None:
+        trees = (
+            [Task("a", fail, retries=1, continue_on_fail=True), *tasks("b c"), Fail("enough")],
+            Parallel(*tasks("a b c"), Sequence(*tasks("d", skip_if=True), *tasks("e"))),
+            loop(loop(*tasks("a"), id="inner"), *tasks("b", needs=["a"])),
+            [
+                Approval("a", on_timeout="approve", **QUICK),
+                asking(skip_if=True),
+                Pause("p", seconds=0),
+            ],
+            [Task("a", answer, needs=["ghost"])],
+        )
+        for number, tree in enumerate(trees):
+            run_id = f"r{number}"
+            self.drive(tree, run_id, max_concurrency=1)
+            failures = {"a": ValueError("no luck")} if number == 0 else {}
+            found = ss.rehearse(as_workflow(tree), failures=failures, max_concurrency=1)
+            expected = [w for w in self.told(run_id=run_id) if not w.startswith("NodeOutput")]
+            rehearsed = [words_of(e) for e in found.events if e.type != "NodeOutput"]
+            parked = "RunStatusChanged waiting-approval"  # for how long is the clock's affair
+            self.assertEqual(
+                [w for w in rehearsed if w != parked], [w for w in expected if w != parked]
+            )
+
+    def test_a_rehearsal_leaves_nothing_behind(self) -> None:
+        before, kept = threading.active_count(), os.getcwd()
+        os.chdir(self.folder)
+        try:
+            ss.rehearse(canary)
+        finally:
+            os.chdir(kept)
+        self.assertEqual(threading.active_count(), before)
+        self.assertEqual([n for n in os.listdir(self.folder) if "smithers.db" not in n], [])
 
 
 # ---------------------------------------------------------------------------
