@@ -4481,6 +4481,7 @@ def call_in_executor(
     token: str,
     engine: str,
     path: str,
+    submitted_at: float,
     run: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -4493,13 +4494,19 @@ def call_in_executor(
 
     A user exception never has to be pickled; what it said comes back as text, its lines with it.
     """
+    never_ran = tuple(RemoteResult(tuple(Outcome(None))))
     here = _attempts_here.get(token)
     if here is not None:
-        return tuple(RemoteResult(tuple(_outcome_alone(here, run, args, kwargs))))
+        is_over = here.cancelled.is_up
+        return never_ran if is_over else (tuple(_outcome_alone(here, run, args, kwargs)),)
     _leave_with(engine)
     task = RecordedTask(run_id, node_id, iteration, attempt)
     ended = threading.Event()
     if process_of(engine)[0] == _host():  # else neither the file nor the engine can be looked at
+        if time.time() - submitted_at > REMOTE_POLL_SECONDS:  # it has waited for a worker
+            with contextlib.suppress(SmithersError), SmithersDb(path, create=False) as db:
+                if _must_stop(db, task, engine):
+                    return never_ran
         start_thread("stop-watch", _stop_when_told, task, path, engine, ended)
     try:
         with captured_prints(echo=True):
@@ -4512,16 +4519,21 @@ def call_in_executor(
 REMOTE_POLL_SECONDS = 0.25  # how late a task in another process sees that it should stop
 
 
+def _must_stop(db: SmithersDb, task: CurrentTask, engine: str) -> bool:
+    """Return whether the row of an attempt says that it should stop, or its engine has died."""
+    rows = db.list_attempts_of(task.run_id, (task.node_id, task.iteration))
+    row = next((row for row in rows if row.attempt == task.attempt), None)
+    is_over = row is None or row.state != "in-progress" or "stop" in row.meta
+    return is_over or not process_is_alive(engine)
+
+
 def _stop_when_told(task: CurrentTask, path: str, engine: str, ended: threading.Event) -> None:
-    """Stop a task when its row says so, or when its engine has died; look until it has ended."""
+    """Stop a task in another process when it must; look until it has ended."""
     if ended.wait(REMOTE_POLL_SECONDS):
         return
     with contextlib.suppress(SmithersError), SmithersDb(path, create=False) as db:
         while not ended.is_set():
-            rows = db.list_attempts_of(task.run_id, (task.node_id, task.iteration))
-            row = next((row for row in rows if row.attempt == task.attempt), None)
-            is_over = row is None or row.state != "in-progress" or "stop" in row.meta
-            if is_over or not process_is_alive(engine):
+            if _must_stop(db, task, engine):
                 task.stop()
                 return
             ended.wait(REMOTE_POLL_SECONDS)
@@ -5180,9 +5192,9 @@ class Attempts:
             if self._executor is None and self._make_executor is not None:
                 self._executor = self._make_executor()
             running.future = self._executor.submit(
-                call_in_executor, running.token, self.owner, self._db.path, task.run, task.args,
-                self._arguments_of(running), running.run_id, running.node_id, running.iteration,
-                running.attempt,
+                call_in_executor, running.token, self.owner, self._db.path, time.time(), task.run,
+                task.args, self._arguments_of(running), running.run_id, running.node_id,
+                running.iteration, running.attempt,
             )  # fmt: skip
         except Exception as error:  # foreign code: a broken or closed pool refuses in its own ways
             self._take_failure(running, error)
@@ -5277,7 +5289,11 @@ class Attempts:
         running.stopped_for = reason
         running.stop()
         if running.future is not None:
-            running.future.cancel()
+            from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+
+            # Others (Dask's, Ray's) say that a call is cancelled, and it runs on.
+            if isinstance(self._executor, (ProcessPoolExecutor, ThreadPoolExecutor)):
+                running.future.cancel()
         return True
 
     def release(self, running: Running) -> None:

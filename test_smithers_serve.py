@@ -3,7 +3,7 @@
 python3 -m unittest                      every test, nothing to install
 python3 test_smithers_serve.py bench     measure
                                          (also: crash N, restart N, power [ROUNDS], fuzz SECONDS,
-                                         model SECONDS)
+                                         model SECONDS, executors [NAME...])
 """
 
 from __future__ import annotations
@@ -12201,6 +12201,287 @@ def fuzz_command(arguments: argparse.Namespace) -> int:
 
 
 # ---------------------------------------------------------------------------
+# Executors: the README's recipes, each tried with a real engine
+# ---------------------------------------------------------------------------
+
+TRIAL_FLOW = """
+import os, signal, sys, threading, time
+from smithers_serve import Parallel, Task, Workflow, current_task
+
+def note(path, word=""):
+    task = current_task()
+    with open(path, "a") as file:
+        file.write(f"{task.node_id} {task.attempt} {os.getpid()} {word}\\n")
+
+def work(path, n, seconds=0.0):
+    note(path)
+    time.sleep(seconds)
+    print(f"n is {n}")
+    return {"n": 2 * n}
+
+def flaky(path):
+    note(path)
+    if current_task().attempt < 2:
+        raise ValueError("not yet")
+
+class Odd(Exception):
+    def __init__(self, first, second):
+        super().__init__(f"{first} {second}")
+        self.lock = threading.Lock()
+
+def odd(path):
+    note(path)
+    raise Odd("no", "luck")
+
+def take(path, lock):
+    note(path)
+
+def give(path):
+    note(path)
+    return threading.Lock()
+
+def wait(path):
+    note(path)
+    note(path, "told" if current_task().cancelled.wait(30) else "untold")
+
+def die(path):
+    note(path)
+    if current_task().attempt == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def many(path, seconds=0.0):
+    return Parallel([Task(f"n{n}", work, args=(path, n, seconds)) for n in range(200)])
+
+def working(ctx):
+    path, may = ctx.input["path"], {"continue_on_fail": True}
+    return Workflow("working", many(path), Task("flaky", flaky, args=(path,), retries=2),
+        Task("odd", odd, args=(path,), **may), Task("give", give, args=(path,), retries=2, **may),
+        Task("take", take, args=(path, threading.Lock()), **may),
+        Task("late", wait, args=(path,), timeout=1.5, **may))
+
+def dying(ctx):
+    return Workflow("dying", Task("die", die, args=(ctx.input["path"],), retries=2),
+                    Task("after", work, args=(ctx.input["path"], 1), retries=2))
+
+def waiting(ctx):
+    waits = [Task(f"w{n}", wait, args=(ctx.input["path"],)) for n in (1, 2)]
+    return Workflow("waiting", Parallel(waits))
+
+def slow(ctx):
+    return Workflow("slow", many(ctx.input["path"], 0.02))
+"""
+
+
+class Engine(NamedTuple):
+    """How the README starts one: its recipe, what it needs, and what it cannot do."""
+
+    factory: str
+    module: str = ""
+    start: tuple[str, ...] = ()
+    workers: int = 2
+    beside: tuple[tuple[str, ...], ...] = ()  # processes that are there before
+    cannot: dict[str, str] = {}
+
+
+MPI_START = ("mpiexec", "-n", "3", sys.executable, "-m", "mpi4py.futures")
+DASK = (sys.executable, "-m", "distributed.cli.dask_")
+ENGINES = {
+    "processes": Engine("processes"),
+    "dask": Engine("dask", "dask.distributed"),
+    "dask_cluster": Engine(
+        "dask_cluster",
+        "dask.distributed",
+        beside=(
+            (*DASK + ("scheduler",), "--port", "8786", "--no-dashboard"),
+            *[(*DASK + ("worker",), "tcp://127.0.0.1:8786", "--nthreads", "1", "--no-dashboard")]
+            * 2,
+        ),
+    ),
+    "ray": Engine("RayExecutor", "ray"),
+    "mpi": Engine("mpi", "mpi4py.futures", MPI_START),
+}
+
+
+class Trial:
+    """Runs TRIAL_FLOW with one engine, in ways that an engine can break."""
+
+    def __init__(self, name: str, folder: str) -> None:
+        self.name, self.folder, self.engine = name, folder, ENGINES[name]
+        self.path = os.path.join(folder, "smithers.db")
+        self.wrong = 0
+        with open(os.path.join(folder, "flow.py"), "w", encoding="utf-8") as file:
+            file.write(TRIAL_FLOW)
+        with open(os.path.join(folder, "engines.py"), "w", encoding="utf-8") as file:
+            (recipes,) = readme_blocks("def dask_cluster")
+            file.write(recipes.replace("//scheduler:", "//127.0.0.1:"))
+
+    def up(self, workflow: str, *flags: str, run_id: str = "") -> Child:
+        self.run_id = run_id or workflow
+        self.effects = os.path.join(self.folder, self.run_id)
+        argv = [*(self.engine.start or (sys.executable,)), *MODULE, "up"]
+        argv += [f"flow.py:{workflow}", "-r", self.run_id, "-c", str(self.engine.workers)]
+        argv += ["-i", json.dumps({"path": self.effects}), *flags]
+        python, *rest = [*argv, "--executor", f"engines:{self.engine.factory}"]
+        return Child(*rest, python=python, folder=self.folder, **TRIAL_ENVIRONMENT)
+
+    def done(self) -> list[tuple[str, int, str]]:
+        """Return what ran: (node, attempt, word), a line each."""
+        if not os.path.exists(self.effects):
+            return []
+        with open(self.effects, encoding="utf-8") as file:
+            lines = [line.rstrip("\n").split(" ") for line in file]
+        return [(node, int(attempt), word) for node, attempt, _, word in lines]
+
+    def outputs(self) -> dict[str, Any]:
+        with ss.SmithersDb(self.path, create=False) as db:
+            return dict(ss.Outputs(db, self.run_id))
+
+    def told(self, *types: str) -> list[str]:
+        with ss.SmithersDb(self.path, create=False) as db:
+            return [words_of(event) for event in db.list_events_of(self.run_id, types)]
+
+    def check(self, rule: str, *holds: object) -> None:
+        """Print whether a rule holds: each of `holds` is true, or a pair that is equal."""
+        reason = self.engine.cannot.get(rule)
+        wrong = [h for h in holds if (h[0] != h[1] if isinstance(h, tuple) else not h)]
+        self.wrong += bool(wrong) and reason is None
+        said = "ok" if not wrong else f"cannot: {reason}" if reason else f"WRONG {str(wrong)[:600]}"
+        print(f"{self.name:<13} {rule:<36} {said}", flush=True)
+
+    def once(self) -> tuple[int, int]:
+        """Return how often something ran, and how many attempts that were: the same, if once."""
+        ran = [(node, attempt) for node, attempt, word in self.done() if not word]
+        return len(ran), len(set(ran))
+
+    def run(self) -> int:
+        began = time.monotonic()
+        for trial in (self.work, self.die, self.cancel, self.interrupt, self.kill):
+            trial()
+        print(f"{self.name:<13} {time.monotonic() - began:.0f} s, {self.wrong} wrong")
+        return self.wrong
+
+    def work(self) -> None:
+        with self.up("working") as run:
+            code, out = run.finish()
+        if not out:
+            self.check("the run ends", False, run.text()[-800:])
+            return
+        outputs = self.outputs()
+        values = [outputs.get(f"n{n}") for n in range(200)]
+        self.check("200 results", (values, [{"n": 2 * n} for n in range(200)]), (code, 0))
+        lines = [line for line in self.told("NodeOutput") if " n is " in line]
+        self.check("200 lines", (len(lines), 200))
+        flaky = [(node, attempt) for node, attempt, _ in self.done() if node == "flaky"]
+        self.check("retries counted once", self.once(), (flaky, [("flaky", n) for n in range(3)]))
+        failed = self.told("NodeFailed")
+        self.check("an error that cannot be pickled", ("NodeFailed odd 0 0 Odd" in failed, True))
+        self.check("a value that cannot be pickled",
+                   ([w for w in failed if "give" in w], ["NodeFailed give 0 0 OUTPUT_NOT_JSON"]),
+                   ([w for w in failed if "take" in w], ["NodeFailed take 0 0 EXECUTOR_FAILED"]))  # fmt: skip
+        late = [word for node, _, word in self.done() if node == "late" and word]
+        self.check(
+            "timeout, and it is told",
+            "NodeFailed late 0 0 TASK_TIMEOUT" in failed,
+            (late, ["told"]),
+        )
+
+    def die(self) -> None:
+        with self.up("dying") as run:
+            code, _ = run.finish()
+            if self.engine.start:
+                run = self.up("dying", "--resume")
+                code, _ = run.finish()
+        self.check("a killed worker", (code, 0), self.once(),
+                   ([done[:2] for done in self.done()], [("die", 0), ("die", 1), ("after", 0)]))  # fmt: skip
+
+    def wait_for(self, count: int) -> None:
+        eventually(lambda: len(self.done()) >= count, 60)
+
+    def cancel(self) -> None:
+        with self.up("waiting", run_id="cancel") as run:
+            self.wait_for(2)
+            run_child(*MODULE, "cancel", "cancel", folder=self.folder)
+            code, _ = run.finish()
+        self.check("cancel, and it is told", (code, 2),
+                   ([word for *_, word in self.done() if word], ["told", "told"]))  # fmt: skip
+
+    def interrupt(self) -> None:
+        with self.up("waiting", run_id="interrupt") as run:
+            self.wait_for(2)
+            began = time.monotonic()
+            code, _ = run.finish(signal.SIGINT)
+            took = time.monotonic() - began
+        self.check("Ctrl+C", (code, 2), took < 10, (self.told("RunCancelled"), ["RunCancelled"]))
+
+    def kill(self) -> None:
+        with self.up("slow") as run:
+            self.wait_for(60)
+            (engine,) = self.engines()
+            os.kill(engine, signal.SIGKILL)
+            run.process.wait(PATIENCE)
+        finished = {word.split()[1] for word in self.told("NodeFinished")}
+        before = len(self.done())
+        with self.up("slow", "--resume") as run:
+            code, _ = run.finish()
+        values = {node: self.outputs().get(node) for node in (f"n{n}" for n in range(200))}
+        again = {node for node, _, _ in self.done()[before:]} & finished
+        self.check("kill -9 of the engine, and resume", (code, 0), self.once(), (again, set()),
+                   (values, {f"n{n}": {"n": 2 * n} for n in range(200)}))  # fmt: skip
+
+    def engines(self) -> list[int]:
+        """Return the process that drives the run."""
+        with ss.SmithersDb(self.path, create=False) as db:
+            run = db.get_run(self.run_id)
+            assert run is not None
+            return [ss.process_of(run.runtime_owner_id or "")[1]]
+
+
+# What Open MPI wants where the tests run as root on few cores.
+TRIAL_ENVIRONMENT = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0",
+}
+
+
+def executors_command(arguments: argparse.Namespace) -> int:
+    """Try each engine; what is not installed here is wrong only when it was asked for."""
+    wrong = 0
+    for name in arguments.names or ENGINES:
+        engine = ENGINES[name]
+        missing = [
+            module
+            for module in [engine.module]
+            if module and not has_modules(sys.executable, module)
+        ]
+        if engine.start and shutil.which(engine.start[0]) is None:
+            missing.append(engine.start[0])
+        if missing:
+            print(f"{name:<13} needs {', '.join(missing)}: not here")
+            wrong += bool(arguments.names)
+            continue
+        with tempfile.TemporaryDirectory(prefix="smithers-executors-") as folder:
+            with contextlib.ExitStack() as stack:
+                trial = Trial(name, folder)
+                for argv in engine.beside:
+                    stack.enter_context(
+                        Child(
+                            *argv[1:],
+                            python=argv[0],
+                            folder=folder,
+                            PYTHONPATH=f"{folder}{os.pathsep}{HERE}",
+                            **TRIAL_ENVIRONMENT,
+                        )
+                    )
+                wrong += trial.run()
+    return 1 if wrong else 0
+
+
+# ---------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------
 
@@ -12242,6 +12523,9 @@ def make_arguments() -> argparse.ArgumentParser:
     model.add_argument("seconds", type=float, metavar="SECONDS")
     model.add_argument("--seed", type=int, default=random.randrange(10**6))
     model.set_defaults(run=model_command)
+    executors = commands.add_parser("executors", help="try the README's executors")
+    executors.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ENGINES))
+    executors.set_defaults(run=executors_command)
     return parser
 
 
@@ -12259,6 +12543,7 @@ if __name__ == "__main__":
         "crash",
         "restart",
         "power",
+        "executors",
         "fuzz",
         "model",
     ):
