@@ -7475,7 +7475,8 @@ def why_json(reads: Reads, run: Run) -> dict[str, Any]:
     elif state == "stale":
         add("owner", None, run.heartbeat_at_ms, "its engine gives no sign of life")
     nodes = {node.key: node for node in reads.list_open_nodes(run.run_id, with_pending=True)}
-    for gate in reads.list_gates(run.run_id, "requested")[:MAX_PAGE]:
+    gates = reads.list_gates(run.run_id, "requested")
+    for gate in gates[:MAX_PAGE]:
         node = nodes.get(gate.key) or reads.get_node(run.run_id, gate.key)
         if gate.is_pause:
             add(
@@ -7504,10 +7505,10 @@ def why_json(reads: Reads, run: Run) -> dict[str, Any]:
         which = attempt_text(attempt.attempt + 1, {} if place is None else place.element["props"])
         when = due_text(attempt.meta["dueAtMs"])
         add("retry", node, attempt.finished_at_ms, f"its {which} is due {when}")
-    retrying = {node.key for node, _ in retries}
+    told_of = {node.key for node, _ in retries} | {gate.key for gate in gates}
     queued = _queued_nodes(reads, run, nodes, places) if is_driven else iter(())
     for node, needed in itertools.islice(queued, MAX_PAGE):
-        if node.key in retrying:
+        if node.key in told_of:
             continue
         kind = "concurrency" if needed is None else "dependency"
         add(kind, node, node.updated_at_ms, needed or "ready, and waits for a free place")

@@ -3072,7 +3072,7 @@ class ExecutorTest(RunCase):
         )
 
     def test_worker_that_gave_up_has_not_finished(self) -> None:
-        engine = ss.Engine(as_workflow(Task("a", remote_wait)), self.db, "r", park=False,
+        engine = ss.Engine(as_workflow(Task("a", remote_wait)), self.db, "r", patience="timed",
                            executor=self.processes, on_event=lambda event: None)  # fmt: skip
         engine.open()
         thread = ss.start_thread("engine", engine.run)
@@ -6344,7 +6344,7 @@ READING = (
     "logs build --since 1d", "logs --failed", "logs --events", "history", "output build",
     "wait --timeout 0.01", "wait --for gate --timeout 0.01", "gc --older-than 1d --dry-run",
 )  # fmt: skip
-WRITING = "up demo approve deny stop cancel retry graph".split()
+WRITING = "up server demo approve deny stop cancel retry graph".split()
 
 
 class Terminal:
@@ -12375,9 +12375,11 @@ class Trial:
         self.check("retries counted once", self.once(), (flaky, [("flaky", n) for n in range(3)]))
         failed = self.told("NodeFailed")
         self.check("an error that cannot be pickled", ("NodeFailed odd 0 0 Odd" in failed, True))
-        self.check("a value that cannot be pickled",
-                   ([w for w in failed if "give" in w], ["NodeFailed give 0 0 OUTPUT_NOT_JSON"]),
-                   ([w for w in failed if "take" in w], ["NodeFailed take 0 0 EXECUTOR_FAILED"]))  # fmt: skip
+        self.check(
+            "a value that cannot be pickled",
+            ([w for w in failed if "give" in w], ["NodeFailed give 0 0 OUTPUT_NOT_JSON"]),
+            ([w for w in failed if "take" in w], ["NodeFailed take 0 0 EXECUTOR_FAILED"]),
+        )
         late = [word for node, _, word in self.done() if node == "late" and word]
         self.check(
             "timeout, and it is told",
@@ -12391,8 +12393,12 @@ class Trial:
             if self.engine.start:
                 run = self.up("dying", "--resume")
                 code, _ = run.finish()
-        self.check("a killed worker", (code, 0), self.once(),
-                   ([done[:2] for done in self.done()], [("die", 0), ("die", 1), ("after", 0)]))  # fmt: skip
+        self.check(
+            "a killed worker",
+            (code, 0),
+            self.once(),
+            ([done[:2] for done in self.done()], [("die", 0), ("die", 1), ("after", 0)]),
+        )
 
     def wait_for(self, count: int) -> None:
         eventually(lambda: len(self.done()) >= count, 60)
