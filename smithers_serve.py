@@ -10823,6 +10823,8 @@ def load_workflow(spec: str) -> Any:
     sys.modules[module_name] = module  # where pickle and dataclasses look for it
     try:
         found.loader.exec_module(module)
+    except AuthoringError as error:
+        raise _placed(error, path) from error
     except (Exception, SystemExit) as error:  # user code: what its import raises, in one line
         raise UsageError(
             f"cannot load {path}{_line_in(error, path)}: {type(error).__name__}: {error}"
@@ -10835,6 +10837,33 @@ def load_workflow(spec: str) -> Any:
             f"{name!r} in {path} is not a workflow function but a {type(workflow).__name__}"
         )
     return workflow
+
+
+def render_once(workflow: Any, spec: str, value: Any) -> Workflow:
+    """Return the tree that a new run would begin with.
+
+    Raises AuthoringError for a mistake in it, UsageError for what the function raises.
+    """
+    path = os.path.realpath(split_workflow(spec)[0])
+    try:
+        tree = workflow if isinstance(workflow, Workflow) else workflow(Ctx("new", value))
+        if not isinstance(tree, Workflow):
+            raise UsageError(f"a workflow function must return a Workflow, got {short(tree)}")
+        Plan(tree, {})
+    except AuthoringError as error:
+        raise _placed(error, path) from error
+    except UsageError:
+        raise
+    except (Exception, SystemExit) as error:  # user code: what it raises, in one line
+        what = f"{type(error).__name__}: {error}"
+        raise UsageError(f"the workflow function raised{_line_in(error, path)}: {what}") from error
+    return tree
+
+
+def _placed(error: AuthoringError, path: str) -> AuthoringError:
+    """Return a mistake in a tree with the line that it is in: the same wherever that is built."""
+    where = f"{os.path.basename(path)}{_line_in(error, path)}"
+    return AuthoringError(f"{where}: {error}", error.code)
 
 
 def _line_in(error: BaseException, path: str) -> str:
@@ -11197,6 +11226,8 @@ def run_here(
     Then drive the run. `use` is called with the database.
     """
     value = read_input(args.input)
+    if not args.resume:
+        render_once(workflow, args.workflow, value)
     if args.executor:
         share_import_path(os.path.dirname(split_workflow(args.workflow)[0]))
     executor = load_executor(args.executor) if args.executor else None
@@ -13104,18 +13135,7 @@ def run_output(args: argparse.Namespace) -> int:
 def run_graph(args: argparse.Namespace) -> int:
     """Render a workflow without running anything: its tree, or Mermaid text."""
     workflow = load_workflow(args.workflow)
-    ctx = Ctx("graph", read_input(args.input) or {})
-    try:
-        tree = workflow if isinstance(workflow, Workflow) else workflow(ctx)
-    except AuthoringError:
-        raise
-    except Exception as error:  # user code: what it raises, in one line
-        path = os.path.realpath(split_workflow(args.workflow)[0])
-        what = f"{type(error).__name__}: {error}"
-        raise UsageError(f"the workflow function raised{_line_in(error, path)}: {what}") from error
-    if not isinstance(tree, Workflow):
-        raise UsageError(f"a workflow function must return a Workflow, got {short(tree)}")
-    Plan(tree, {})
+    tree = render_once(workflow, args.workflow, read_input(args.input))
     shown = xml_of(tree)
     return tell(args, shown, mermaid_lines(shown) if args.mermaid else tree_lines(shown, ""))
 
@@ -13353,8 +13373,12 @@ def result_stream() -> Iterator[Any]:
 def run_command_line(args: argparse.Namespace) -> int:
     """Run a parsed command and return its exit code; every mistake is one line on stderr."""
     at = "%(asctime)s " if _has_time else ""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.WARNING)  # also of libraries whose own level is a lower one
     logging.basicConfig(
-        stream=sys.stderr, format=at + "[smithers] %(levelname)s %(message)s", level=logging.WARNING
+        handlers=[handler],
+        format=at + "[smithers] %(levelname)s %(message)s",
+        level=logging.WARNING,
     )
     with result_stream() as args.out:
         code = run_guarded(args)
