@@ -6813,6 +6813,27 @@ def readme_blocks(holds: str = "") -> list[str]:
     return [block for block in blocks if holds in block]
 
 
+README_FILES = {
+    "workflow.py": "def workflow(ctx",
+    "canary.py": "def canary(",
+    "test_workflow.py": "class RehearsalTest",
+    "library.py": "run_workflow(",
+}
+PYRIGHT = {"typeCheckingMode": "strict", "include": list(README_FILES)}
+
+
+def readme_command(folder: str) -> int:
+    """Write the README's workflows beside the module, for checkers of types."""
+    os.makedirs(folder)
+    shutil.copy(os.path.join(HERE, "smithers_serve.py"), folder)
+    for name, holds in README_FILES.items():
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            file.write(readme_blocks(holds)[0])
+    with open(os.path.join(folder, "pyrightconfig.json"), "w", encoding="utf-8") as file:
+        json.dump(PYRIGHT, file)
+    return 0
+
+
 class ReadmeTest(RunCase):
     """A newcomer copies from the README; what is written there must run."""
 
@@ -6836,7 +6857,20 @@ class ReadmeTest(RunCase):
 
     def test_the_library_example_runs(self) -> None:
         code, out, err = self.run_block("run_workflow(")
-        self.assertEqual((code, out), (0, "finished {'ok': True}\n"), err)
+        self.assertEqual((code, out), (0, "finished {'text': 'hi'} {'ok': True}\n"), err)
+
+    def test_the_tests_of_its_workflows_pass(self) -> None:
+        self.write("canary.py", readme_blocks("def canary(")[0])
+        self.write("test_workflow.py", readme_blocks("class RehearsalTest")[0])
+        argv = ("-m", "unittest", "test_workflow.py")
+        code, _, err = self.run_block("def workflow(ctx", *argv)
+        self.assertEqual((code, err.count("Ran 6 tests")), (0, 1), err)
+
+    def test_the_executor_of_processes_runs_the_workflow(self) -> None:
+        self.write("engines.py", readme_blocks("def processes(")[0])
+        argv = (*MODULE, "up", "workflow.py", "--executor", "engines:processes")
+        code, _, err = self.run_block("def workflow(ctx", *argv)
+        self.assertEqual(code, 3, err)
 
     def test_the_mounted_app_answers_at_its_prefix(self) -> None:
         more = (
@@ -12520,6 +12554,7 @@ CHILDREN: dict[str, Callable[..., int]] = {
     "_write": write_command,
     "_listen": listen_command,
     "_steps": steps_command,
+    "_readme": readme_command,
 }
 
 
