@@ -11227,7 +11227,11 @@ def run_here(
     """
     value = read_input(args.input)
     if not args.resume:
-        render_once(workflow, args.workflow, value)
+        try:
+            render_once(workflow, args.workflow, value)
+        except UsageError as error:
+            if not isinstance(error.__cause__, SystemExit):  # to leave so is the run's failure
+                raise
     if args.executor:
         share_import_path(os.path.dirname(split_workflow(args.workflow)[0]))
     executor = load_executor(args.executor) if args.executor else None
