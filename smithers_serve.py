@@ -15,9 +15,9 @@ The file reads from top to bottom; nothing is used before it is defined.
     Elements, Frames     what a workflow function returns; how a tree is stored and served
     Records              rows as they cross a section
     Metrics              a table of families, and their text form
-    Statements           the schema, `Reads` and `Tx`: all SQL on rows
+    Schema, Statements   the tables; `Reads` and `Tx`: all SQL on rows
     Database             `SmithersDb`: the file, its lock, transactions, snapshots
-    Schedule             `Plan`, a tree laid out, and `Progress`, how far a run has come: both pure
+    Schedule, Progress   `Plan`, a tree laid out, and how far a run has come in it: both pure
     Tasks                how one attempt runs: function, coroutine, command, executor
     Control              who owns a run, decisions, cancel: from any process with the file
     Attempts, Steps      what is in flight; what is written when something happens
@@ -29,7 +29,7 @@ The file reads from top to bottom; nothing is used before it is defined.
     Routes               the table of routes, tokens, the app of one run
     Conversation         the protocol of one connection, without a socket
     Network, Server      the thread that owns every socket; the socket that listens
-    Command line         flags, and the process of `up`
+    Command line, Up     flags, and what they name; the process of one run
     Many runs            the app of all runs; the processes that drive them, and who starts those
     Operator's commands  what is told and done from a terminal; the table of commands
 
@@ -1653,7 +1653,7 @@ def _resident_bytes() -> float:
 
 
 # ---------------------------------------------------------------------------
-# Statements: the schema, and every SQL statement that reads or writes rows
+# Schema: the tables, the original's and ours
 # ---------------------------------------------------------------------------
 
 # The original's tables and columns; what is ours alone comes last. Pastes into the sqlite shell.
@@ -1795,6 +1795,11 @@ when new.status in ('approved', 'denied') begin
     where not exists (select 1 from _smithers_woken where run_id = new.run_id);
 end;
 """
+
+
+# ---------------------------------------------------------------------------
+# Statements: every SQL statement that reads or writes rows
+# ---------------------------------------------------------------------------
 
 _RUN_COLUMNS = ", ".join(Run._fields)
 _GATE_COLUMNS = ", ".join(Gate._fields)
@@ -3482,6 +3487,10 @@ class Plan:
         elif not isinstance(parent.element, Parallel):
             self._work.append((parent.children[parent.cursor], False))
 
+
+# ---------------------------------------------------------------------------
+# Progress: how far a run has come in today's tree; as pure
+# ---------------------------------------------------------------------------
 
 # Where a node stands: exactly one of these. What its row says (its state) follows.
 PENDING = "pending"  # its turn has not come, or has not been looked at since the last render
@@ -11155,6 +11164,11 @@ class Notifier:
                 why = error.strerror or str(error)
             threading.Event().wait(0.2)
         logger.warning("--notify %s did not work: %s", self._argv[0], log_safe(why))
+
+
+# ---------------------------------------------------------------------------
+# Up: one run, and its server, in one process
+# ---------------------------------------------------------------------------
 
 
 def open_database(path: str) -> SmithersDb:
