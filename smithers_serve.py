@@ -2477,14 +2477,18 @@ class Tx(Reads):
             (kind, self.run_id, *key),
         )
 
-    def update_node(
-        self, key: Key, state: str, last_attempt: int | None, label: str | None = None
-    ) -> None:
-        """Move a node. Its label is put back where another program has wiped it."""
+    def update_node(self, key: Key, state: str, last_attempt: int | None) -> None:
         self.run(
-            """update _smithers_nodes set state = ?, last_attempt = ?, updated_at_ms = ?,
-                 label = coalesce(?, label) where run_id = ? and node_id = ? and iteration = ?""",
-            (state, last_attempt, self.now_ms, label, self.run_id, *key),
+            """update _smithers_nodes set state = ?, last_attempt = ?, updated_at_ms = ?
+               where run_id = ? and node_id = ? and iteration = ?""",
+            (state, last_attempt, self.now_ms, self.run_id, *key),
+        )
+
+    def update_label(self, key: Key, label: str) -> None:
+        self.run(
+            """update _smithers_nodes set label = ?
+               where run_id = ? and node_id = ? and iteration = ?""",
+            (label, self.run_id, *key),
         )
 
     def insert_attempt(self, key: Key, attempt: int) -> None:
@@ -5088,6 +5092,17 @@ def run_close(tx: Tx, status: str, error: Mapping[str, Any] | None) -> None:
         tx.append_event("RunCancelled", **(run.config.get("cancel", {}) if run is not None else {}))
 
 
+def run_close_after(tx: Tx, status: str) -> None:
+    """Close what is open of a run whose end another program has written."""
+    for node in tx.list_open_nodes(tx.run_id):
+        node_close(tx, node, f"the run was {status} by another program")
+    tx.close_gates()
+    told = {event.type for event in tx.list_events(tx.run_id, tx.next_seq - 3)}
+    if status == "cancelled" and "RunCancelled" not in told:
+        tx.append_event("RunCancelled")
+    tx.release_run()
+
+
 def node_close(tx: Tx, node: Node, reason: str) -> None:
     """Cancel one open node: its running attempt, or its gate."""
     fields: dict[str, Any] = {}
@@ -5878,6 +5893,42 @@ def reset_loops(tx: Tx, loops: Mapping[LoopSlot, bool]) -> None:
             tx.delete_loop(loop.key)
 
 
+def warn_of_changed_file(seen: Run, workflow: Any) -> None:
+    digest = _source_of(workflow)[1]
+    if digest is not None and seen.workflow_hash not in (None, digest):
+        logger.warning(
+            "the workflow file has changed since run %s began; going on with the new one",
+            seen.run_id,
+        )
+
+
+def how_claimed(seen: Run, force: bool) -> str:
+    """Return what the run's history is to say of an engine that goes on with it."""
+    if seen.is_terminal:
+        return "retried"
+    if force and owner_life(seen) == "alive":
+        return "taken over"
+    return "resumed" if force or seen.runtime_owner_id is None else "resumed after a crash"
+
+
+def put_labels_back(tx: Tx, plan: Plan, labels: Mapping[Key, str | None]) -> None:
+    """Mend the labels of an earlier life's rows that another program's decisions have wiped."""
+    for key, label in labels.items():
+        slot = plan.slots.get(key)
+        if slot is not None and slot.leaf.label is not None and label is None:
+            tx.update_label(key, slot.leaf.label)
+
+
+def warn_of_narrow_run(plan: Plan, max_concurrency: int) -> None:
+    widest = max((group.limit for slot in plan.leaves() for group in slot.groups), default=0)
+    if widest > max_concurrency:
+        logger.warning(
+            "Parallel(max_concurrency=%d) is limited to %d: -c, or max_concurrency, raises it",
+            widest,
+            max_concurrency,
+        )
+
+
 class Renderer(CtxSource):
     """Calls the workflow function, and gives it what it reads: from memory and from the file."""
 
@@ -5890,6 +5941,12 @@ class Renderer(CtxSource):
         self.input_json = "{}"
         self.reads: set[tuple[str, str]] = set()  # of the last render
         self.xml = ("", "")  # the tree of the last render, and its hash
+
+    def recall(self, reads: Reads) -> None:
+        """Read what an earlier engine had rendered, and of what input."""
+        self.input_json = reads.get_input(self._run_id) or "{}"
+        mounted = mounted_keys(reads.get_mounted(self._run_id))
+        self.scopes = {plain_id(node_id): node_id for node_id, _ in mounted}
 
     def find_output(self, id: str, iteration: int | None) -> str | None:
         return self._db.find_output(self._run_id, self._node_id_of(id), iteration)
@@ -5972,6 +6029,32 @@ class Renderer(CtxSource):
         return plan
 
 
+class Observer:
+    """Gives `on_event` every event of a run's log in order, whoever has written it."""
+
+    def __init__(
+        self, db: SmithersDb, run_id: str, on_event: Callable[[Event], None] | None
+    ) -> None:
+        self.delivered = -1
+        self._db = db
+        self._run_id = run_id
+        self._on_event = on_event
+
+    def tell(self, tx: Tx) -> None:
+        """Go on with what a transaction has committed, and what others had before it."""
+        if self._on_event is None:
+            return
+        events = tx.events
+        if not events or events[0].seq != self.delivered + 1:
+            events = self._db.list_events(self._run_id, self.delivered)
+        for event in events:
+            self.delivered = event.seq
+            try:
+                self._on_event(event)
+            except Exception:  # foreign code: an observer that fails must not cost the run
+                logger.error("the observer of run %s failed", self._run_id, exc_info=True)
+
+
 class Engine:
     """Drives one run from its claim to its end, in the thread that calls `run`.
 
@@ -6018,7 +6101,7 @@ class Engine:
         self._config = {"maxConcurrency": max_concurrency, **(config or {})}
         self._max_concurrency = max_concurrency
         self._executor = executor
-        self._on_event = on_event
+        self._observer = Observer(adapter, run_id, on_event)
         self._patience = patience
         self._echo_prints = echo_prints
         self._owner = new_owner_id()
@@ -6026,7 +6109,6 @@ class Engine:
         self._stop_heartbeat = threading.Event()
         self._is_leaving = threading.Event()  # the process ends: whatever runs gets little time
         self._is_suspended = threading.Event()
-        self._delivered = -1
         self._begin_empty()
 
     def _begin_empty(self) -> None:
@@ -6067,11 +6149,10 @@ class Engine:
         # Before anything is written: whoever reads this owner's name finds it alive.
         _engines_here.add(self._owner)
         try:
-            is_open = self._open(resume, force, retry)
+            return self._open(resume, force, retry)
         except BaseException:
             _engines_here.discard(self._owner)
             raise
-        return is_open
 
     def _open(self, resume: bool, force: bool, retry: bool | Iterable[str]) -> bool:
         run = self._db.get_run(self.run_id) if resume else None
@@ -6081,8 +6162,7 @@ class Engine:
         if retry is False:  # it may have been asked for, and nobody has come to do it
             retry = run.config.get("retry") or False
         if run.is_terminal and retry is False:
-            error = None if run.error_json is None else dict(json.loads(run.error_json))
-            self._leave(run.status, error)
+            self._leave(run.status, json.loads(run.error_json or "null"))
             return False
         if not force and watch_owner(self._db, self.run_id) == "alive":
             raise RunOwned(
@@ -6100,9 +6180,8 @@ class Engine:
         Raises OwnerLost after a takeover and StorageError when the database fails; nothing is
         written then.
         """
-        metrics = self._metrics
-        metrics.inc("smithers_runs_total")
-        metrics.inc("smithers_runs_active")
+        self._metrics.inc("smithers_runs_total")
+        self._metrics.inc("smithers_runs_active")
         self._watch = self._db.watch()
         self._db.subscribe(self._notice)
         start_thread("heartbeat", self._beat)
@@ -6116,7 +6195,7 @@ class Engine:
             self._watch.close()
             self._attempts.close()
             self._steps.show_gauges(is_over=True)
-            metrics.inc("smithers_runs_active", -1)
+            self._metrics.inc("smithers_runs_active", -1)
         assert self.result is not None
         return self.result
 
@@ -6149,7 +6228,7 @@ class Engine:
             tx.append_event("RunStarted")
             tx.append_event("RunStatusChanged", status="running")
         self._told(tx)
-        self._renderer.input_json = self._db.get_input(self.run_id) or "{}"
+        self._renderer.recall(self._db)
 
     def _claim_row(self, tx: Tx, seen: Run, retry: bool | Seq[str]) -> None:
         if not tx.claim_run(seen, self._owner, forget_end=seen.is_terminal):
@@ -6168,19 +6247,10 @@ class Engine:
             attempts = tx.list_attempts(self.run_id, open_nodes_only=True)
             self._next_seq = tx.next_seq
         end_leftovers(seen, attempts)
+        warn_of_changed_file(seen, self._workflow)
         has_crashed = seen.runtime_owner_id is not None and not force
         with self._transaction() as tx:
-            digest = _source_of(self._workflow)[1]
-            if digest is not None and seen.workflow_hash not in (None, digest):
-                logger.warning(
-                    "the workflow file has changed since run %s began; going on with the new one",
-                    self.run_id,
-                )
-            was_alive = force and owner_life(seen) == "alive"
-            what = (
-                "taken over" if was_alive else "resumed after a crash" if has_crashed else "resumed"
-            )
-            tx.note_history("retried" if seen.is_terminal else what)
+            tx.note_history(how_claimed(seen, force))
             tx.append_event("RunStatusChanged", status="running")
             for node in tx.list_open_nodes(self.run_id):
                 if node.state == "in-progress":
@@ -6191,7 +6261,7 @@ class Engine:
             reset_nodes(tx, self._progress.records, chosen)
             tx.update_config(retry=None)
         self._metrics.inc("smithers_runs_resumed_total")
-        self._delivered = tx.events[0].seq - 1
+        self._observer.delivered = tx.events[0].seq - 1
         self._told(tx)
         self._begin_empty()
         self._next_seq = tx.next_seq
@@ -6213,12 +6283,9 @@ class Engine:
         """Read back what an earlier engine had committed, from one snapshot."""
         with self._db.snapshot() as reads:
             self._labels = recall_records(reads, self.run_id, self._progress)
-            self._renderer.input_json = reads.get_input(self.run_id) or "{}"
             for frame in reads.list_frames(self.run_id, 1):
                 self._steps.frame = (frame.xml_json, frame.mounted_task_ids_json)
-                entries = json.loads(frame.mounted_task_ids_json or "[]")
-                mounted = [entry.rpartition("::")[0] for entry in entries]
-                self._renderer.scopes = {node_id.partition("@@")[0]: node_id for node_id in mounted}
+            self._renderer.recall(reads)
 
     def _beat(self) -> None:
         """Prove once a second that this engine lives.
@@ -6254,14 +6321,12 @@ class Engine:
             messages = self._wait()
             now = time.monotonic()
             is_due = self._steps.wall.next() <= now_ms() or self._steps.grace.next() <= now
-            is_told = (
-                self.abort.is_set()
-                and not self._cancelling
-                or self._is_suspended.is_set()
-                and not self._progress.is_stopping
-                or self._is_leaving.is_set()
-                and not self._is_hurrying
+            told = (
+                (self.abort, self._cancelling),
+                (self._is_suspended, self._progress.is_stopping),
+                (self._is_leaving, self._is_hurrying),
             )
+            is_told = any(flag.is_set() and not is_heard for flag, is_heard in told)
             has_news = bool(messages) or is_due or is_told
             if not has_news and now >= next_look:
                 next_look = now + WATCH_SECONDS
@@ -6344,19 +6409,8 @@ class Engine:
         self._told(tx)
 
     def _told(self, tx: Tx) -> None:
-        """Note how far the log goes, and give the observer every event of it in order."""
         self._next_seq = tx.next_seq
-        if self._on_event is None:
-            return
-        events = tx.events
-        if not events or events[0].seq != self._delivered + 1:
-            events = self._db.list_events(self.run_id, self._delivered)
-        for event in events:
-            self._delivered = event.seq
-            try:
-                self._on_event(event)
-            except Exception:  # foreign code: an observer that fails must not cost the run
-                logger.error("the observer of run %s failed", self.run_id, exc_info=True)
+        self._observer.tell(tx)
 
     # Going on
 
@@ -6365,28 +6419,10 @@ class Engine:
         self._steps.xml = self._renderer.xml
         if self._progress.plan is None:
             tx.update_run_name(plan.name)
-            self._put_labels_back(tx, plan)
-            self._warn_of_narrow_run(plan)
+            put_labels_back(tx, plan, self._labels)
+            warn_of_narrow_run(plan, self._max_concurrency)
         for effect in self._progress.rendered(plan, self._renderer.reads):
             self._steps.carry_out(tx, effect)
-
-    def _warn_of_narrow_run(self, plan: Plan) -> None:
-        widest = max((group.limit for slot in plan.leaves() for group in slot.groups), default=0)
-        if widest > self._max_concurrency:
-            logger.warning(
-                "Parallel(max_concurrency=%d) is limited to %d: -c, or max_concurrency, raises it",
-                widest,
-                self._max_concurrency,
-            )
-
-    def _put_labels_back(self, tx: Tx, plan: Plan) -> None:
-        """Mend the labels that another program's decisions have wiped."""
-        for key, label in self._labels.items():
-            slot = plan.slots.get(key)
-            if slot is not None and slot.leaf.label is not None and label is None:
-                record = self._progress.records[key]
-                tx.update_node(key, record.state, record.last_attempt, slot.leaf.label)
-        self._labels = {}
 
     # Going on
 
@@ -6449,7 +6485,8 @@ class Engine:
         progress = self._progress
         error: dict[str, Any] | None = None
         if self._ended_elsewhere is not None:
-            self._run_close_after(tx, self._ended_elsewhere)
+            run_close_after(tx, self._ended_elsewhere)
+            self._leave(self._ended_elsewhere)
             return
         if self._cancelling:
             status = "cancelled"
@@ -6468,17 +6505,6 @@ class Engine:
         ms = (time.monotonic() - self._began) * 1000
         self._metrics.observe("smithers_run_duration_ms", ms)
         self._leave(status, error)
-
-    def _run_close_after(self, tx: Tx, status: str) -> None:
-        """Close what is open of a run whose end another program has written."""
-        for node in tx.list_open_nodes(self.run_id):
-            node_close(tx, node, f"the run was {status} by another program")
-        tx.close_gates()
-        told = {event.type for event in tx.list_events(self.run_id, tx.next_seq - 3)}
-        if status == "cancelled" and "RunCancelled" not in told:
-            tx.append_event("RunCancelled")
-        tx.release_run()
-        self._leave(status)
 
 
 def encode_input(value: Any) -> str:
