@@ -3538,6 +3538,24 @@ class Record:
         self.ready_at_ms = 0
         self.started_at_ms: int | None = None
 
+    def is_other(self, slot: LeafSlot | None) -> bool:
+        """True when this is the record of a gate and today's node is a task, or the reverse."""
+        # Where its rows do not tell, what was denied stays so.
+        return slot is not None and self.kind is not None and self.kind != slot.leaf.kind
+
+    def ask(self, leaf: Leaf) -> bool:
+        """Note what an open gate asks today, of whom and for how long; True when that is news."""
+        before, self.asked = self.asked, leaf.request()
+        return before != self.asked
+
+
+def endless_rendering(before: Plan, now: Plan) -> AuthoringError:
+    changed = sorted(now.by_id.keys() ^ before.by_id.keys())[:10]
+    what = f"; what changes: {', '.join(changed)}" if changed else ""
+    return AuthoringError(
+        f"{MAX_RENDERS_WITHOUT_PROGRESS} renders in a row, and nothing ran{what}", "RENDER_LOOP"
+    )
+
 
 class Effect(NamedTuple):
     """Something that the engine is to do, now and in this order."""
@@ -3637,13 +3655,8 @@ class Progress:
     def refuse_endless_rendering(self, plan: Plan) -> None:
         """Raise AuthoringError RENDER_LOOP when trees follow each other and nothing runs."""
         self._idle_renders += 1
-        if self._idle_renders <= MAX_RENDERS_WITHOUT_PROGRESS or self.plan is None:
-            return
-        changed = sorted(plan.by_id.keys() ^ self.plan.by_id.keys())[:10]
-        what = f"; what changes: {', '.join(changed)}" if changed else ""
-        raise AuthoringError(
-            f"{MAX_RENDERS_WITHOUT_PROGRESS} renders in a row, and nothing ran{what}", "RENDER_LOOP"
-        )
+        if self._idle_renders > MAX_RENDERS_WITHOUT_PROGRESS and self.plan is not None:
+            raise endless_rendering(self.plan, plan)
 
     def rendered(self, plan: Plan, reads: set[tuple[str, str]]) -> Iterator[Effect]:
         """Make a rendered tree today's; yield what begins and what ends with it.
@@ -3657,7 +3670,7 @@ class Progress:
         self._ready.clear()
         self._suspects.clear()
         if is_first:
-            self._forget(key for key in list(self.records) if self._is_over(key))
+            self._forget(key for key in list(self.records) if self._is_over(plan, key))
         yield from self._adopt(list(plan.leaves()))
         yield Effect("frame", ("", 0))
         for key, record in list(self.records.items()):
@@ -3684,7 +3697,7 @@ class Progress:
         id = plain_id(key[0])
         kind = record.kind if slot is None else slot.leaf.kind
         is_skipped = record.state == "skipped" and slot is not None and slot.leaf.skip_if
-        is_other = not is_skipped and self._is_other(record, slot)
+        is_other = not is_skipped and record.is_other(slot)
         if not is_skipped:
             record.kind = kind
         if record.phase in (READY, BLOCKED, RETRYING):
@@ -3694,28 +3707,12 @@ class Progress:
             return effects + (self._renew(key, record) if is_other else [])
         elif record.phase == AT_GATE:
             if slot is not None and not is_other and slot.leaf.asks_first and not slot.leaf.skip_if:
-                return self._ask_today(key, record, slot.leaf)
+                return [Effect("await", key)] if record.ask(slot.leaf) else []
             record.gate = "cancelled"
             self._move(record, PENDING, "cancelled", id)
             closing = Effect("close", key, "no longer in the tree")
             return [closing, *(self._renew(key, record) if is_other else ())]
         return self._renew(key, record) if is_other else []
-
-    @staticmethod
-    def _ask_today(key: Key, record: Record, leaf: Leaf) -> list[Effect]:
-        """Have an open gate ask what today's tree asks, of whom and for how long."""
-        request = leaf.request()
-        if record.asked == request:
-            return []
-        record.asked = request
-        return [Effect("await", key)]
-
-    @staticmethod
-    def _is_other(record: Record, slot: LeafSlot | None) -> bool:
-        """True when a record is that of a gate and today's node a task, or the reverse."""
-        if slot is None or record.kind is None:  # its rows do not tell: what was denied stays so
-            return False
-        return record.kind != slot.leaf.kind
 
     def _renew(self, key: Key, record: Record) -> list[Effect]:
         """Forget how a node went under whose id there is a gate for a task now, or the reverse.
@@ -3740,11 +3737,10 @@ class Progress:
             self._give_places_back(slot)
         return self._fit(slot.key, record, None)
 
-    def _is_over(self, key: Key) -> bool:
+    def _is_over(self, plan: Plan, key: Key) -> bool:
         """True for a node of an iteration that is over, when its loop has gone on."""
-        assert self.plan is not None
-        is_known = key[0].partition("@@")[0] in self.plan.by_id
-        return is_known and key not in self.plan.slots and self.records[key].phase == ENDED
+        is_left = plain_id(key[0]) in plan.by_id and key not in plan.slots
+        return is_left and self.records[key].phase == ENDED
 
     def _forget(self, keys: Iterable[Key]) -> None:
         for key in keys:
@@ -3802,7 +3798,8 @@ class Progress:
             yield self._deny(slot)
         else:
             is_open = record.gate == "requested"
-            record.gate, record.asked = "requested", leaf.request()
+            record.gate = "requested"
+            record.ask(leaf)
             self._idle_renders = 0
             state = "pending" if leaf.kind == "pause" else "waiting-approval"
             self._move(record, AT_GATE, state, leaf.id)
