@@ -3568,9 +3568,9 @@ class Effect(NamedTuple):
 class Progress:
     """How far a run has come: today's tree, and a record for each of its nodes.
 
-    Told what was rendered, has ended, was decided or is due, it answers with effects. It has no
-    clock, no thread and no transaction. A key is all that is held of a node: its place is looked up
-    in today's tree when it is needed, so that nothing starts at a place that is no longer its own.
+    Told what was rendered, has ended, was decided or is due, it answers with effects. A key is all
+    that is held of a node: its place is looked up in today's tree when needed, so that nothing
+    starts at a place that is no longer its own.
     """
 
     def __init__(self, max_concurrency: int) -> None:
