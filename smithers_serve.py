@@ -10178,6 +10178,10 @@ class Network:
         self._inbox.append((call, value))
         self._waker.wake()
 
+    @property
+    def has_streams(self) -> bool:
+        return bool(self._streams.open)
+
     def admit(self, sock: socket.socket) -> None:
         self.post(self._admit, sock)
 
@@ -10673,6 +10677,7 @@ EXIT_CONFLICT = 5
 EXIT_INTERRUPTED, EXIT_LEFT = 128 + 2, 128 + 13  # as a shell tells of SIGINT and SIGPIPE
 # Wrappers such as timeout(1) signal the process and its group: what comes so soon is one signal.
 SAME_SIGNAL_SECONDS = 0.1
+FAREWELL_SECONDS = 10.0  # for slow followers, when a server leaves after its run's end
 
 
 class UsageError(SmithersError):
@@ -11095,6 +11100,7 @@ class Notifier:
         self._inbox: queue.SimpleQueue[tuple[str, Key | None] | None] = queue.SimpleQueue()
         self._expiring = Deadlines()
         self._process: Any = None  # the program, while it runs
+        self._closed = threading.Event()  # nothing more is started
         for gate in db.list_gates(run_id, "requested"):  # those of an earlier life
             self._inbox.put(("gate-known", gate.key))
         self._thread = start_thread("notify", self._run)
@@ -11110,8 +11116,11 @@ class Notifier:
         """Have what has happened told, for so long at most."""
         self._inbox.put(None)
         self._thread.join(seconds)
-        if self._process is not None:
-            _signal_group(self._process.pid, signal.SIGKILL)
+        self._closed.set()
+        process = self._process
+        if process is not None:
+            _signal_group(process.pid, signal.SIGKILL)
+        self._thread.join(HURRY_SECONDS)
 
     def _run(self) -> None:
         while True:
@@ -11167,8 +11176,11 @@ class Notifier:
     def _start(self, data: bytes) -> None:
         import subprocess
 
-        why = ""
+        why = late = "there was no time left when the run's process ended"
         for _ in range(self.TRIES):
+            if self._closed.is_set():
+                why = late
+                break
             try:
                 process = self._process = subprocess.Popen(
                     self._argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
@@ -11176,16 +11188,17 @@ class Notifier:
                 )  # fmt: skip
                 try:
                     process.communicate(data, self.TRY_SECONDS)
+                    why = f"it ended with {process.returncode}"
                 except subprocess.TimeoutExpired:
+                    why = f"it took over {self.TRY_SECONDS:g} s"
                     _signal_group(process.pid, signal.SIGKILL)
                     process.wait()
                 self._process = None
                 if process.returncode == 0:
                     return
-                why = f"it ended with {process.returncode}"
             except OSError as error:
                 why = error.strerror or str(error)
-            threading.Event().wait(0.2)
+            self._closed.wait(0.2)
         logger.warning("--notify %s did not work: %s", self._argv[0], log_safe(why))
 
 
@@ -11441,6 +11454,7 @@ class Process:
         if self.notifier is not None:
             self.notifier.close(HURRY_SECONDS if self._first_signal else Notifier.TRY_SECONDS)
         if server is not None:
+            self._finish_streams(server)
             server.stop()
             server.app.close()
         kill_live_commands()
@@ -11450,6 +11464,13 @@ class Process:
         self._args.must_leave = engine.left_call_behind or self._has_foreign_threads()
         self.restore_signals()
         return code
+
+    def _finish_streams(self, server: ServeServer) -> None:
+        """Let those who follow a run that has ended have its last event, for some seconds."""
+        until = time.monotonic() + FAREWELL_SECONDS
+        while server.network.has_streams and time.monotonic() < until:
+            if self._first_signal is not None or self._next_message(WATCH_SECONDS):
+                return
 
     def _has_foreign_threads(self) -> bool:
         """Return whether something that a task has started may keep the process.
@@ -12730,7 +12751,7 @@ def run_ps(args: argparse.Namespace) -> int:
         found = [run_row(reads, run) for run in runs]
 
     def lines() -> Iterator[str]:
-        table = ["RUN STATE DONE AGE WAITS-FOR ENGINE WORKFLOW PAGE".split()]
+        table = ["RUN,STATE,DONE,AGE,WAITS FOR,ENGINE,WORKFLOW,PAGE".split(",")]
         for row in found:
             shown = (
                 row["runId"], row["state"], f"{row['done']}/{row['nodes']}",

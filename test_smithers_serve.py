@@ -5714,7 +5714,7 @@ class MountTest(ServerCase):
 WORKFLOWS = """
 import subprocess, time
 import smithers_serve
-from smithers_serve import Approval, Ctx, Task, Workflow, current_task
+from smithers_serve import Approval, Ctx, Parallel, Task, Workflow, current_task
 
 def announce(ref):
     print("printed by a task")
@@ -5766,6 +5766,12 @@ def deaf():
     current_task().log("deaf")
     time.sleep(60)
 
+def talk():
+    for number in range(2000):
+        print("x" * 1000)
+
+lengthy = Workflow("lengthy", Approval("deploy"), Task("talk", talk))
+broad = Workflow("broad", Parallel(Task("a", {}), max_concurrency=8))
 ignoring = Workflow("ignoring", Task("deaf", deaf))
 number = 7
 """
@@ -6233,6 +6239,9 @@ class DetachTest(CommandCase):
                 return file.read()
 
         eventually(lambda: "announce finished" in log())  # said after it is committed
+        said = [line for line in log().splitlines() if "[smithers]" in line]
+        for line in said:
+            self.assertRegex(line, r"\A\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[ ,]")
         self.assertNotIn("sk-secret", log())
 
     def test_a_child_that_dies_shows_its_log(self) -> None:
@@ -6240,6 +6249,117 @@ class DetachTest(CommandCase):
         code, out, err = self.detach("raises.py")
         self.assertEqual((code, out), (1, ""))
         self.assertIn("no such luck", err)
+
+
+class NotifyTest(CommandCase):
+    """`--notify`: whatever its program does, the run goes on, and no process is left."""
+
+    TOLD = """
+import json, os, sys
+with open("told", "a") as file:
+    file.write(sys.stdin.read() + "\\n")
+"""
+
+    def up_told(self, program: str, *flags: str, name: str = "workflow") -> Child:
+        """Start a run that starts a program of Python, in a child with shorter times."""
+        source = self.write("told.py", "import os\nopen(str(os.getpid()), 'w')\n" + program)
+        short = "ss.Notifier.TRY_SECONDS = 1"
+        code = f"import sys, smithers_serve as ss; {short}; sys.exit(ss.main(sys.argv[1:]))"
+        notify = shlex.join([sys.executable, source])
+        argv = ("up", f"flow.py:{name}", "-r", "r", "--notify", notify, *flags)
+        return Child("-c", code, *argv, folder=self.folder)
+
+    def started(self) -> list[int]:
+        """Return the process ids of the programs so far."""
+        return [int(name) for name in os.listdir(self.folder) if name.isdecimal()]
+
+    def test_gate_and_end_are_told_with_the_address(self) -> None:
+        with self.up_told(self.TOLD, "--serve", "--port", "0", "--linger", "0") as child:
+            child.wait_for("waits for approval")
+            ask(child.port, "POST", "/approve/deploy")
+            self.assertEqual(child.finish()[0], 0)
+            url = child.wait_for(r"Page: (\S+)")
+        with open(self.in_folder("told")) as file:
+            gate, end = map(json.loads, file)
+        names = "event runId workflowName status url nodeId iteration title summary".split()
+        self.assertEqual(list(gate), names)
+        self.assertEqual((gate["event"], gate["title"]), ("gate-opened", "Deploy?"))
+        self.assertEqual((gate["url"], end["url"]), (f"{url}#/node/deploy/0", url))
+        self.assertEqual((end["event"], end["status"]), ("run-ended", "finished"))
+
+    def test_a_program_that_fails_costs_one_line(self) -> None:
+        for program, says in (
+            ("raise SystemExit(3)", "it ended with 3"),
+            ("import time\nos.fork()\ntime.sleep(60)", "(it took over 1 s|there was no time left)"),
+        ):
+            with self.subTest(says=says), self.up_told(program, name="other") as child:
+                self.assertEqual(child.finish()[0], 0)
+                lines = [line for line in child.lines if "--notify" in line]
+                self.assertEqual(len(lines), 1, child.text())
+                self.assertRegex(lines[0], f"did not work: {says}")
+                self.assertLessEqual(len(self.started()), 3)
+                for pid in self.started():
+                    self.assertFalse(is_process(pid))
+                    os.remove(self.in_folder(str(pid)))
+                os.remove(self.path)
+
+    def test_a_missing_program_costs_one_line(self) -> None:
+        argv = (*MODULE, "up", "flow.py:other", "--notify", "no-such-program")
+        code, _, err = run_child(*argv, folder=self.folder)
+        says = "WARNING --notify no-such-program did not work: No such file or directory\n"
+        self.assertEqual((code, err.count("--notify"), err.count(says)), (0, 1, 1), err)
+
+    def test_a_program_may_flood_and_not_read(self) -> None:
+        program = "os.write(1, bytes(1 << 22)), os.write(2, bytes(1 << 22)), os.close(0)"
+        with self.up_told(program, name="other") as child:
+            self.assertEqual(child.finish()[0], 0)
+            self.assertNotIn("--notify", child.text())
+            self.assertLess(len(child.text()), 4096)
+
+    def test_a_signal_leaves_no_program_behind(self) -> None:
+        program = "import time\ntime.sleep(60)"
+        with self.up_told(program, "--serve", "--port", "0") as child:
+            child.wait_for("waits for approval")
+            eventually(self.started)
+            self.assertEqual(child.finish(signal.SIGTERM)[0], 3)
+        for pid in self.started():
+            self.assertFalse(is_process(pid))
+
+
+class LingerTest(CommandCase):
+    def test_the_server_ends_after_its_run(self) -> None:
+        for name, seconds, expected in (("other", "0", 0), ("failing", "0.1", 1)):
+            with self.subTest(name=name), self.up(name, "--linger", seconds, "-r", name) as child:
+                child.wait_for("listening")
+                self.assertEqual(child.finish()[0], expected)
+
+    def test_a_follower_gets_the_last_event(self) -> None:
+        """However slowly it reads: the server's end waits for what is under way."""
+        with self.up("lengthy", "--linger", "0") as child:
+            child.wait_for("waits for approval")
+            with EventReader(child.port, buffer_bytes=4096) as reader:
+                ask(child.port, "POST", "/approve/deploy")
+                child.wait_for("Workflow finished")
+                self.assertGreater(len(reader.rest()), 2000)
+                self.assertTrue(reader.has_ended)
+            self.assertEqual(child.finish()[0], 0)
+
+
+class WarningTest(CommandCase):
+    def test_serve_flags_without_serve_are_told(self) -> None:
+        _, _, err = self.main(
+            "up", "flow.py:other", "--port", "0", "--linger", "3", "--host", "::1"
+        )
+        for name in ("--port", "--linger", "--host"):
+            self.assertIn(f"WARNING: {name} has no effect without --serve\n", err)
+        self.assertEqual(err.count("no effect"), 3)
+
+    def test_a_parallel_above_the_limit_is_told(self) -> None:
+        for flags, is_told in ((), True), (("-c", "8"), False):
+            argv = (*MODULE, "up", "flow.py:broad", *flags)
+            err = run_child(*argv, folder=self.folder)[2]
+            says = "WARNING Parallel(max_concurrency=8) is limited to 4: -c"
+            self.assertEqual(says in err, is_told, err)
 
 
 class DemoTest(CommandCase):
