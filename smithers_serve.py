@@ -11261,7 +11261,8 @@ def run_up(args: argparse.Namespace) -> int:
     fix_paths(args)
     if args.detach:
         return detach(args, token)
-    return run_here(args, load_workflow(args.workflow), token)
+    with captured_prints(echo=False):  # a handler of logging that the file makes writes there too
+        return run_here(args, load_workflow(args.workflow), token)
 
 
 def run_here(
@@ -13434,14 +13435,12 @@ def result_stream() -> Iterator[Any]:
 
 def run_command_line(args: argparse.Namespace) -> int:
     """Run a parsed command and return its exit code; every mistake is one line on stderr."""
-    at = "%(asctime)s " if _has_time else ""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setLevel(logging.WARNING)  # also of libraries whose own level is a lower one
-    logging.basicConfig(
-        handlers=[handler],
-        format=at + "[smithers] %(levelname)s %(message)s",
-        level=logging.WARNING,
-    )
+    if not logger.handlers:  # the root's are the workflow file's to set
+        at = "%(asctime)s " if _has_time else ""
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter(f"{at}[smithers] %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
     with result_stream() as args.out:
         code = run_guarded(args)
         is_own_process = isinstance(args.out, DescriptorWriter)

@@ -5879,6 +5879,34 @@ class UpTest(CommandCase):
             self.assertEqual(list(json.loads(out)), ["runId", "status", "summary"])
             self.assertIn(printed, err)
 
+    def test_what_a_task_logs_is_its_output(self) -> None:
+        """By handlers that the file has made when it was loaded, and as it has set them."""
+        self.write(
+            "logs.py",
+            """
+import logging, sys
+from smithers_serve import Task, Workflow
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+logging.info("loading")
+own = logging.getLogger("own")
+own.addHandler(logging.StreamHandler(sys.stderr))
+own.propagate = False
+
+def work():
+    logging.info("at work")
+    own.warning("careful")
+
+workflow = Workflow("logs", Task("work", work))
+""",
+        )
+        code, _, err = run_child(*MODULE, "up", "logs.py", "-r", "r", folder=self.folder)
+        self.assertEqual(code, 0, err)
+        self.assertIn("\nINFO loading\n", "\n" + err)
+        self.finished()
+        lines = [e.payload for e in self.db.list_events("r") if e.type == "NodeOutput"]
+        found = [(line["nodeId"], line["stream"], line["text"]) for line in lines]
+        self.assertEqual(found, [("work", "stderr", "INFO at work"), ("work", "stderr", "careful")])
+
     def test_the_workflow_imports_the_running_module(self) -> None:
         argv = ("up", "flow.py:same", "-r", "r")
         code, _, err = run_child(*MODULE, *argv, folder=self.folder)
@@ -8561,8 +8589,9 @@ class AccidentTest(ServerCase):
 class LineTest(RunCase):
     """What a task says arrives, whole, in order, with its cause."""
 
-    def texts(self) -> list[str]:
-        return [e.payload["text"] for e in self.db.list_events("r") if e.type == "NodeOutput"]
+    def texts(self, run_id: str = "r") -> list[str]:
+        events = self.db.list_events(run_id)
+        return [event.payload["text"] for event in events if event.type == "NodeOutput"]
 
     @unittest.skipUnless(hasattr(asyncio, "TaskGroup"), "asyncio has no TaskGroup here")
     def test_group_errors_name_their_causes(self) -> None:
@@ -8598,6 +8627,59 @@ class LineTest(RunCase):
         with contextlib.redirect_stdout(io.StringIO()):
             self.drive([Task(name, way) for name, way in ways.items()])
         self.assertEqual(self.texts(), ["a", "", "b", "", "  c"] * len(ways))
+
+    def test_prints_of_any_kind_are_their_nodes(self) -> None:
+        def redirect() -> str:
+            with contextlib.redirect_stdout(io.StringIO()) as kept:
+                print("kept")
+            print("told")
+            return kept.getvalue()
+
+        def replace() -> None:
+            own, sys.stdout = sys.stdout, io.StringIO()
+            print("kept")
+            sys.stdout = own
+
+        def go_on() -> None:
+            for _ in range(3):
+                print(".", end="", flush=True)
+            sys.stderr.write("half")
+            print("done")
+
+        for name, run, expected in (
+            ("surrogate", lambda: print("a\ud800b"), ["a?b"]),
+            ("bytes", lambda: print(b"\xff", "\0"), ["b'\\xff' \0"]),
+            ("long", lambda: print("x" * 20_000), ["x" * 8192, "x" * 8192, "x" * 3616]),
+            ("pieces", go_on, ["...done", "half"]),
+            ("lines", lambda: sys.stdout.writelines(["a\n", "b\n"]), ["a", "b"]),
+            ("redirected", redirect, ["told"]),
+            ("replaced", replace, []),
+        ):
+            with self.subTest(name=name), contextlib.redirect_stdout(io.StringIO()):
+                with contextlib.redirect_stderr(io.StringIO()):
+                    result = self.drive([Task(name, run)], run_id=name)
+                self.assertEqual(result.status, "finished", result.error)
+                self.assertEqual(self.texts(name), expected)
+        self.assertEqual(self.output("redirected", run_id="redirected"), "kept\n")
+
+    def test_prints_of_many_are_told_apart(self) -> None:
+        meet = threading.Barrier(4)
+
+        async def talk() -> None:
+            meet.wait(PATIENCE)
+            for number in range(20):
+                print(current_task().node_id, end="")
+                await asyncio.sleep(0)
+                print("", number)
+
+        ids = "a b c d".split()
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            self.drive([Parallel(*[Task(id, talk) for id in ids])])
+        for id in ids:
+            found = [e.payload for e in self.db.list_events("r") if e.type == "NodeOutput"]
+            texts = [line["text"] for line in found if line["nodeId"] == id]
+            self.assertEqual(texts, [f"{id} {number}" for number in range(20)])
+        self.assertEqual(out.getvalue().count("\n"), 80)  # and nothing is taken away
 
     def test_characters_at_edges_stay_whole(self) -> None:
         """Of a read, of a kept tail, of a long line."""
