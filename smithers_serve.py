@@ -11065,8 +11065,7 @@ class Narrator:
     def _approve_line(self, payload: Mapping[str, Any]) -> str:
         node_id, iteration = payload["nodeId"], payload["iteration"]
         if not self._can_curl:
-            words = ["approve", payload["runId"], node_id, "--iteration", str(iteration)]
-            return hint(self._args, *words)
+            return decision_line(self._args, "approve", payload)
         node = urllib.parse.quote(node_id, safe="")
         data = f" -d '{{\"iteration\":{iteration}}}'" if iteration else ""
         return f"curl -X POST {self._url}/approve/{node}{self._auth}{data}"
@@ -11390,7 +11389,8 @@ def fix_paths(args: argparse.Namespace) -> None:
 def resume_line(args: argparse.Namespace, run_id: str) -> str:
     """Return the whole command line that goes on with a run; the paths of `args` are fixed."""
     words = [sys.executable, os.path.abspath(__file__), "up", args.workflow]
-    words += ["--serve", "--resume", "--run-id", run_id]
+    words += ["--serve", "--resume"]
+    words += [f"--run-id={run_id}"] if run_id.startswith("-") else ["--run-id", run_id]
     for names, options in UP_FLAGS:
         name = names[-1]
         value = getattr(args, options.get("dest", name.lstrip("-").replace("-", "_")), None)
@@ -12718,10 +12718,14 @@ def node_name(node_id: str, iteration: int) -> str:
     return node_id if not iteration else f"{node_id} iteration {iteration}"
 
 
-def hint(args: argparse.Namespace, *words: str) -> str:
-    """Return a command line that can be pasted anywhere."""
-    database = ["--db", os.path.abspath(args.db)]
-    return shlex.join([sys.executable, os.path.abspath(__file__), *words, *database])
+def decision_line(args: argparse.Namespace, verb: str, gate: Mapping[str, Any]) -> str:
+    """Return the command line that decides a gate and can be pasted anywhere."""
+    words = [gate["runId"], gate["nodeId"]]
+    flags = ["--iteration", str(gate["iteration"]), "--db", os.path.abspath(args.db)]
+    # An id may begin like a flag.
+    is_plain = not any(word.startswith("-") for word in words)
+    line = [*words, *flags] if is_plain else [*flags, "--", *words]
+    return shlex.join([sys.executable, os.path.abspath(__file__), verb, *line])
 
 
 def run_row(reads: Reads, run: Run) -> dict[str, Any]:
@@ -12796,8 +12800,8 @@ def status_lines(args: argparse.Namespace, shown: dict[str, Any]) -> Iterator[st
         name = node_name(item["nodeId"], item["iteration"])
         title, since = item["detail"], ago(item["sinceMs"])
         yield f"! {name} waits for approval since {since}: {title}"
-        words = ["approve", shown["runId"], item["nodeId"], "--iteration", str(item["iteration"])]
-        yield Whole(f"    {hint(args, *words)}")
+        gate = {**item, "runId": shown["runId"]}
+        yield Whole(f"    {decision_line(args, 'approve', gate)}")
     words_of = {
         "timeout": "has a deadline",
         "task": "runs since",
@@ -12896,8 +12900,7 @@ def gate_lines(args: argparse.Namespace, gate: Mapping[str, Any]) -> Iterator[st
     if gate["approvers"]:
         yield "  may be decided by " + ", ".join(gate["approvers"])
     for verb in ("approve", "deny"):
-        words = [verb, gate["runId"], gate["nodeId"], "--iteration", str(gate["iteration"])]
-        yield Whole(f"  {hint(args, *words)}")
+        yield Whole(f"  {decision_line(args, verb, gate)}")
 
 
 def run_show(args: argparse.Namespace) -> int:
@@ -13318,7 +13321,8 @@ COMMANDS = (
             run_status, "status --watch"),
     Command("show", "Show a node, or the gate that waits.", NODE_FLAGS, run_show, "show deploy"),
     Command("logs", "Print what tasks have printed.",
-            (WORDS_FLAG, *READ_FLAGS,
+            (WORDS_FLAG, DB_FLAG,
+             flag("--json", action=SWITCH, help="print one JSON value a line, as --events does"),
              flag("-f", "--follow", action=SWITCH, help="to the run's end"),
              flag("--since", metavar="10m", help="only what is younger"),
              flag("--tail", type=parse_count, metavar="N", help="only the last lines"),

@@ -6822,6 +6822,18 @@ class SeatTest(SeatCase):
                 self.assertEqual(terminal.written.count("\x1b[2J"), 2)
                 self.assertEqual(terminal.written.count("\x1b[H"), 2)
 
+    def test_ids_that_look_like_flags_can_be_pasted(self) -> None:
+        self.write(
+            "dash.py", "from smithers_serve import *\nworkflow = Workflow('d', Approval('-y'))"
+        )
+        self.main("up", "dash.py", "--run-id=-r")
+        for line in ("status", "show"):
+            (hint,) = [row for row in self.tell(line).splitlines() if " approve " in row]
+            self.assertEqual(shlex.split(hint)[:2], [sys.executable, os.path.abspath(ss.__file__)])
+        _, _, approve, *rest = shlex.split(hint)
+        self.assertIn("approved", self.tell(shlex.join([approve, "-y", *rest])))
+        self.assertIn("--run-id=-r", self.tell("status"))
+
     def test_a_watch_stays_with_its_run(self) -> None:
         self.begin("ship", "other")
         self.tell("cancel other")
