@@ -12856,7 +12856,7 @@ def show_lines(shown: Mapping[str, Any]) -> Iterator[str]:
     yield f"{node_name(shown['nodeId'], shown['iteration'])}: {shown['state']}"
     for attempt in shown["attempts"]:
         yield (
-            f"  attempt {attempt['attempt']}: {attempt['state']},"
+            f"  {ordinal(attempt['attempt'] + 1)} attempt {attempt['state']}:"
             f" {clock_text(attempt['startedAtMs'])} to {clock_text(attempt['finishedAtMs'])}"
         )
         if attempt["error"] is not None:
@@ -12869,6 +12869,15 @@ def show_lines(shown: Mapping[str, Any]) -> Iterator[str]:
         yield "  output: " + to_json(shown["output"])[:EVIDENCE_BYTES]
     for line in shown["log"]:
         yield f"  | {line['text']}"
+
+
+# What an answer does, in words.
+ON_DENY = {
+    "fail": "the node fails",
+    "continue": "the run goes on, and what comes next knows it",
+    "skip": "the node is skipped, and the run goes on",
+}
+ON_TIMEOUT = {"fail": "the node fails", "approve": "it is approved", "deny": "it is denied"}
 
 
 def gate_lines(args: argparse.Namespace, gate: Mapping[str, Any]) -> Iterator[str]:
@@ -12893,10 +12902,11 @@ def gate_lines(args: argparse.Namespace, gate: Mapping[str, Any]) -> Iterator[st
             yield f"    output: {to_json(found['output'])}"
         for line in found["log"]:
             yield f"    | {line['text']}"
-    yield f"  asked {ago(gate['requestedAtMs'])} ago; yes goes on, no: {gate['onDeny'] or 'fail'}"
+    yield f"  asked {ago(gate['requestedAtMs'])} ago"
+    yield f"  yes: the run goes on; no: {ON_DENY.get(gate['onDeny'], ON_DENY['fail'])}"
     if gate["deadlineAtMs"] is not None:
-        left = duration_text(gate["deadlineAtMs"] - now_ms())
-        yield f"  without an answer in {left}: {gate['onTimeout']}"
+        then = ON_TIMEOUT.get(gate["onTimeout"], ON_TIMEOUT["fail"])
+        yield f"  without an answer {due_text(gate['deadlineAtMs'])}: {then}"
     if gate["approvers"]:
         yield "  may be decided by " + ", ".join(gate["approvers"])
     for verb in ("approve", "deny"):

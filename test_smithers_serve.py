@@ -6994,6 +6994,22 @@ def readme_command(folder: str) -> int:
     return 0
 
 
+SAMPLE = """
+from smithers_serve import Approval, Parallel, Task, Workflow
+
+def run_tests():
+    print("collected 12 tests")
+    print("12 passed")
+    return {"passed": 12}
+
+lint = ["sh", "-c", "echo 'Found 3 errors.' >&2; exit 1"]
+checks = Parallel(Task("test", run_tests), Task("lint", lint, continue_on_fail=True))
+gate = Approval("ship", title="Ship v1.2?", summary="Goes to all customers.",
+                metadata={"ref": "v1.2"}, timeout=3600, on_timeout="deny")
+workflow = Workflow("release", checks, gate, Task("announce", {"channel": "releases"}))
+"""
+
+
 class ReadmeTest(RunCase):
     """A newcomer copies from the README; what is written there must run."""
 
@@ -7014,6 +7030,38 @@ class ReadmeTest(RunCase):
         self.assertEqual(code, 3, err)
         summary = {"finished": 4, "pending": 1, "waiting-approval": 1}
         self.assertEqual(json.loads(out)["summary"], summary)
+
+    def test_the_operators_lines_are_what_is_printed(self) -> None:
+        """But for paths and ages; and every line of the table is one that is taken."""
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as readme:
+            seat = readme.read().partition("## The operator's seat")[2].partition("## The page")[0]
+        self.write("flow.py", SAMPLE)
+        with Child(*MODULE, "up", "flow.py", "-r", "r1", "--serve", "--port", "0",
+                   folder=self.folder) as child:  # fmt: skip
+            child.wait_for("waits for approval")
+            samples = re.findall(r"\$ python3 -m smithers_serve (.*)\n((?:.+\n)+)", seat)
+            self.assertEqual([line for line, _ in samples], ["status", "show"])
+            for line, shown in samples:
+                code, out, err = run_child(*MODULE, *line.split(), folder=self.folder)
+                for found, told in (
+                    (re.escape(sys.executable), "/usr/bin/python3"),
+                    (re.escape(os.path.abspath(ss.__file__)), "/srv/smithers_serve.py"),
+                    (re.escape(os.path.realpath(self.path)), "/srv/smithers.db"),
+                    (re.escape(self.path), "/srv/smithers.db"),
+                    (r"since \d+ s", "since 3 min"), (r"asked \d+ s", "asked 3 min"),
+                    (r"in \d+ min", "in 57 min"),
+                ):  # fmt: skip
+                    out = re.sub(found, told, out)
+                self.assertEqual((code, out), (0, shown.replace("```\n", "")), err)
+        cells = re.findall(r"(?m)^\| .* \| (`.*`) \|$", seat)
+        self.assertEqual(len(cells), 12)
+        for cell in cells:
+            for line in re.findall("`(.*?)`", cell):
+                words = re.sub(r"[][]|\.\.\.", " ", line).replace("end or gate", "gate").split()
+                values = {"N": "1", "S": "1", "J": "{}", "FILE": "x.py", ":name": ""}
+                argv = [values.get(word, word) for word in words if values.get(word, word)]
+                with self.subTest(line=line):
+                    ss.make_parser().parse_args(argv)
 
     def test_the_library_example_runs(self) -> None:
         code, out, err = self.run_block("run_workflow(")
