@@ -1963,21 +1963,6 @@ class Reads:
         )
         return [Attempt(*row) for row in rows]
 
-    def list_waiting_retries(self, run_id: str, limit: int) -> list[tuple[Node, Attempt]]:
-        """Return the nodes that may wait for their next attempt, with the last one."""
-        columns = ", ".join(f"n.{name}" for name in Node._fields)
-        columns += ", " + ", ".join(f"a.{name}" for name in Attempt._fields)
-        rows = self.rows(
-            f"""select {columns} from _smithers_nodes n join _smithers_attempts a
-                  on a.run_id = n.run_id and a.node_id = n.node_id
-                    and a.iteration = n.iteration and a.attempt = n.last_attempt
-                where n.run_id = ? and n.state = 'pending' and n.last_attempt is not null
-                  and a.state = 'failed' and instr(a.meta_json, '"dueAtMs":') limit ?""",
-            (run_id, limit),
-        )
-        width = len(Node._fields)
-        return [(Node(*row[:width]), Attempt(*row[width:])) for row in rows]
-
     def get_tree(self, run_id: str) -> str:
         """Return the newest frame's tree as JSON text, "" without one."""
         return self._newest_frame_of(run_id, "xml_json")
@@ -7177,6 +7162,7 @@ MAX_PAGE = 1000
 MAX_SCANNED_EVENTS = 100_000  # looked through for a node's lines, newest first: some 20 ms
 RECENT_EVENTS = 20_000  # looked through for the last line of all that runs: some 15 ms
 MAX_EVIDENCE = 50  # nodes
+MAX_BLOCKED = 200  # of each kind that /why tells, but for gates
 MAX_WITH_EVIDENCE = 20  # gates of a list; one that is asked for alone has it always
 EVIDENCE_BYTES = 4 << 10
 SOON_MS = 30_000  # without a heartbeat for so long an engine is said to be stale
@@ -7350,10 +7336,12 @@ def attempt_span(reads: Reads, run_id: str, attempt: Attempt) -> tuple[int, int,
     return first, last, event is not None and event.timestamp_ms == attempt.started_at_ms
 
 
-def last_lines(reads: Reads, run_id: str, key: Key, count: int) -> list[dict[str, Any]]:
-    """Return the last so many lines of a node, oldest first."""
+def last_lines(
+    reads: Reads, run_id: str, key: Key, count: int, look: int = MAX_SCANNED_EVENTS
+) -> list[dict[str, Any]]:
+    """Return the last so many lines of a node, oldest first, from so many events looked through."""
     events: list[Event] = []
-    left, are_sure = MAX_SCANNED_EVENTS, True
+    left, are_sure = look, True
     for attempt in reversed(reads.list_attempts_of(run_id, key)):
         first, last, is_sure = attempt_span(reads, run_id, attempt)
         first, are_sure = max(first, last - left), are_sure and is_sure
@@ -7364,7 +7352,7 @@ def last_lines(reads: Reads, run_id: str, key: Key, count: int) -> list[dict[str
             break
     if not events and not are_sure:
         newest = reads.get_newest_seq(run_id)
-        events = reads.list_outputs(run_id, key, None, newest - MAX_SCANNED_EVENTS, newest=count)
+        events = reads.list_outputs(run_id, key, None, newest - look, newest=count)
     lines = [(event.payload, event.timestamp_ms) for event in events]
     names = ("attempt", "stream", "text")
     return [{**{n: line.get(n) for n in names}, "timestampMs": at} for line, at in lines]
@@ -7386,9 +7374,9 @@ def lines_of(reads: Reads, run_id: str, keys: Seq[Key], after_seq: int) -> list[
 
 
 def gate_json(
-    reads: Reads, run: Run, gate: Gate, label: str | None, log: bool = True
+    reads: Reads, run: Run, gate: Gate, label: str | None, look: int = MAX_SCANNED_EVENTS
 ) -> dict[str, Any]:
-    """Return a gate as whoever decides should see it, with what led to it."""
+    """Return a gate as whoever decides should see it, with what led to it unless `look` is 0."""
     request = gate.request
     asked = gate.requested_at_ms
     shown = {
@@ -7412,13 +7400,13 @@ def gate_json(
         "decidedBy": gate.decided_by,
         "decidedAtMs": gate.decided_at_ms,
     }
-    if log:
-        shown["evidence"] = evidence_json(reads, run.run_id, gate.node_id, request)
+    if look:
+        shown["evidence"] = evidence_json(reads, run.run_id, gate.node_id, request, look)
     return shown
 
 
 def evidence_json(
-    reads: Reads, run_id: str, node_id: str, request: Mapping[str, Any]
+    reads: Reads, run_id: str, node_id: str, request: Mapping[str, Any], look: int
 ) -> list[dict[str, Any]]:
     """Return what a gate needs, or what ran before it: state, output and last lines."""
     ids = request.get("needs")
@@ -7443,7 +7431,7 @@ def evidence_json(
                 "error": detail["error"],
                 "output": cut if is_long else _loaded(output),
                 "isCut": is_long,
-                "log": last_lines(reads, run_id, node.key, 20),
+                "log": last_lines(reads, run_id, node.key, 20, look),
             }
         )
     return shown
@@ -7457,13 +7445,15 @@ def approvals_json(reads: Reads, run: Run, status: str | None) -> list[dict[str,
     """Return the gates of a run with this status (all when None), oldest request first."""
     gates = [gate for gate in reads.list_gates(run.run_id, status) if not gate.is_pause]
     gates.sort(key=lambda gate: (gate.requested_at_ms or 0, gate.key))
+    # What led to it counts for whoever has still to decide.
+    count = sum(gate.status == "requested" for gate in gates)
+    look = MAX_SCANNED_EVENTS // max(1, min(count, MAX_WITH_EVIDENCE))
     shown: list[dict[str, Any]] = []
     for gate in gates[:MAX_PAGE]:
         node = reads.get_node(run.run_id, gate.key)
         label = None if node is None else node.label
-        # What led to it counts for whoever has still to decide.
-        is_open = gate.status == "requested" and len(shown) < MAX_WITH_EVIDENCE
-        shown.append(gate_json(reads, run, gate, label, log=is_open))
+        is_looked_at = gate.status == "requested" and len(shown) < MAX_WITH_EVIDENCE
+        shown.append(gate_json(reads, run, gate, label, look if is_looked_at else 0))
     return shown
 
 
@@ -7511,37 +7501,38 @@ def why_json(reads: Reads, run: Run) -> dict[str, Any]:
     for gate in gates[:MAX_PAGE]:
         node = nodes.get(gate.key) or reads.get_node(run.run_id, gate.key)
         if gate.is_pause:
-            add(
-                "pause", node, gate.requested_at_ms, f"goes on {due_text(gate.deadline_at_ms or 0)}"
-            )
+            said = f"goes on {due_text(gate.deadline_at_ms or 0)}"
+            add("pause", node, gate.requested_at_ms, said)
             continue
-        shown = gate_json(reads, run, gate, None if node is None else node.label, log=False)
+        shown = gate_json(reads, run, gate, None if node is None else node.label, 0)
         add("approval", node, gate.requested_at_ms, shown["requestTitle"] or "waits for a decision")
         if shown["deadlineAtMs"] is not None:
             left = duration_text(shown["deadlineAtMs"] - now_ms())
             said = f"without a decision: {shown['onTimeout']} in {left}"
             add("timeout", node, gate.requested_at_ms, said)
-    running = [node for node in nodes.values() if node.state == "in-progress"][:MAX_PAGE]
-    asked = [node.key for node in running[:100]]
+    running = [node for node in nodes.values() if node.state == "in-progress"][:MAX_BLOCKED]
     seen_from = reads.get_newest_seq(run.run_id) - RECENT_EVENTS
-    spoken = reads.newest_outputs(run.run_id, asked, seen_from) if asked else {}
+    spoken = reads.newest_outputs(run.run_id, [node.key for node in running], seen_from)
     for node in running:
         event = spoken.get(node.key)
         nothing = "no line yet" if seen_from < 0 else "no line of late"
         said = nothing if event is None else f"last line: {event.payload['text']}"
         add("task", node, node.updated_at_ms, said)
-    retries = reads.list_waiting_retries(run.run_id, MAX_PAGE)
-    places = tree_index(reads.get_tree(run.run_id)) if is_driven or retries else {}
-    for node, attempt in retries:
-        place = places.get(plain_id(node.node_id))
-        which = attempt_text(attempt.attempt + 1, {} if place is None else place.element["props"])
-        when = due_text(attempt.meta["dueAtMs"])
-        add("retry", node, attempt.finished_at_ms, f"its {which} is due {when}")
-    told_of = {node.key for node, _ in retries} | {gate.key for gate in gates}
-    queued = _queued_nodes(reads, run, nodes, places) if is_driven else iter(())
-    for node, needed in itertools.islice(queued, MAX_PAGE):
-        if node.key in told_of:
+    tried = {k: n for k, n in nodes.items() if n.state == "pending" and n.last_attempt is not None}
+    places = tree_index(reads.get_tree(run.run_id)) if is_driven or tried else {}
+    for key, node in itertools.islice(tuple(tried.items()), MAX_BLOCKED):
+        last = reads.list_attempts_of(run.run_id, key)[-1:]
+        due_ms = last[0].meta.get("dueAtMs") if last else None
+        if due_ms is None:
+            del tried[key]  # it was interrupted, and is queued like any other
             continue
+        place = places.get(plain_id(node.node_id))
+        which = attempt_text(last[0].attempt + 1, {} if place is None else place.element["props"])
+        add("retry", node, last[0].finished_at_ms, f"its {which} is due {due_text(due_ms)}")
+    queued = _queued_nodes(reads, run, nodes, places) if is_driven else iter(())
+    told_of = tried.keys() | {gate.key for gate in gates}
+    others = (item for item in queued if item[0].key not in told_of)
+    for node, needed in itertools.islice(others, MAX_BLOCKED):
         kind = "concurrency" if needed is None else "dependency"
         add(kind, node, node.updated_at_ms, needed or "ready, and waits for a free place")
     return {"state": state, "blocked": blocked, "error": error}
@@ -11861,7 +11852,7 @@ def get_all_approvals(app: ServerApp, request: Request) -> Response:
                 run, node = reads.get_run(run_id), reads.get_node(run_id, gate.key)
                 label = None if node is None else node.label
                 if run is not None:
-                    shown.append(gate_json(reads, run, gate, label, log=False))
+                    shown.append(gate_json(reads, run, gate, label, 0))
         return json_response({"approvals": shown})
 
     return app.answers.cached(("approvals", limit), read)
@@ -12817,7 +12808,8 @@ def status_lines(args: argparse.Namespace, shown: dict[str, Any]) -> Iterator[st
             since = "" if kind in ("pause", "retry", "timeout") else f" {ago(item['sinceMs'])}"
             yield f"  {name} {word}{since}: {item['detail']}"
         if len(items) > 20:
-            yield f"  and {len(items) - 20} more ({kind})"
+            number = "many" if len(items) >= MAX_BLOCKED else len(items) - 20
+            yield f"  and {number} more ({kind})"
     for node in shown["failed"]:
         said = (node["error"] or {}).get("message", "")
         yield f"x {node_name(node['nodeId'], node['iteration'])} failed: {said}"
