@@ -8285,8 +8285,8 @@ class ScaleTest(RunCase):
             ("asked", gate), ("nested", loop(Task("a", {}), id="inner")),
         ):  # fmt: skip
             with self.subTest(name=name):
-                few, many = (self.held_after(child, turns) for turns in (300, 600))
-                self.assertLess(many - few, 300)
+                few, many = (self.held_after(child, turns) for turns in (50, 100))
+                self.assertLess(many - few, 50)
 
     def held_after(self, child: Any, turns: int) -> int:
         """Return how many objects an engine keeps of a run that was a loop with so many turns."""
