@@ -6570,7 +6570,7 @@ class Rehearsal(NamedTuple):
     error: dict[str, Any] | None
     order: list[str]
     states: dict[str, str]
-    outputs: Mapping[str, Any]
+    outputs: dict[str, Any]
     frames: list[dict[str, Any]]
     events: list[Event]
     seconds: float
@@ -6596,6 +6596,9 @@ class RehearsalDb(SmithersDb):
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[Reads]:
         yield Snapshot(self._writer, {})
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class Script(NamedTuple):
@@ -6681,23 +6684,22 @@ def rehearse(
     time runs out, or the run is left `waiting-approval`. Each is named by id, or by (id, iteration)
     in a loop. Retries, deadlines and pauses take no time: the clock jumps to the next.
     """
-    db = RehearsalDb()
-    began = db.clock_ms
-    engine = Rehearser(workflow, db, "rehearsal", input=input, max_concurrency=max_concurrency)
-    status = engine.rehearse(db, Script(outputs or {}, failures or {}, decisions or {}))
-    events = db.list_events("rehearsal")
-    starts = ("NodeStarted", "ApprovalRequested", "NodeOutput")  # only pauses print something
-    error = None if engine.result is None else engine.result.error
-    return Rehearsal(
-        cast(RunStatus, status),
-        error,
-        [plain_id(event.payload["nodeId"]) for event in events if event.type in starts],
-        {node.node_id: node.state for node in db.list_nodes("rehearsal")},
-        Outputs(db, "rehearsal"),
-        [parse_tree(frame.xml_json) for frame in db.list_frames("rehearsal", -1, 0)],
-        events,
-        (db.clock_ms - began) / 1000,
-    )
+    with contextlib.closing(RehearsalDb()) as db:
+        began, run_id = db.clock_ms, "rehearsal"
+        engine = Rehearser(workflow, db, run_id, input=input, max_concurrency=max_concurrency)
+        status = engine.rehearse(db, Script(outputs or {}, failures or {}, decisions or {}))
+        events = db.list_events(run_id)
+        starts = ("NodeStarted", "ApprovalRequested", "NodeOutput")  # only pauses print something
+        return Rehearsal(
+            cast(RunStatus, status),
+            None if engine.result is None else engine.result.error,
+            [plain_id(event.payload["nodeId"]) for event in events if event.type in starts],
+            {node.node_id: node.state for node in db.list_nodes(run_id)},
+            dict(Outputs(db, run_id)),
+            [parse_tree(frame.xml_json) for frame in db.list_frames(run_id, -1, 0)],
+            events,
+            (db.clock_ms - began) / 1000,
+        )
 
 
 # ---------------------------------------------------------------------------
