@@ -5246,14 +5246,17 @@ class Attempts:
         from concurrent.futures import BrokenExecutor
 
         reason = "the call was cancelled" if error is None else f"{type(error).__name__}: {error}"
-        code = BROKEN_POOL_CODE if isinstance(error, BrokenExecutor) else "EXECUTOR_FAILED"
+        # Dask cancels what it has when its scheduler has gone: the pool is dead.
+        is_broken = error is None or isinstance(error, BrokenExecutor)
+        code = BROKEN_POOL_CODE if is_broken else "EXECUTOR_FAILED"
         failure = TaskFailed(f"the executor could not run the task: {reason}", code)
         self._post("done", running, Outcome(None, describe_error(failure)))
 
     def renew_pool(self) -> bool:
         """Have a pool that broke made anew at its next use; False when it was given ready-made."""
         if self._make_executor is not None and self._executor is not None:
-            self._executor.shutdown(wait=False)
+            with contextlib.suppress(Exception):  # foreign code, and broken
+                self._executor.shutdown(wait=False)
             self._executor = None
         return self._make_executor is not None
 

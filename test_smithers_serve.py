@@ -3081,6 +3081,22 @@ class ExecutorTest(RunCase):
         thread.join(PATIENCE)
         self.assertEqual(self.attempts(), "a 0 cancelled")
 
+    def test_a_pool_that_cancels_calls_is_made_anew(self) -> None:
+        class Dead(concurrent.futures.Executor):
+            def submit(self, *call: Any, **options: Any) -> concurrent.futures.Future[Any]:
+                future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+                future.cancel()
+                return future
+
+            def shutdown(self, *_: Any, **options: Any) -> None:
+                raise RuntimeError("nobody there")
+
+        pools = [self.threads(), Dead()]
+        tells = (
+            "NodeStarted a 0 0, NodeCancelled a 0 0 its pool of workers broke, NodeStarted a 0 1"
+        )
+        self.play(tasks("a"), tells=tells, options={"executor": pools.pop})
+
     def test_closed_executor_fails_task_with_reason(self) -> None:
         pool = self.threads()
         pool.shutdown()
