@@ -2741,7 +2741,7 @@ class SmithersDb(Reads):
             self._prepare()
         else:
             self._is_prepared = create and self._is_ours and not any(self._lacks(schema))
-        self._adapt_readers()
+            self._adapt_readers(schema)
 
     def _read_schema(self) -> dict[str, str]:
         """Return the statement behind each table and trigger of the file."""
@@ -2760,10 +2760,12 @@ class SmithersDb(Reads):
         """Yield what is missing in a file that our engine is to write to."""
         yield from (_name_of(sql) for sql in _statements(TRIGGERS) if sql not in schema.values())
         for table, columns in _wanted_columns().items():
-            present = self._columns_of(table)
+            present = self._columns_of(table, schema)
             yield from (f"{table}.{column[0]}" for column in columns if column[0] not in present)
 
-    def _columns_of(self, table: str) -> set[str]:
+    def _columns_of(self, table: str, schema: dict[str, str]) -> set[str]:
+        if schema.get(table) == _wanted_schema()[table]:
+            return {column[0] for column in _wanted_columns()[table]}
         return {row[1] for row in self._writer.execute(f"pragma main.table_info({table})")}
 
     def _prepare(self) -> None:
@@ -2785,11 +2787,11 @@ class SmithersDb(Reads):
             self._writer.execute("rollback")
             raise
         self._is_ours = self._is_prepared = True
-        self._adapt_readers()
+        self._adapt_readers(self._read_schema())
 
     def _write_schema(self, schema: dict[str, str]) -> None:
         for table, columns in _wanted_columns().items():
-            present = self._columns_of(table)
+            present = self._columns_of(table, schema)
             for name, kind, default in columns if present else ():
                 if name not in present:
                     suffix = "" if default is None else f" default {default}"
@@ -2857,14 +2859,14 @@ class SmithersDb(Reads):
         finally:
             self._writer.execute(f"pragma busy_timeout = {self.BUSY_SECONDS * 1000:.0f}")
 
-    def _adapt_readers(self) -> None:
+    def _adapt_readers(self, schema: dict[str, str]) -> None:
         """Have readers find what they ask for in a file of another program, or of another version.
 
         Temporary views and tables are the connection's own: the file stays as it is.
         """
         self._adaptation = ["pragma temp_store = memory"]
         for table, columns in _wanted_columns().items():
-            present = self._columns_of(table)
+            present = self._columns_of(table, schema)
             missing = [
                 f"{'null' if default is None else default} as {name}"
                 for name, _, default in columns
@@ -3065,18 +3067,23 @@ def _name_of(statement: str) -> str:
 
 
 @functools.lru_cache(maxsize=1)
+def _wanted_schema() -> dict[str, str]:
+    """Return the statement behind each of our tables, as sqlite keeps it."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as model:
+        model.executescript(SCHEMA)
+        return dict(model.execute("select name, sql from sqlite_master where type = 'table'"))
+
+
+@functools.lru_cache(maxsize=1)
 def _wanted_columns() -> dict[str, list[tuple[str, str, Any]]]:
     """Return name, type and default of every column of our schema, by table."""
     with contextlib.closing(sqlite3.connect(":memory:")) as model:
         model.executescript(SCHEMA)
-        tables = [
-            row[0] for row in model.execute("select name from sqlite_master where type = 'table'")
-        ]
         return {
             table: [
                 (row[1], row[2], row[4]) for row in model.execute(f"pragma table_info({table})")
             ]
-            for table in tables
+            for table in _wanted_schema()
         }
 
 
@@ -12061,6 +12068,7 @@ def main_forker() -> int:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(waker)
     defaults = vars(make_parser().parse_args(["up", "FILE"]))
+    _host(), _wanted_columns()  # computed once, too
     workers: dict[int, str] = {}
     pending = b""
     gc.collect()
