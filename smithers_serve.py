@@ -8800,6 +8800,9 @@ class RunView(Answers):
         return self._pending
 
 
+ANYBODY = Identity(None, "operator")  # where no token is asked for
+
+
 class Request(NamedTuple):
     """What a route function gets: the run it is about, the head, the body, what the path names."""
 
@@ -9224,7 +9227,7 @@ class App:
             raise Forbidden(
                 f"this needs the role {match.route.needs}, and {who.name} is {who.role}"
             )
-        return match._replace(who=who)
+        return Match(match.route, match.parameters, who)
 
     def is_quick(self, head: Head) -> bool:
         """Return whether a request can be answered in the thread that all clients share."""
@@ -9290,7 +9293,7 @@ class App:
     def identify(self, headers: Mapping[str, str]) -> Identity | None:
         """Return whose request this is, None when it bears no valid token and needs one."""
         if not self.has_token:
-            return Identity(None, "operator")
+            return ANYBODY
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = [token.strip(" ")] if scheme.lower() == "bearer" else []
         given.append(headers.get("x-smithers-key", ""))
