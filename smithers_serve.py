@@ -2691,7 +2691,7 @@ class SmithersDb(Reads):
             self._is_writable = create  # else not before the first write
             self._writer = self._connect()
             try:
-                self._open(create)
+                self._wait_for_lock(functools.partial(self._open, create))
             except BaseException:
                 self._writer.close()
                 raise
@@ -2733,7 +2733,7 @@ class SmithersDb(Reads):
 
     def _open(self, create: bool) -> None:
         """Learn what the file holds; prepare a new one, and one that old triggers of ours harm."""
-        schema = self._wait_for_lock(self._read_schema)
+        schema = self._read_schema()
         self._is_ours = "_smithers_outputs" in schema
         self._is_prepared = False
         self._use_mode(self._writer.execute("pragma journal_mode").fetchone()[0])
@@ -2741,6 +2741,8 @@ class SmithersDb(Reads):
             self._prepare()
         else:
             self._is_prepared = create and self._is_ours and not any(self._lacks(schema))
+            if self._is_prepared:
+                self._choose_mode()
             self._adapt_readers(schema)
 
     def _read_schema(self) -> dict[str, str]:
@@ -2775,14 +2777,13 @@ class SmithersDb(Reads):
             self._writer.close()
             self._writer = self._connect()
             self._use_mode(self._writer.execute("pragma journal_mode").fetchone()[0])
-        if self._is_ours or not self._read_schema():
-            self._use_mode(self._wait_for_lock(self._use_wal))
+        self._choose_mode()
         self._begin(LOCK_PATIENCE_SECONDS)
         try:
             schema = self._read_schema()
             if any(self._lacks(schema)):
                 self._write_schema(schema)
-            self._writer.execute("commit")
+            self._insist("commit", LOCK_PATIENCE_SECONDS)
         except BaseException:
             self._writer.execute("rollback")
             raise
@@ -2806,6 +2807,17 @@ class SmithersDb(Reads):
             """insert into _smithers_summary (run_id, state, nodes)
                select run_id, state, count(*) from _smithers_nodes group by run_id, state"""
         )
+
+    def _choose_mode(self) -> None:
+        """Try the write-ahead log in a new file; leave it where it does not work any more.
+
+        Never in a file that is in use without it: for a moment that would be in a mode in which the
+        others cannot write.
+        """
+        mode = self._writer.execute("pragma journal_mode").fetchone()[0]
+        if not self._read_schema() or mode == "wal" and not self._can_write():
+            mode = self._use_wal()
+        self._use_mode(mode)
 
     def _use_wal(self) -> str:
         """Switch to the write-ahead log, or back where it cannot work (no shared memory)."""
@@ -2920,10 +2932,17 @@ class SmithersDb(Reads):
                 threading.Event().wait(0.01)
 
     def _begin(self, patience: float, give_up: Callable[[], bool] = bool) -> None:
+        self._insist("begin immediate", patience, give_up)
+
+    def _insist(self, statement: str, patience: float, give_up: Callable[[], bool] = bool) -> None:
+        """Carry out a statement once no other process is in its way.
+
+        A commit waits as well: for readers, where there is no log.
+        """
         deadline = time.monotonic() + patience
         while True:
             try:
-                self._writer.execute("begin immediate")
+                self._writer.execute(statement)
                 return
             except sqlite3.OperationalError as error:
                 if not _is_busy(error):
@@ -2964,14 +2983,14 @@ class SmithersDb(Reads):
             raise Unavailable("the database is locked")
         try:
             if not self._is_prepared:
-                self._prepare()
+                self._wait_for_lock(self._prepare)
             self._begin(patience, give_up)
             tx = Tx(self._writer, run_id)
             try:
                 self._checked_until = 0.0
                 self.check_file()
                 yield tx
-                self._writer.execute("commit")
+                self._insist("commit", patience, give_up)
             except BaseException:
                 # sqlite may have rolled back itself (disk full, I/O error)
                 if self._writer.in_transaction:

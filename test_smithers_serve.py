@@ -478,6 +478,10 @@ class RunCase(unittest.TestCase):
     def cancel(self, run_id: str = "r", adapter: ss.SmithersDb | None = None) -> None:
         ss.cancel_run(adapter or self.db, run_id)
 
+    def counted(self, db: ss.SmithersDb, name: str) -> float:
+        """Return the value of a metric without labels."""
+        return float(db.metrics.render().partition(f"\n{name} ")[2].partition("\n")[0])
+
     def told(self, *types: str, run_id: str = "r") -> list[str]:
         """Return the events of these types, or of all, in words."""
         log = self.db.list_events(run_id)
@@ -2930,6 +2934,54 @@ class DurabilityTest(RunCase):
             # Of a rollback journal the removal is the commit: its folder has to be synced.
             self.assertEqual(db._writer.execute("pragma journal_mode").fetchone(), ("delete",))
             self.assertEqual(db._writer.execute("pragma synchronous").fetchone(), (3,))
+
+    def test_file_may_move_to_where_shared_memory_is_missing(self) -> None:
+        path = self.in_folder("moved.db")
+        with contextlib.closing(ss.SmithersDb(path)) as db:
+            self.play_in(db, "here")
+        os.mkdir(path + "-shm")
+        with contextlib.closing(ss.SmithersDb(path)) as db:
+            self.play_in(db, "there")
+
+    def test_commit_waits_for_reader_of_rollback_journal(self) -> None:
+        path = self.in_folder("network.db")
+        os.mkdir(path + "-shm")
+        with (
+            mock.patch.object(ss.SmithersDb, "BUSY_SECONDS", 0.01),
+            contextlib.closing(ss.SmithersDb(path)) as db,
+            contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader,
+        ):
+            live = self.start(Task("wait", wait_for_go), adapter=db)
+            live.wait("NodeStarted")
+            reader.execute("begin")
+            reader.execute("select count(*) from _smithers_events").fetchone()
+            GO.set()
+            eventually(lambda: self.counted(db, "smithers_db_retries") > 20)
+            self.assertTrue(live.is_running())
+            reader.execute("commit")
+            self.assertEqual(live.end().status, "finished")
+
+    def test_decisions_elsewhere_leave_the_journal_alone(self) -> None:
+        """Another process that tried the log would take the file from under the engine's feet."""
+        path = self.in_folder("network.db")
+        os.mkdir(path + "-shm")
+
+        def chat() -> None:
+            while not GO.is_set():
+                current_task().log("and another thing")
+                GO.wait(0.01)  # every line is a commit: others would hardly have a turn
+
+        ids = [f"gate{n}" for n in range(30)]
+        tree = Workflow("test", Parallel(Task("chat", chat), *map(Approval, ids)))
+        with contextlib.closing(ss.SmithersDb(path)) as db:
+            live = self.start(tree, adapter=db)
+            for id in ids:
+                live.wait(f"NodeWaitingApproval {id}")
+                with contextlib.closing(ss.SmithersDb(path, create=False)) as other:
+                    ss.decide(other, "r", id, ss.Decision("approved"))
+                live.wait(f"NodeFinished {id}")
+            GO.set()
+            self.assertEqual(live.end().status, "finished")
 
 
 def check_integrity(path: str) -> None:
@@ -8001,14 +8053,10 @@ class OwnerTest(FaultCase):
             live = self.start(Task("wait", wait_for_go), "other", db)
             live.wait("NodeStarted")
 
-            def tries() -> float:
-                text = db.metrics.render()
-                return float(text.partition("\nsmithers_db_retries ")[2].partition("\n")[0])
-
             with self.write_lock():
-                before_go = tries()
+                before_go = self.counted(db, "smithers_db_retries")
                 GO.set()
-                eventually(lambda: tries() > before_go + 20)
+                eventually(lambda: self.counted(db, "smithers_db_retries") > before_go + 20)
                 self.assertTrue(live.is_running())
             self.assertEqual(live.end().status, "finished")
         self.approve()
