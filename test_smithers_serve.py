@@ -6359,7 +6359,8 @@ with open("told", "a") as file:
     def up_told(self, program: str, *flags: str, name: str = "workflow") -> Child:
         """Start a run that starts a program of Python, in a child with shorter times."""
         source = self.write("told.py", "import os\nopen(str(os.getpid()), 'w')\n" + program)
-        short = "ss.Notifier.TRY_SECONDS = 1"
+        seconds = 0.3 if "sleep" in program else PATIENCE
+        short = f"ss.Notifier.TRY_SECONDS = {seconds}; ss.HURRY_SECONDS = 0.3"
         code = f"import sys, smithers_serve as ss; {short}; sys.exit(ss.main(sys.argv[1:]))"
         notify = shlex.join([sys.executable, source])
         argv = ("up", f"flow.py:{name}", "-r", "r", "--notify", notify, *flags)
@@ -6386,7 +6387,10 @@ with open("told", "a") as file:
     def test_a_program_that_fails_costs_one_line(self) -> None:
         for program, says in (
             ("raise SystemExit(3)", "it ended with 3"),
-            ("import time\nos.fork()\ntime.sleep(60)", "(it took over 1 s|there was no time left)"),
+            (
+                "import time\nos.fork()\ntime.sleep(60)",
+                "(it took over 0.3 s|there was no time left)",
+            ),
         ):
             with self.subTest(says=says), self.up_told(program, name="other") as child:
                 self.assertEqual(child.finish()[0], 0)
