@@ -3739,6 +3739,53 @@ class ApprovalsTest(ServerCase):
         self.assertEqual([x["text"] for x in found["log"]], [f"line {n}" for n in range(130, 150)])
 
 
+class StoredTreeTest(unittest.TestCase):
+    """Where the nodes of a stored tree stand, read from its text."""
+
+    def check(self, tree: dict[str, Any], text: str) -> int:
+        """Compare with what its JSON says; return the number of nodes."""
+        expected: dict[str, tuple[list[str], tuple[str, ...]]] = {}
+
+        def walk(element: Any, before: list[str], loops: tuple[str, ...]) -> list[str]:
+            if element["tag"] == Task.tag:
+                expected[element["props"]["id"]] = (before, loops)
+                return [element["props"]["id"]]
+            if element["tag"] == Loop.tag:
+                loops += (element["props"]["id"],)
+            ids: list[str] = []
+            for child in element["children"]:
+                below = walk(child, before, loops)
+                before = before if element["tag"] == Parallel.tag else below
+                ids += below
+            return ids
+
+        walk(tree, [], ())
+        places = ss.tree_index(text)
+        self.assertEqual(list(places), list(expected))
+        for id, (before, loops) in expected.items():
+            self.assertEqual((ss.before_of(text, id), places[id].loops), (before, loops), text)
+            self.assertEqual(json.loads(places[id].props), ss.props_of(text, id))
+        return len(places)
+
+    def test_any_tree_is_read_as_its_json(self) -> None:
+        nodes = 0
+        for seed in range(200):
+            tree = ss.xml_of(Wood(random.Random(f"stored {seed}"), answer).tree())
+            nodes += self.check(tree, ss.to_json(tree))
+        self.assertGreater(nodes, 500)
+
+    def test_a_value_is_never_taken_for_an_element(self) -> None:
+        label = '","props":{"id":"x"},"children":[]},{"kind":"element","tag":"smithers:task'
+        tree = ss.xml_of(as_workflow([Task("a", {}, label=label), Task("b", {}, label="]}]}")]))
+        self.assertEqual(self.check(tree, ss.to_json(tree)), 2)
+
+    def test_text_between_elements_is_passed_over(self) -> None:
+        tree = ss.xml_of(as_workflow([Parallel(*tasks("a b")), *tasks("c")]))
+        said = '{"kind":"text","text":"]}\\"]}"}'
+        text = ss.to_json(tree).replace(',{"kind"', f',{said},{{"kind"').replace("[]", f"[{said}]")
+        self.assertEqual(self.check(tree, text), 3)
+
+
 class WhyTest(ServerCase):
     def blocked(self) -> str:
         """Return what holds the run up, as `kind node`."""
