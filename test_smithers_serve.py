@@ -6420,6 +6420,7 @@ with open("told", "a") as file:
     def test_gate_and_end_are_told_with_the_address(self) -> None:
         with self.up_told(self.TOLD, "--serve", "--port", "0", "--linger", "0") as child:
             child.wait_for("waits for approval")
+            eventually(self.started)  # a gate that is decided is no news any more
             ask(child.port, "POST", "/approve/deploy")
             self.assertEqual(child.finish()[0], 0)
             url = child.wait_for(r"Page: (\S+)")
