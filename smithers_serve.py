@@ -1987,7 +1987,7 @@ class Reads:
         return [iteration for (iteration,) in rows]
 
     def list_open_nodes(self, run_id: str, with_pending: bool = False) -> list[Node]:
-        """Return what is in progress or waits for a decision."""
+        """Return what is in progress or waits for a decision, or also what is pending."""
         rows = self.rows(
             f"""select {_NODE_COLUMNS} from _smithers_nodes where run_id = ?
                   and (state in ('in-progress', 'waiting-approval') or ? and state = 'pending')""",
@@ -7393,11 +7393,12 @@ def last_lines(
 ) -> list[dict[str, Any]]:
     """Return the last so many lines of a node, oldest first, from so many events looked through."""
     events: list[Event] = []
-    left, are_sure = look, True
+    left, are_sure, later = look, True, INT64_MAX
     for attempt in reversed(reads.list_attempts_of(run_id, key)):
         first, last, is_sure = attempt_span(reads, run_id, attempt)
-        first, are_sure = max(first, last - left), are_sure and is_sure
-        left -= last - first
+        last = min(last, later - 1)  # two may share a millisecond
+        later = first = max(first, last - left)
+        left, are_sure = left - max(0, last - first), are_sure and is_sure
         wanted = count - len(events)
         events[:0] = reads.list_outputs(run_id, key, None, first - 1, last, newest=wanted)
         if left <= 0 or len(events) == count:

@@ -3639,6 +3639,14 @@ class NodesTest(ServerCase):
         served = self.served = self.at_gate(
             [Task("a", speak, retries=1), Approval("g")], db=self.foreign_database()
         )
+        at = min(event.timestamp_ms for event in served.events())
+        change(  # all within one millisecond
+            served.path,
+            f"update _smithers_events set timestamp_ms = {at}",
+            f"update _smithers_attempts set started_at_ms = {at}, finished_at_ms = {at}",
+        )
+        found = [line["text"] for line in self.look("/nodes/a")["log"]]
+        self.assertEqual(found, ["attempt 0", "attempt 1"])
         (seq,) = [event.seq for event in served.events() if event.type == "NodeRetrying"]
         later = "+ 60000 where"
         change(
