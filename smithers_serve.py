@@ -1037,7 +1037,10 @@ class Pause(Approval):
 
     def props(self) -> dict[str, str]:
         until = {} if self.until is None else {"until": f"{self.until:.3f}"}
-        return {**super().props(), "approvalMode": "pause", **until}
+        props = {**super().props(), "approvalMode": "pause", **until}
+        return {
+            name: text for name, text in props.items() if name not in ("needsApproval", "onDeny")
+        }
 
 
 class CtxSource:
@@ -6683,6 +6686,9 @@ class Rehearser(Engine):
         if running.attempt < len(failures):
             return Outcome(None, describe_error(failures[running.attempt]))
         return Outcome(encode_output(said_of(script.outputs, *key)))
+
+    def _warn_of_narrow_run(self, plan: Plan) -> None:
+        """How many run at once is no matter here."""
 
     def _decide_next(self, db: RehearsalDb, decisions: Mapping[Any, Any]) -> bool:
         for gate in db.list_gates(self.run_id, "requested"):
@@ -13270,7 +13276,8 @@ def tree_lines(element: Mapping[str, Any], indent: str) -> Iterator[str]:
     name = props.get("id") or props.get("name") or ""
     rest = " ".join(f"{key}={value}" for key, value in props.items() if value != name)
     kind = element["tag"].partition(":")[2].replace("ralph", "loop")
-    kind = "approval" if props.get("approvalMode") else kind
+    mode = props.get("approvalMode")
+    kind = "pause" if mode == "pause" else "approval" if mode else kind
     yield " ".join(filter(None, (indent + kind, name, rest)))
     for child in element["children"]:
         yield from tree_lines(child, indent + "  ")

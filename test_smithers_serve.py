@@ -7885,8 +7885,10 @@ class LeavingTest(FaultCase):
         self.assertEqual(json.loads(errors[0][0])["message"], "no folder")
 
     def test_workflow_that_exits_fails_run(self) -> None:
-        _, _, err = self.live("exiting")
-        self.assertIn("SystemExit: usage", err)
+        for flags, expected in (((), 4), (("--resume",), 1)):
+            code, _, err = self.live("exiting", *flags)
+            self.assertIn("SystemExit: usage", err)
+            self.assertEqual(code, expected)
         self.assertEqual(self.row(), ("failed", None))
 
     def test_foreign_threads_hold_no_process(self) -> None:
