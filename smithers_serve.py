@@ -1552,6 +1552,13 @@ class Metrics:
         family = self._families[name] = Family(header, make, labels)
         return family
 
+    def add_families(self, kind: str, helps: Mapping[str, str]) -> None:
+        """Have more counters, or gauges, than every server has."""
+        with self._lock:
+            for name, help in helps.items():
+                if name not in self._families:
+                    self._add(name, kind, help)
+
     def inc(self, name: str, amount: float = 1) -> None:
         """Add to a counter or a gauge. Gauges are added to, so that several runs can share one."""
         with self._lock:
@@ -1604,6 +1611,8 @@ class Metrics:
         Its share of the gauges ends with the last.
         """
         size = max(len(new), len(before))
+        if size == 0:  # it has died before it counted anything
+            return
         now, then = (list(struct.unpack(f"{size // 8}d", x or bytes(size))) for x in (new, before))
         if is_last:
             now[len(COUNTERS) : len(COUNTERS) + len(SHARED_GAUGES)] = [0.0] * len(SHARED_GAUGES)
@@ -1868,6 +1877,9 @@ class Reads:
         )
         for run_id, *row in rows:
             yield run_id, Gate(*row)
+
+    def count_runs(self, status: str) -> int:
+        return int(self.one("select count(*) from _smithers_runs where status = ?", (status,))[0])
 
     def count_all_open_gates(self) -> int:
         row = self.one("select sum(nodes) from _smithers_summary where state = 'waiting-approval'")
@@ -6470,6 +6482,8 @@ class Engine:
             self._show_status(tx, "waiting-approval")
             is_timed = any(kind == "gate" for kind, _ in self._steps.wall.at)
             if self._patience == "all" or self._patience == "timed" and is_timed:
+                return
+            if self._steps.wall.next() <= now_ms():  # what it was begun for: the next step fires it
                 return
             if tx.count_open_gates(self.run_id) == self._progress.open_gates:
                 self._run_leave(tx)
@@ -11760,6 +11774,16 @@ def main_detached() -> int:
 # ---------------------------------------------------------------------------
 
 
+WORKER_COUNTERS = {
+    "smithers_workers_started_total": "Processes started to drive a run.",
+    "smithers_workers_crashed_total": "Processes that died while they drove a run.",
+}
+WORKER_GAUGES = {
+    "smithers_runs_queued": "Runs that wait for a process.",
+    "smithers_workers_active": "Processes that drive a run now.",
+}
+
+
 class ServerApp(App):
     """All runs of a database; with a root it starts workflow files below that folder.
 
@@ -11782,6 +11806,9 @@ class ServerApp(App):
         super().__init__(adapter, SERVER_ROUTES, auth_token, metrics, tokens)
         self.root = None if root is None else os.path.realpath(root)
         self.answers = Answers(self._watch, 16 << 20)
+        self.metrics.add_families("counter", WORKER_COUNTERS)
+        self.metrics.add_families("gauge", WORKER_GAUGES)
+        self.metrics.read_at_scrape("smithers_runs_queued", self._count_queued)
         # Guards _views. Held for look-ups only.
         self._lock = threading.Lock()
         self._views: collections.OrderedDict[str, RunView] = collections.OrderedDict()
@@ -11793,8 +11820,10 @@ class ServerApp(App):
                 adapter, self.root, max_runs or default_max_runs(), options
             )
             self.metrics.read_before_scrape(self.supervisor.take_shares)
+            self.metrics.read_at_scrape("smithers_workers_active", self.supervisor.count_live)
 
     def close(self) -> None:
+        self.metrics.stop_reading("smithers_runs_queued", self._count_queued)
         if self.supervisor is not None:
             self.supervisor.stop()
         super().close()
@@ -11829,6 +11858,9 @@ class ServerApp(App):
 
     def _count_pending(self) -> float:
         return float(self.adapter.count_all_open_gates())
+
+    def _count_queued(self) -> float:
+        return float(self.adapter.count_runs("queued"))
 
 
 def default_max_runs() -> int:
@@ -12059,6 +12091,12 @@ class Worker:
         self.share: bytes | None = b""  # of the metrics, as it was last taken; None at its end
 
 
+def _suspend(worker: Worker) -> None:
+    if worker.owner is not None and process_is_alive(worker.owner):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(process_of(worker.owner)[1], signal.SIGTERM)
+
+
 class Forker:
     """The server's hold on a process with one thread, that has imported this module and forks.
 
@@ -12081,11 +12119,13 @@ class Forker:
             start_new_session=True,
         )
         self._report = report
+        self.has_forked = False
         start_thread("forker", self._read)
 
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
+            self.has_forked = True
             self._report(self, json.loads(line))
         self._process.wait()
         self._report(self, None)
@@ -12282,7 +12322,9 @@ class Supervisor:
             run = tx.get_run(run_id)
             if run is None:
                 raise RunNotFound(f"there is no run {run_id}")
-            known = run.config.get("workflow") or run.workflow_path
+            config = run.config  # of a server, or of `up`, or of another program
+            begun = config.get("workflow") or config.get("options", {}).get("workflow")
+            known = begun or run.workflow_path
             if path is None and known is None:
                 raise InvalidRequest("workflowPath must be a string")
             spec = find_workflow(self.root, str(path or known))
@@ -12291,15 +12333,18 @@ class Supervisor:
                     f"run {run_id} is of another workflow file: leave workflowPath out",
                     "WORKFLOW_MISMATCH",
                 )
-            limit = max_concurrency or run.config.get("maxConcurrency")
+            limit = max_concurrency or config.get("maxConcurrency")
             tx.update_config(**self.facts(run_id, spec, limit))
             tx.wake()
-        self._inbox.put(lambda: self._foreign.discard(run_id))
+        self._inbox.put(lambda: self._adopted(run_id))
 
     def take_shares(self) -> None:
         """Take up what the workers have counted since the last time."""
         for run_id, worker in list(self._live.items()):
             self._take_share(run_id, worker)
+
+    def count_live(self) -> float:
+        return float(len(self._live))
 
     def stop(self) -> None:
         """Suspend all runs and wait until their processes have left; the next server goes on."""
@@ -12329,13 +12374,17 @@ class Supervisor:
 
     def _run(self) -> None:
         self._guarded(self._begin)
+        tick_at = 0.0
         while not (self._is_stopping and not self._live):
-            left = (self._deadlines.next() - now_ms()) / 1000
+            due_in = (self._deadlines.next() - now_ms()) / 1000
+            left = max(0.0, min(tick_at - time.monotonic(), due_in))
             try:
-                call = self._inbox.get(timeout=max(0.0, min(WATCH_SECONDS, left)))
+                call = self._inbox.get(timeout=left) if left else self._tick
             except queue.Empty:
-                call = self._tick
+                continue
             self._guarded(call)
+            if call == self._tick:
+                tick_at = time.monotonic() + WATCH_SECONDS
 
     def _guarded(self, call: Callable[[], None]) -> None:
         try:
@@ -12385,6 +12434,10 @@ class Supervisor:
             if run_id not in self._live and run_id not in self._foreign:
                 self._wanted[run_id] = None
 
+    def _adopted(self, run_id: str) -> None:
+        self._foreign.discard(run_id)
+        self._look()
+
     def _fill(self) -> None:
         """Start what waits, as long as there is room: first what has begun, then what is queued."""
         while len(self._live) < self._max_runs and not self._is_stopping:
@@ -12409,7 +12462,10 @@ class Supervisor:
         if not run.config.get("server"):
             self._foreign.add(run.run_id)
             return False
-        return owner_life(run) != "alive" and (not run.is_terminal or bool(run.config.get("retry")))
+        if owner_life(run) == "alive":  # it is looked at from now on
+            self._live[run.run_id] = Worker(None, run.runtime_owner_id)
+            return False
+        return not run.is_terminal or bool(run.config.get("retry"))
 
     # Workers
 
@@ -12448,8 +12504,9 @@ class Supervisor:
         worker = self._live.get(run_id)
         if worker is not None:
             worker.owner = owner_id_of(pid)
+            self._db.metrics.inc("smithers_workers_started_total")
             if self._is_stopping:
-                self._suspend(worker)
+                _suspend(worker)
 
     def _forker_gone(self, forker: Forker) -> None:
         """Start another one; the workers of the old one go on, and are looked at."""
@@ -12458,7 +12515,8 @@ class Supervisor:
         for run_id, worker in list(self._live.items()):
             if worker.forker is forker and worker.owner is None:
                 del self._live[run_id]
-                self._wanted[run_id] = None
+                pause = 0.0 if forker.has_forked else self.PAUSE_SECONDS  # it cannot even start
+                self._deadlines.set("again", run_id, now_ms() + pause * 1000)
 
     def _ended(self, run_id: str, pid: int, code: int | None) -> None:
         """See to a run whose process has left; `code` is None where nobody has told."""
@@ -12475,31 +12533,41 @@ class Supervisor:
         run = self._db.get_run(run_id)
         if run is None or run.is_terminal:
             self._crashes.pop(run_id, None)
-        elif owner_life(run) == "alive":
-            pass  # somebody else drives it: an `up`, that was faster
-        elif run.runtime_owner_id is None and run.status != "queued":
+        elif owner_life(run) == "alive":  # somebody was faster: it is looked at from now on
+            self._live[run_id] = Worker(None, run.runtime_owner_id)
+        elif self._has_left(run, code):
             self._crashes.pop(run_id, None)
             for gate in self._db.list_gates(run_id, "requested"):
                 self._note_deadline(run_id, gate)
             if run_id in self._db.list_woken():
                 self._wanted[run_id] = None
-        elif code == EXIT_FAILURE:  # its database could not be read or written
-            self._deadlines.set("again", run_id, now_ms() + self.PAUSE_SECONDS * 1000)
-        elif run.status == "queued" and code is not None and code >= 0:
+        elif run.status == "queued" and code is not None and code > EXIT_FAILURE:
             self._fail(run, f"its worker ended with {code} before it had begun")
         else:
             self._crashed(run, code)
 
+    @staticmethod
+    def _has_left(run: Run, code: int | None) -> bool:
+        """Return whether a worker has left its run as it should: parked or suspended."""
+        is_free = run.runtime_owner_id is None and run.status != "queued"
+        return is_free and code in (None, EXIT_SUSPENDED)
+
     def _crashed(self, run: Run, code: int | None) -> None:
-        """Begin a run again at once whose process has died, unless it dies again and again."""
+        """Begin a run again whose process has died, unless it dies again and again.
+
+        At once; after a pause when the process says that its database failed.
+        """
         summary = self._db.get_summary(run.run_id)
         ended = sum(count for state, count in summary.items() if state in TERMINAL_STATES)
         crashes, before = self._crashes.get(run.run_id, (0, ended))
         crashes = crashes + 1 if before == ended else 1
         self._crashes[run.run_id] = (crashes, ended)
+        self._db.metrics.inc("smithers_workers_crashed_total")
         why = "was killed" if code is None else f"ended with {code}"
         logger.warning("the worker of run %s %s; crash %d in a row", run.run_id, why, crashes)
-        if crashes <= self.MAX_CRASHES:
+        if crashes <= self.MAX_CRASHES and code == EXIT_FAILURE:
+            self._deadlines.set("again", run.run_id, now_ms() + self.PAUSE_SECONDS * 1000)
+        elif crashes <= self.MAX_CRASHES:
             self._wanted[run.run_id] = None
             self._wanted.move_to_end(run.run_id, last=False)
         else:
@@ -12549,13 +12617,7 @@ class Supervisor:
     def _begin_to_stop(self) -> None:
         self._is_stopping = True
         for worker in self._live.values():
-            self._suspend(worker)
-
-    @staticmethod
-    def _suspend(worker: Worker) -> None:
-        if worker.owner is not None and process_is_alive(worker.owner):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(process_of(worker.owner)[1], signal.SIGTERM)
+            _suspend(worker)
 
 
 # The command
@@ -12594,7 +12656,7 @@ def run_server(args: argparse.Namespace) -> int:
         options = {"notify": args.notify, "executor": args.executor}
         try:
             app = ServerApp(db, args.root, token, args.metrics, args.tokens, args.max_runs, options)
-        except ValueError as error:
+        except (ValueError, RunOwned) as error:
             raise UsageError(str(error)) from error
         if app.supervisor is not None:
             app.supervisor.url = server.url

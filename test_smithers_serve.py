@@ -8948,6 +8948,730 @@ class MinorFaultTest(FaultCase):
 
 
 # ---------------------------------------------------------------------------
+# Many runs
+# ---------------------------------------------------------------------------
+
+MANY_FLOWS = r"""
+import os, signal, sys
+from smithers_serve import Approval, Loop, Parallel, Task, Workflow, current_task
+
+def step():
+    return {"pid": os.getpid(), "in": os.getcwd()}
+
+def hold():
+    task = current_task()
+    task.log("holding")
+    while not os.path.exists(f"go-{task.run_id}") and not task.cancelled.wait(0.01):
+        pass
+    if task.cancelled.is_set():
+        raise RuntimeError("told to stop")
+    return task.attempt
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def workflow(ctx):
+    return Workflow("two", Task("one", step, label=str(ctx.input.get("n"))), Task("two", step))
+
+def gated(ctx):
+    return Workflow("gated", Task("before", step), Approval("ok"), Task("after", step))
+
+def timed(ctx):
+    return Workflow("timed", Approval("ok", timeout=0.3, on_timeout="approve"),
+                    Task("after", step))
+
+def held(ctx):
+    return Workflow("held", Task("before", step), Task("hold", hold), Task("after", step))
+
+def broken(ctx):
+    done = os.path.exists(f"go-{ctx.run_id}")
+    return Workflow("broken", Task("fail", ["test", "-e", f"go-{ctx.run_id}"]),
+                    Task("after", step))
+
+poisoned = Workflow("poisoned", Task("poison", die))
+
+def leaving(ctx):
+    print("leaving for", ctx.run_id, file=sys.stderr, flush=True)
+    os._exit(ctx.input["code"])
+
+number = 7
+"""
+
+
+class Many:
+    """A folder with workflows, and a server of its runs, one process after another."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.root = os.path.join(folder, "flows")
+        self.path = os.path.join(folder, "smithers.db")
+        os.mkdir(self.root)
+        self.write("jobs.py", MANY_FLOWS)
+
+    def write(self, name: str, text: str) -> str:
+        path = os.path.join(self.root, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        return path
+
+    def go(self, run_id: str) -> None:
+        """Let a task that holds go on."""
+        self.write(f"go-{run_id}", "")
+
+    def start(self, *flags: str, **env: str) -> Child:
+        """Start the server's next life; it serves on return."""
+        words = ("server", "--root", "flows", "--port", "0", *flags)
+        self.child = Child(*MODULE, *words, folder=self.folder, **env)
+        self.port = self.child.port
+        return self.child
+
+    def ask(self, method: str, path: str, *body_and_headers: Any) -> Reply:
+        return ask(self.port, method, path, *body_and_headers)
+
+    def post(self, workflow: str, run_id: str, **body: Any) -> Reply:
+        return self.ask("POST", "/v1/runs", {"workflowPath": workflow, "runId": run_id, **body})
+
+    def read(self, sql: str, *parameters: Any) -> list[Any]:
+        with contextlib.closing(sqlite3.connect(self.path, timeout=PATIENCE)) as db:
+            return db.execute(sql, parameters).fetchall()
+
+    def row(self, run_id: str) -> tuple[str, str | None]:
+        """Return status and owner of a run."""
+        sql = "select status, runtime_owner_id from _smithers_runs where run_id = ?"
+        found: tuple[str, str | None] = self.read(sql, run_id)[0]
+        return found
+
+    def worker_of(self, run_id: str) -> int:
+        """Return the process that drives a run, once there is one."""
+        eventually(lambda: self.row(run_id)[1])
+        return ss.process_of(self.row(run_id)[1] or "")[1]
+
+    def wait(self, run_id: str, *statuses: str) -> None:
+        """Wait until a run has one of these statuses, and no process."""
+        eventually(lambda: self.row(run_id)[0] in statuses and self.row(run_id)[1] is None)
+
+    def lines(self, run_id: str) -> list[str]:
+        sql = "select payload_json from _smithers_events where run_id = ? and type = 'NodeOutput'"
+        return [json.loads(payload)["text"] for (payload,) in self.read(sql, run_id)]
+
+    def wait_for_lines(self, run_id: str, count: int = 1) -> None:
+        eventually(lambda: len(self.lines(run_id)) >= count)
+
+    def forker(self) -> int:
+        """Return the process that starts the workers."""
+        eventually(lambda: children_of(self.child.pid))
+        return children_of(self.child.pid)[0]
+
+    def metric(self, name: str, headers: Any = None) -> float:
+        text = self.ask("GET", "/metrics", None, headers).body
+        return float(re.search(rf"^smithers_{name} (.*)$", text, re.MULTILINE)[1])  # type: ignore[index]
+
+    def close(self) -> None:
+        """End the server, and every worker that it has left."""
+        if hasattr(self, "child"):
+            self.child.close()
+        for run_id, owner in self.read("select run_id, runtime_owner_id from _smithers_runs"):
+            if owner is not None and ss.process_is_alive(owner):
+                os.kill(ss.process_of(owner)[1], signal.SIGKILL)
+
+
+class ManyCase(RunCase):
+    """Tests of a server of many runs; the tests of a class share one, started with FLAGS."""
+
+    FLAGS: tuple[str, ...] = ()
+    many: Many
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        folder = tempfile.TemporaryDirectory(prefix="smithers-test-")
+        cls.addClassCleanup(folder.cleanup)
+        cls.many = Many(folder.name)
+        cls.many.start(*cls.FLAGS)
+        cls.addClassCleanup(cls.many.close)
+
+    def setUp(self) -> None:
+        self.folder, self.path = self.many.folder, self.many.path
+        self.db = self.adapter()
+        self.run_id = self.id().rpartition(".test_")[2].replace("_", "-")
+
+    def begin(self, workflow: str = "jobs.py", run_id: str = "", **body: Any) -> str:
+        """Start a run, by default one named as the test."""
+        run_id = run_id or self.run_id
+        reply = self.many.post(workflow, run_id, **body)
+        self.assertEqual((reply.status, reply.body), (200, {"runId": run_id}))
+        return run_id
+
+    def begin_held(self, run_id: str = "") -> tuple[str, int]:
+        """Start a run whose task holds; return the run and its process."""
+        run_id = self.begin("jobs.py:held", run_id)
+        self.many.wait_for_lines(run_id)
+        return run_id, self.many.worker_of(run_id)
+
+    def park(self, run_id: str = "") -> str:
+        """Start a run and wait until it has no process and waits at its gate."""
+        run_id = self.begin("jobs.py:gated", run_id)
+        self.many.wait(run_id, "waiting-approval")
+        return run_id
+
+    def assert_ends(self, run_id: str, status: str = "finished") -> None:
+        self.many.wait(run_id, *ss.TERMINAL_STATUSES)
+        self.assertEqual(self.many.row(run_id)[0], status, self.db.get_run(run_id))
+
+    def assert_refused(self, status: int, code: str, says: str, reply: Reply) -> None:
+        self.assertEqual((reply.status, reply.body["error"]["code"]), (status, code), reply.body)
+        self.assertIn(says, reply.body["error"]["message"])
+
+    def error_of_run(self, run_id: str) -> dict[str, Any]:
+        return dict(json.loads(self.db.get_run(run_id).error_json))  # type: ignore[arg-type,union-attr]
+
+    def tell(self, *words: str) -> tuple[int, str, str]:
+        """Run a command in a process of its own, on the server's file."""
+        return run_child(*MODULE, *words, "--db", self.path, folder=self.folder)
+
+
+class ServerTest(ManyCase):
+    """Runs that are started, decided and gone on with."""
+
+    def test_run_is_started_and_finishes(self) -> None:
+        self.begin(input={"n": 5}, config={"maxConcurrency": "2"})
+        self.assert_ends(self.run_id)
+        reply = self.many.ask("GET", f"/v1/runs/{self.run_id}")
+        self.assertEqual(list(reply.body), ["runId", "workflowName", "status", "startedAtMs",
+                                            "finishedAtMs", "summary"])  # fmt: skip
+        self.assertEqual(reply.body["summary"], {"finished": 2})
+        self.assertEqual(self.output("one", run_id=self.run_id)["in"], self.many.root)
+        self.assertEqual(self.db.list_nodes(self.run_id)[0].label, "5")
+
+    def test_runs_have_processes_of_their_own(self) -> None:
+        pids = {self.begin_held(f"own-{number}")[1] for number in range(2)}
+        self.assertEqual(len(pids - {self.many.child.pid, self.many.forker()}), 2)
+        for number in range(2):
+            self.many.go(f"own-{number}")
+            self.assert_ends(f"own-{number}")
+        eventually(lambda: not any(map(is_process, pids)))
+
+    def test_racing_posts_of_an_id_start_one_run(self) -> None:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            replies = list(pool.map(lambda _: self.many.post("jobs.py", self.run_id), range(8)))
+        self.assertEqual(sorted(reply.status for reply in replies), [200] + [409] * 7)
+        codes = {reply.body["error"]["code"] for reply in replies if reply.status == 409}
+        self.assertEqual(codes, {"RUN_ALREADY_EXISTS"})
+        self.assert_ends(self.run_id)
+        self.assertEqual(self.told("RunStarted", run_id=self.run_id), ["RunStarted"])
+
+    def test_parked_run_has_no_process(self) -> None:
+        run_id = self.park()
+        worker = self.output("before", run_id=run_id)["pid"]
+        eventually(lambda: not is_process(worker))
+        reply = self.many.ask("POST", f"/v1/runs/{run_id}/nodes/ok/approve", {"decidedBy": "ann"})
+        self.assertEqual((reply.status, reply.body), (200, {"runId": run_id}))
+        self.assert_ends(run_id)
+        self.assertNotEqual(self.output("after", run_id=run_id)["pid"], worker)
+
+    def test_command_of_another_process_wakes_run(self) -> None:
+        run_id = self.park()
+        code, _, err = self.tell("approve", run_id, "ok", "-y")
+        self.assertEqual(code, 0, err)
+        self.assert_ends(run_id)
+
+    def test_decision_as_the_original_writes_it_wakes_run(self) -> None:
+        run_id = self.park()
+        change(self.path, f"""insert into _smithers_approvals
+            (run_id, node_id, iteration, status, decided_at_ms) values ('{run_id}', 'ok', 0,
+            'approved', 1) on conflict (run_id, node_id, iteration) do update set
+            status = excluded.status, decided_at_ms = excluded.decided_at_ms""")  # fmt: skip
+        self.assert_ends(run_id)
+        run_id = self.park(f"{run_id}-2")
+        change(self.path, f"""update _smithers_approvals set status = 'denied'
+                              where run_id = '{run_id}'""")  # fmt: skip
+        self.assert_ends(run_id, "failed")
+
+    def test_parked_run_can_be_cancelled(self) -> None:
+        run_id = self.park()
+        self.assertEqual(self.many.ask("POST", f"/v1/runs/{run_id}/cancel").status, 200)
+        self.assert_ends(run_id, "cancelled")
+
+    def test_deadline_of_parked_run_fires(self) -> None:
+        run_id = self.begin("jobs.py:timed")
+        self.assert_ends(run_id)
+        self.assertEqual(self.db.list_gates(run_id)[0].status, "approved")
+
+    def test_killed_worker_is_replaced(self) -> None:
+        run_id, worker = self.begin_held()
+        os.kill(worker, signal.SIGKILL)
+        self.many.wait_for_lines(run_id, 2)
+        self.many.go(run_id)
+        self.assert_ends(run_id)
+        attempts = [a for a in self.attempts(run_id).split(", ") if a.startswith("hold")]
+        self.assertEqual(attempts, ["hold 0 cancelled", "hold 1 finished"])
+
+    def test_task_that_kills_its_worker_fails(self) -> None:
+        run_id = self.begin("jobs.py:poisoned")
+        self.assert_ends(run_id, "failed")
+        self.assertEqual(self.error_of("poison", run_id)["code"], "TASK_CRASHED")
+        self.assertEqual(len(self.told("NodeStarted", run_id=run_id)), 3)
+
+    def test_render_that_kills_its_worker_fails_run(self) -> None:
+        for code in (0, 3, 7):
+            run_id = self.begin("jobs.py:leaving", f"{self.run_id}-{code}", input={"code": code})
+            self.assert_ends(run_id, "failed")
+            error = self.error_of_run(run_id)
+            self.assertEqual(error["code"], "WORKER_CRASHED")
+            self.assertIn(f"leaving for {run_id}", error["message"])
+
+    def test_import_that_kills_its_worker_fails_run(self) -> None:
+        texts = {"segfault": "import ctypes; ctypes.string_at(0)", "exit": "os._exit(0)"}
+        for name, text in texts.items():
+            self.many.write(f"{name}.py", f"import os, sys\nprint('so long', flush=True)\n{text}")
+            run_id = self.begin(f"{name}.py", f"{self.run_id}-{name}")
+            self.assert_ends(run_id, "failed")
+            error = self.error_of_run(run_id)
+            self.assertEqual(error["code"], "WORKER_CRASHED")
+            self.assertIn("so long", error["message"])
+
+    def test_workflow_that_cannot_be_loaded_fails_run(self) -> None:
+        self.many.write("raises.py", "import os\n\nos.nothing\n")
+        for workflow, says in (
+            ("raises.py", "raises.py, line 3: AttributeError"),
+            ("jobs.py:nothing", "no object called 'nothing'"),
+            ("jobs.py:number", "not a workflow function but a int"),
+        ):
+            run_id = self.begin(workflow, f"{self.run_id}-{workflow.replace(':', '-')}")
+            self.assert_ends(run_id, "failed")
+            error = self.error_of_run(run_id)
+            self.assertEqual(error["code"], "WORKFLOW_INVALID")
+            self.assertIn(says, error["message"])
+
+    def test_file_that_is_no_workflow_is_refused(self) -> None:
+        self.many.write("syntax.py", "a = 1\nb = = 2\n")
+        for workflow, says in (
+            ("syntax.py", "syntax.py, line 2"),
+            ("missing.py", "there is no workflow file missing.py"),
+            (".", "there is no workflow file"),
+            ("x" * 300, "there is no workflow file"),
+        ):
+            reply = self.many.post(workflow, self.run_id)
+            self.assert_refused(400, "WORKFLOW_INVALID", says, reply)
+            self.assertNotIn(self.many.root, reply.body["error"]["message"])
+        self.assertIsNone(self.db.get_run(self.run_id))
+
+    def test_file_outside_of_root_is_refused(self) -> None:
+        outside = os.path.join(self.folder, "outside.py")
+        with open(outside, "w", encoding="utf-8") as file:
+            file.write(MANY_FLOWS)
+        os.symlink(outside, os.path.join(self.many.root, "link.py"))
+        for workflow in ("../outside.py", outside, "link.py", "/etc/passwd", "a/../../outside.py"):
+            reply = self.many.post(workflow, self.run_id)
+            self.assert_refused(400, "WORKFLOW_PATH_OUTSIDE_ROOT", "within", reply)
+        for workflow in ("../flows/jobs.py", os.path.join(self.many.root, "jobs.py")):
+            self.assert_ends(self.begin(workflow, f"{self.run_id}-{len(workflow)}"))
+
+    def test_resume_says_how_a_run_stands(self) -> None:
+        run_id, worker = self.begin_held()
+        running = {"runId": run_id, "status": "running"}
+        for path, body in (
+            (f"/v1/runs/{run_id}/resume", None),
+            (f"/v1/runs/{run_id}/resume", {"workflowPath": "jobs.py:held"}),
+            ("/v1/runs", {"workflowPath": "jobs.py:held", "runId": run_id, "resume": True}),
+        ):
+            reply = self.many.ask("POST", path, body)
+            self.assertEqual((reply.status, reply.body), (200, running))
+        self.assertEqual(self.many.worker_of(run_id), worker)
+        self.many.go(run_id)
+        self.assert_ends(run_id)
+        before = self.db.get_run(run_id)
+        reply = self.many.ask("POST", f"/v1/runs/{run_id}/resume")
+        self.assertEqual((reply.status, reply.body), (200, {"runId": run_id}))
+        self.assertEqual(self.db.get_run(run_id), before)
+
+    def test_stopped_run_is_gone_on_with_at_resume(self) -> None:
+        run_id, _ = self.begin_held()
+        code, out, err = self.tell("stop", run_id)
+        self.assertEqual(code, 0, err)
+        self.many.wait(run_id, "running")
+        self.many.go(run_id)
+        self.assertEqual(self.many.ask("POST", f"/v1/runs/{run_id}/resume").status, 200)
+        self.assert_ends(run_id)
+
+    def test_resume_of_another_file_is_refused(self) -> None:
+        run_id = self.park()
+        self.many.write("other.py", MANY_FLOWS)
+        reply = self.many.ask("POST", f"/v1/runs/{run_id}/resume", {"workflowPath": "other.py"})
+        self.assert_refused(400, "WORKFLOW_MISMATCH", run_id, reply)
+
+    def test_run_of_a_command_is_adopted_at_resume(self) -> None:
+        words = ("up", "flows/jobs.py:gated", "-r", self.run_id)
+        self.assertEqual(self.tell(*words)[0], 3)
+        reply = self.many.ask("POST", f"/v1/runs/{self.run_id}/nodes/ok/approve")
+        self.assertEqual(reply.status, 200)
+        self.assertEqual(self.many.row(self.run_id), ("waiting-approval", None))
+        self.assertEqual(self.many.ask("POST", f"/v1/runs/{self.run_id}/resume").status, 200)
+        self.assert_ends(self.run_id)
+
+    def test_retry_gives_failed_nodes_a_fresh_try(self) -> None:
+        for retry in (
+            lambda run_id: self.many.ask("POST", f"/v1/runs/{run_id}/retry").status == 200,
+            lambda run_id: self.tell("retry", run_id)[0] == 0,
+        ):
+            run_id = self.begin("jobs.py:broken", f"{self.run_id}-{retry.__code__.co_firstlineno}")
+            self.assert_ends(run_id, "failed")
+            self.many.go(run_id)
+            self.assertTrue(retry(run_id))
+            self.many.wait(run_id, "finished")
+
+    def test_helper_modules_of_one_name_do_not_meet(self) -> None:
+        for name in ("a", "b"):
+            self.many.write(f"{name}/helper.py", f"SAID = '{name}'\n")
+            self.many.write(
+                f"{name}/flow.py",
+                "import helper\nfrom smithers_serve import Task, Workflow\n"
+                "workflow = Workflow('w', Task('say', {'said': helper.SAID}))\n",
+            )
+            run_id = self.begin(f"{name}/flow.py", f"{self.run_id}-{name}")
+            self.assert_ends(run_id)
+            self.assertEqual(self.output("say", run_id=run_id), {"said": name})
+
+    def test_edited_file_counts_at_next_run(self) -> None:
+        for word in ("old", "newer"):
+            text = "from smithers_serve import Task, Workflow\n"
+            text += f"workflow = Workflow('w', Task('say', {{'said': '{word}'}}))\n"
+            self.many.write("edited.py", text)
+            run_id = self.begin("edited.py", f"{self.run_id}-{word}")
+            self.assert_ends(run_id)
+            self.assertEqual(self.output("say", run_id=run_id), {"said": word})
+
+    def test_streams_of_many_runs(self) -> None:
+        ids = [self.begin_held(f"{self.run_id}-{number}")[0] for number in range(3)]
+        with contextlib.ExitStack() as stack:
+            readers = [
+                stack.enter_context(EventReader(self.many.port, f"/v1/runs/{run_id}/events"))
+                for run_id in ids
+            ]
+            for run_id in ids:
+                self.many.go(run_id)
+            for run_id, reader in zip(ids, readers):
+                seen = list(iter(reader.event, None))
+                log = [(e.seq, e.payload) for e in self.db.list_events(run_id)]
+                self.assertEqual(seen, log)
+
+    def test_stream_goes_on_after_last_event(self) -> None:
+        run_id = self.begin()
+        self.assert_ends(run_id)
+        newest = self.db.list_events(run_id)[-1].seq
+        path = f"/v1/runs/{run_id}/events"
+        for number, expected in ((newest - 1, [newest]), (1, list(range(2, newest + 1)))):
+            with EventReader(self.many.port, path, {"Last-Event-ID": str(number)}) as reader:
+                self.assertEqual(reader.rest(), expected)
+        headers = {"Last-Event-ID": str(newest)}
+        self.assertEqual(self.many.ask("GET", path, None, headers).status, 204)
+
+    def test_unknown_run_is_not_found(self) -> None:
+        for method, path in (
+            ("GET", ""), ("GET", "/events"), ("GET", "/frames"), ("GET", "/nodes"), ("GET", "/why"),
+            ("GET", "/nodes/a"), ("GET", "/approvals"), ("POST", "/nodes/a/approve"),
+            ("POST", "/nodes/a/deny"), ("POST", "/cancel"), ("POST", "/retry"),
+        ):  # fmt: skip
+            with self.subTest(path=path):
+                reply = self.many.ask(method, f"/v1/runs/nobody{path}")
+                self.assert_refused(404, "NOT_FOUND", "nobody", reply)
+        reply = self.many.ask("POST", "/v1/runs/nobody/resume")
+        self.assert_refused(404, "RUN_NOT_FOUND", "nobody", reply)
+
+    def test_all_gates_are_listed_oldest_first(self) -> None:
+        ids = [self.park(f"{self.run_id}-{number}") for number in range(3)]
+        found = self.many.ask("GET", "/v1/approvals").body["approvals"]
+        self.assertEqual([g["runId"] for g in found if g["runId"] in ids], ids)
+        for run_id in ids:
+            self.many.ask("POST", f"/v1/runs/{run_id}/cancel")
+
+    def test_log_is_private_and_goes_with_its_run(self) -> None:
+        run_id = self.begin()
+        self.assert_ends(run_id)
+        log = f"{self.path}.logs/{run_id}.log"
+        self.assertEqual(stat.S_IMODE(os.stat(log).st_mode), 0o600)
+        with open(log, encoding="utf-8") as file:
+            self.assertIn("two finished", file.read())
+        eventually(lambda: not os.path.exists(f"{self.path}.logs/{run_id}.metrics"))
+        code, _, err = self.tell("gc", "--older-than", "0s")
+        self.assertEqual(code, 0, err)
+        self.assertFalse(os.path.exists(log))
+        self.assertEqual(self.many.ask("GET", f"/v1/runs/{run_id}").status, 404)
+
+    def test_commands_tell_of_runs(self) -> None:
+        run_id, worker = self.begin_held()
+        code, out, err = self.tell("ps")
+        self.assertEqual(code, 0, err)
+        line = next(line for line in out.splitlines() if line.startswith(run_id))
+        self.assertIn(str(worker), line)
+        self.assertIn(f":{self.many.port}/ui#/runs/{run_id}", line)
+        self.assertIn("holding", self.tell("status", run_id)[1])
+        self.assertEqual(self.tell("cancel", run_id)[0], 0)
+        self.assert_ends(run_id, "cancelled")
+
+    def test_metrics_of_workers_are_the_servers(self) -> None:
+        before = self.many.metric("nodes_finished"), self.many.metric("runs_finished_total")
+        run_id, worker = self.begin_held()
+        eventually(lambda: self.many.metric("nodes_active") == 1)
+        os.kill(worker, signal.SIGKILL)
+        self.many.wait_for_lines(run_id, 2)
+        eventually(lambda: self.many.metric("runs_active") == 1)
+        self.assertEqual(self.many.metric("nodes_active"), 1)
+        self.assertGreaterEqual(self.many.metric("nodes_finished"), before[0] + 1)
+        self.many.go(run_id)
+        self.assert_ends(run_id)
+        eventually(lambda: self.many.metric("runs_active") == self.many.metric("nodes_active") == 0)
+        after = self.many.metric("nodes_finished"), self.many.metric("runs_finished_total")
+        self.assertEqual(after, (before[0] + 3, before[1] + 1))
+
+
+class QueueTest(ManyCase):
+    """More runs than may run at once."""
+
+    FLAGS = ("--max-runs", "1")
+
+    def test_queued_runs_begin_first_come_first_served(self) -> None:
+        first, _ = self.begin_held()
+        ids = [self.begin("jobs.py", f"{self.run_id}-{number}") for number in range(3)]
+        self.assertEqual([self.many.row(run_id) for run_id in ids], [("queued", None)] * 3)
+        reply = self.many.ask("GET", f"/v1/runs/{ids[0]}/why")
+        self.assertEqual(reply.body["state"], "queued")
+        self.many.go(first)
+        for run_id in ids:
+            self.assert_ends(run_id)
+        begun = [self.db.list_events(run_id)[0].timestamp_ms for run_id in ids]
+        self.assertEqual(begun, sorted(begun))
+
+    def test_queued_run_can_be_cancelled(self) -> None:
+        first, _ = self.begin_held()
+        run_id = self.begin("jobs.py", f"{self.run_id}-1")
+        self.assertEqual(self.many.ask("POST", f"/v1/runs/{run_id}/cancel").status, 200)
+        self.assert_ends(run_id, "cancelled")
+        self.assertEqual(self.many.metric("runs_queued"), 0)
+        self.many.go(first)
+        self.assert_ends(first)
+        self.assertEqual(self.told("NodeStarted", run_id=run_id), [])
+
+    def test_metrics_count_queue_and_workers(self) -> None:
+        started, crashed = (self.many.metric(f"workers_{word}_total") for word in
+                            ("started", "crashed"))  # fmt: skip
+        first, worker = self.begin_held()
+        self.begin("jobs.py", f"{self.run_id}-1")
+        self.assertEqual(self.many.metric("runs_queued"), 1)
+        self.assertEqual(self.many.metric("workers_active"), 1)
+        os.kill(worker, signal.SIGKILL)
+        self.many.wait_for_lines(first, 2)
+        self.many.go(first)
+        self.assert_ends(first)
+        self.assert_ends(f"{self.run_id}-1")
+        eventually(lambda: self.many.metric("workers_active") == 0)
+        self.assertEqual(self.many.metric("runs_queued"), 0)
+        self.assertEqual(self.many.metric("workers_started_total"), started + 3)
+        self.assertEqual(self.many.metric("workers_crashed_total"), crashed + 1)
+
+
+class ServerLifeTest(ManyCase):
+    """Servers that stop, die and come again; each test has its own."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        pass
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory(prefix="smithers-test-")
+        self.addCleanup(folder.cleanup)
+        self.many = Many(folder.name)
+        self.many.start()
+        self.addCleanup(self.many.close)
+        super().setUp()
+
+    def restart(self, number: int, *flags: str) -> None:
+        """End the server by a signal and start the next one."""
+        self.many.child.finish(number)
+        self.many.child.close()
+        self.many.start(*flags)
+
+    def test_sigterm_suspends_all_and_next_server_goes_on(self) -> None:
+        workers = [self.begin_held(run_id)[1] for run_id in ("a", "b")]
+        parked = self.park("c")
+        code, _ = self.many.child.finish(signal.SIGTERM)
+        self.assertEqual(code, 0)
+        self.assertFalse(any(map(is_process, workers)))
+        for run_id in ("a", "b"):
+            self.assertEqual(self.many.row(run_id), ("running", None))
+            self.assertIn("suspended", str(self.db.get_run(run_id).config["history"]))  # type: ignore[union-attr]
+            self.many.go(run_id)
+        self.many.child.close()
+        self.many.start()
+        for run_id in ("a", "b"):
+            self.assert_ends(run_id)
+        self.assertEqual(self.many.row(parked), ("waiting-approval", None))
+
+    def test_workers_outlive_their_server(self) -> None:
+        run_id, worker = self.begin_held("a")
+        parked = self.park("b")
+        self.restart(signal.SIGKILL)
+        self.assertEqual(self.many.worker_of(run_id), worker)
+        self.assertEqual(self.many.metric("workers_active"), 1)
+        ss.decide(self.db, parked, "ok", ss.Decision("approved"))
+        self.assert_ends(parked)
+        self.assertEqual(len(self.many.lines(run_id)), 1)
+        self.many.go(run_id)
+        self.assert_ends(run_id)
+        self.assertEqual(self.many.metric("runs_finished_total"), 2)
+
+    def test_next_server_takes_up_what_was_left(self) -> None:
+        run_id, worker = self.begin_held("orphaned")
+        parked = self.park("decided")
+        self.many.child.finish(signal.SIGKILL)
+        os.kill(worker, signal.SIGKILL)
+        ss.decide(self.db, parked, "ok", ss.Decision("approved"))
+        with self.db.transaction("queued") as tx:
+            config = self.db.get_run(parked).config  # type: ignore[union-attr]
+            tx.insert_run("two", None, None, None, "{}", json.dumps({**config, "pid": None}))
+        self.many.go(run_id)
+        self.many.child.close()
+        self.many.start()
+        for name in (run_id, parked):
+            self.assert_ends(name)
+        self.many.wait("queued", "waiting-approval")
+
+    def test_worker_that_outlived_its_server_is_replaced_when_it_dies(self) -> None:
+        run_id, worker = self.begin_held("a")
+        self.restart(signal.SIGKILL)
+        os.kill(worker, signal.SIGKILL)
+        self.many.wait_for_lines(run_id, 2)
+        self.many.go(run_id)
+        self.assert_ends(run_id)
+
+    def test_sigterm_suspends_workers_of_earlier_server_too(self) -> None:
+        run_id, worker = self.begin_held("a")
+        self.restart(signal.SIGKILL)
+        self.many.metric("workers_active")  # it knows them
+        self.many.child.finish(signal.SIGTERM)
+        self.assertFalse(is_process(worker))
+        self.assertEqual(self.many.row(run_id), ("running", None))
+
+    def test_workers_outlive_the_process_that_forks_them(self) -> None:
+        (a, worker), (b, other) = self.begin_held("a"), self.begin_held("b")
+        forker = self.many.forker()
+        os.kill(forker, signal.SIGKILL)
+        self.begin("jobs.py", "c")
+        self.assert_ends("c")
+        self.assertNotEqual(self.many.forker(), forker)
+        self.assertEqual(self.many.worker_of(a), worker)
+        os.kill(other, signal.SIGKILL)  # nobody is told of its end
+        self.many.wait_for_lines(b, 2)
+        for run_id in (a, b):
+            self.many.go(run_id)
+            self.assert_ends(run_id)
+
+    def test_dead_worker_is_seen_in_a_busy_server(self) -> None:
+        run_id, worker = self.begin_held("a")
+        parked = self.park("b")
+        os.kill(self.many.forker(), signal.SIGKILL)
+        self.begin("jobs.py", "c")
+        self.assert_ends("c")
+        os.kill(worker, signal.SIGKILL)
+        has_ended = threading.Event()
+
+        def keep_busy() -> None:
+            while not has_ended.is_set():
+                self.many.ask("POST", f"/v1/runs/{parked}/resume")
+
+        threads = [threading.Thread(target=keep_busy) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        try:
+            self.many.wait_for_lines(run_id, 2)
+        finally:
+            has_ended.set()
+            for thread in threads:
+                thread.join()
+        self.many.go(run_id)
+        self.assert_ends(run_id)
+
+    def test_second_server_of_a_file_is_refused(self) -> None:
+        words = ("server", "--root", "flows", "--port", "0", "--db", self.path)
+        code, out, err = run_child(*MODULE, *words, folder=self.folder)
+        self.assertEqual((code, out), (4, ""))
+        self.assertRegex(err, r"\A\[smithers\] Error: another server starts the runs of [^\n]*\n\Z")
+
+    def test_server_without_root_shows_and_steers(self) -> None:
+        parked = self.park("a")
+        words = ("server", "--port", "0", "--db", self.path)
+        with Child(*MODULE, *words, folder=self.folder) as child:
+            reply = ask(child.port, "POST", "/v1/runs", {"workflowPath": "jobs.py"})
+            self.assert_refused(403, "FORBIDDEN", "no root", reply)
+            reply = ask(child.port, "POST", f"/v1/runs/{parked}/resume")
+            self.assert_refused(403, "FORBIDDEN", "no root", reply)
+            self.assertEqual(ask(child.port, "GET", "/v1/runs").body[0]["runId"], parked)
+            path = f"/v1/runs/{parked}/nodes/ok/approve"
+            self.assertEqual(ask(child.port, "POST", path).status, 200)
+            self.assert_ends(parked)  # by the server that has a root
+
+    def test_files_of_the_original_are_shown_and_steered(self) -> None:
+        shared = os.path.join(HERE, os.pardir, "shared", "interop")
+        if not os.path.isdir(shared):
+            self.skipTest("the original's files are not beside this checkout")
+        for name in sorted(os.listdir(shared)):
+            path = os.path.join(self.folder, name)
+            shutil.copyfile(os.path.join(shared, name), path)
+            words = ("server", "--port", "0", "--db", path)
+            with self.subTest(name), Child(*MODULE, *words, folder=self.folder) as child:
+                before = rows(path)
+                shown = ask(child.port, "GET", "/v1/runs").body
+                self.assertEqual(len(shown), len(before["_smithers_runs"]))
+                for run in shown:
+                    route = f"/v1/runs/{run['runId']}"
+                    for end in ("", "/frames", "/nodes", "/approvals", "/why"):
+                        self.assertEqual(ask(child.port, "GET", route + end).status, 200, end)
+                gates = ask(child.port, "GET", "/v1/approvals").body["approvals"]
+                for table in ("_smithers_runs", "_smithers_events", "_smithers_approvals"):
+                    self.assertEqual(rows(path)[table], before[table])
+                for gate in gates:
+                    route = f"/v1/runs/{gate['runId']}"
+                    decision = f"{route}/nodes/{gate['nodeId']}/approve"
+                    self.assertEqual(ask(child.port, "POST", decision).status, 200)
+                    self.assertEqual(ask(child.port, "POST", f"{route}/cancel").status, 200)
+                    self.assertEqual(ask(child.port, "GET", route).body["status"], "cancelled")
+
+    def test_roles_say_who_starts_runs(self) -> None:
+        tokens = os.path.join(self.folder, "tokens")
+        with open(tokens, "w", encoding="utf-8") as file:
+            file.write("ann operator tok-ann\nbob approver tok-bob\nvic viewer tok-vic\n")
+        os.chmod(tokens, 0o600)
+        self.restart(signal.SIGTERM, "--tokens", tokens)
+        order = {"workflowPath": "jobs.py:gated", "runId": "a"}
+        for name, status in (("vic", 403), ("bob", 403), ("ann", 200)):
+            reply = self.many.ask("POST", "/v1/runs", order, bearer(f"tok-{name}"))
+            self.assertEqual(reply.status, status, name)
+        self.assertEqual(self.many.ask("POST", "/v1/runs", order).status, 401)
+        self.many.wait("a", "waiting-approval")
+        path = "/v1/runs/a/nodes/ok/approve"
+        self.assertEqual(self.many.ask("POST", path, None, bearer("tok-vic")).status, 403)
+        self.assertEqual(self.many.ask("POST", path, None, bearer("tok-bob")).status, 200)
+        self.assert_ends("a")
+        self.assertEqual(self.db.list_gates("a")[0].decided_by, "bob")
+
+    def test_run_whose_database_is_held_is_tried_again(self) -> None:
+        """Not failed, and not tried for ever by a process that leaves with that code by itself."""
+        self.begin("jobs.py:leaving", "a", input={"code": 1})
+        self.many.child.wait_for("ended with 1; crash 1 in a row")
+
+    def test_start_and_stop_in_code(self) -> None:
+        self.many.child.finish(signal.SIGTERM)
+        server = ss.start_server(port=0, db=self.path, root_dir=self.many.root)
+        try:
+            self.many.port = server.server_port
+            self.begin("jobs.py", "a")
+            self.assert_ends("a")
+        finally:
+            server.stop()
+            server.app.close()
+
+
+# ---------------------------------------------------------------------------
 # Model: random trees that change while they run, held against rules of their own
 # ---------------------------------------------------------------------------
 
