@@ -30,7 +30,7 @@ The file reads from top to bottom; nothing is used before it is defined.
     Conversation         the protocol of one connection, without a socket
     Network, Server      the thread that owns every socket; the socket that listens
     Command line, Up     flags, and what they name; the process of one run
-    Many runs            the app of all runs; the processes that drive them, and who starts those
+    Many runs, Workers   the app of all runs; the processes that drive them, and who starts those
     Operator's commands  what is told and done from a terminal; the table of commands
 
 Threads. The engine's drives one run and is the only one to change what is known of it; heartbeat
@@ -11770,7 +11770,7 @@ def main_detached() -> int:
 
 
 # ---------------------------------------------------------------------------
-# Many runs: /v1/runs; a process drives each run, and none while it waits for people
+# Many runs: one app for all runs of a database, /v1/runs
 # ---------------------------------------------------------------------------
 
 
@@ -12079,7 +12079,9 @@ SERVER_ROUTES = (
 )
 
 
-# Workers
+# ---------------------------------------------------------------------------
+# Workers: a process for each run that can go on, and who starts and watches them
+# ---------------------------------------------------------------------------
 
 
 class Worker:
