@@ -12852,6 +12852,7 @@ def run_row(reads: Reads, run: Run) -> dict[str, Any]:
     done = sum(count for state, count in summary.items() if state in TERMINAL_STATES)
     life = "dead" if run.is_terminal else owner_life(run)
     waits = summary.get("waiting-approval", 0)
+    url = run.config.get("url") if life == "alive" or is_attended(run) else None
     return {
         "runId": run.run_id,
         "workflowName": run.workflow_name,
@@ -12862,8 +12863,8 @@ def run_row(reads: Reads, run: Run) -> dict[str, Any]:
         "finishedAtMs": run.finished_at_ms,
         "engine": process_of(run.runtime_owner_id or "")[1] if life == "alive" else None,
         "waitsFor": f"{waits} approval{'s' * (waits > 1)}" if waits else None,
-        "url": run.config.get("url") if life == "alive" else None,
-        "page": page_url(run.config.get("url") if life == "alive" else None),
+        "url": url,
+        "page": page_url(url),
         "logFile": run.config.get("logFile"),
     }
 
