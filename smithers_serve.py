@@ -13124,7 +13124,7 @@ def log_line(args: argparse.Namespace, event: Event) -> str:
     payload = event.payload
     at = time.strftime("%H:%M:%S", time.localtime(event.timestamp_ms / 1000))
     name = node_name(payload["nodeId"], payload["iteration"])
-    return f"{at} {name} | {log_safe(payload['text'])}\n"
+    return log_safe(f"{at} {name} | {payload['text']}") + "\n"
 
 
 def parse_duration(text: str) -> int:
