@@ -11641,7 +11641,9 @@ class Process:
         if result.status == "running" or result.status == "waiting-approval" and signalled:
             say(f"Suspended. Go on with: {self._go_on_line(result)}")
         elif self._server is not None and not signalled:
-            say(f"Workflow {result.status}. Server still running — press Ctrl+C to stop.")
+            linger = self._args.linger
+            stays = "still running — press Ctrl+C to stop" if linger is None else ""
+            say(f"Workflow {result.status}. Server {stays or f'ends in {linger:g} s'}.")
         elif result.status == "waiting-approval":
             say(f"The run waits for approval. Go on with: {self._go_on_line(result)}")
         return EXIT_CODES[result.status]

@@ -6486,7 +6486,7 @@ class LingerTest(CommandCase):
     def test_the_server_ends_after_its_run(self) -> None:
         for name, seconds, expected in (("other", "0", 0), ("failing", "0.1", 1)):
             with self.subTest(name=name), self.up(name, "--linger", seconds, "-r", name) as child:
-                child.wait_for("listening")
+                child.wait_for(f"Workflow (finished|failed). Server ends in {seconds} s")
                 self.assertEqual(child.finish()[0], expected)
 
     def test_a_follower_gets_the_last_event(self) -> None:
