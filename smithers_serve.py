@@ -3050,13 +3050,20 @@ class SmithersDb(Reads):
             return connection
 
     @contextlib.contextmanager
-    def snapshot(self) -> Iterator[Reads]:
-        """Yield reads of one consistent state. Connections are pooled, not kept per thread."""
+    def snapshot(self, is_patient: bool = False) -> Iterator[Reads]:
+        """Yield reads of one consistent state. Connections are pooled, not kept per thread.
+
+        Where there is no log a writer locks readers out: then raises Unavailable after a second, or
+        a minute when patient.
+        """
         connection: sqlite3.Connection | None = None
         adaptation = self._adaptation
         try:
             connection = self._take_reader()
             connection.execute("begin")
+            if is_patient and not self.readers_never_wait:
+                look = functools.partial(connection.execute, "select 1 from sqlite_master limit 1")
+                self._wait_for_lock(lambda: look().fetchone())
             try:
                 yield Snapshot(connection, self._frame_texts)
             finally:
@@ -3077,6 +3084,17 @@ class SmithersDb(Reads):
                     connection.close()
                 else:
                     self._readers.append(connection)
+
+    def rows(self, sql: str, parameters: Any = ()) -> Iterator[Any]:
+        with self.snapshot() as reads:
+            yield from reads.rows(sql, parameters)
+
+
+class PatientReads(Reads):
+    """Reads of one who does not go away when a writer locks readers out: an engine's."""
+
+    def __init__(self, db: SmithersDb) -> None:
+        self.snapshot = functools.partial(db.snapshot, is_patient=True)
 
     def rows(self, sql: str, parameters: Any = ()) -> Iterator[Any]:
         with self.snapshot() as reads:
@@ -5958,7 +5976,7 @@ def warn_of_narrow_run(plan: Plan, max_concurrency: int) -> None:
 class Renderer(CtxSource):
     """Calls the workflow function, and gives it what it reads: from memory and from the file."""
 
-    def __init__(self, db: SmithersDb, run_id: str, progress: Progress) -> None:
+    def __init__(self, db: PatientReads, run_id: str, progress: Progress) -> None:
         self._db = db
         self._run_id = run_id
         self._progress = progress
@@ -6058,9 +6076,7 @@ class Renderer(CtxSource):
 class Observer:
     """Gives `on_event` every event of a run's log in order, whoever has written it."""
 
-    def __init__(
-        self, db: SmithersDb, run_id: str, on_event: Callable[[Event], None] | None
-    ) -> None:
+    def __init__(self, db: Reads, run_id: str, on_event: Callable[[Event], None] | None) -> None:
         self.delivered = -1
         self._db = db
         self._run_id = run_id
@@ -6127,7 +6143,7 @@ class Engine:
         self._config = {"maxConcurrency": max_concurrency, **(config or {})}
         self._max_concurrency = max_concurrency
         self._executor = executor
-        self._observer = Observer(adapter, run_id, on_event)
+        self._observer = Observer(PatientReads(adapter), run_id, on_event)
         self._patience = patience
         self._echo_prints = echo_prints
         self._owner = new_owner_id()
@@ -6146,7 +6162,7 @@ class Engine:
         self._steps = Steps(
             self.run_id, self._metrics, self._progress, self._attempts, self._max_concurrency
         )
-        self._renderer = Renderer(self._db, self.run_id, self._progress)
+        self._renderer = Renderer(PatientReads(self._db), self.run_id, self._progress)
         self._renderer.input_json = self._input_json
         self._status = "running"
         self._began = time.monotonic()
@@ -6640,7 +6656,7 @@ class RehearsalDb(SmithersDb):
         yield tx
 
     @contextlib.contextmanager
-    def snapshot(self) -> Iterator[Reads]:
+    def snapshot(self, is_patient: bool = False) -> Iterator[Reads]:
         yield Snapshot(self._writer, {})
 
     def close(self) -> None:

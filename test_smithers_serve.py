@@ -2961,6 +2961,36 @@ class DurabilityTest(RunCase):
             reader.execute("commit")
             self.assertEqual(live.end().status, "finished")
 
+    def test_engine_waits_to_read_a_rollback_journal(self) -> None:
+        """Between a commit and the render after it another program may take the file for itself."""
+        path = self.in_folder("network.db")
+        os.mkdir(path + "-shm")
+
+        def workflow(ctx: Ctx) -> Workflow:
+            found = ctx.output("a")
+            return Workflow("test", Task("a", answer), Task("b", {"a": found}) if found else None)
+
+        with (
+            mock.patch.object(ss.SmithersDb, "BUSY_SECONDS", 0.01),
+            contextlib.closing(ss.SmithersDb(path)) as db,
+            contextlib.closing(
+                sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            ) as other,
+        ):
+            has_lock = threading.Event()
+
+            def take(_: Live, event: ss.Event) -> None:
+                if event.type == "NodeFinished" and event.payload["nodeId"] == "a":
+                    other.execute("begin exclusive")
+                    has_lock.set()
+
+            with mock.patch.object(Live, "see", take):
+                live = self.start(workflow, adapter=db)
+                self.assertTrue(has_lock.wait(PATIENCE))
+                self.assertTrue(live.is_running(0.2))
+                other.execute("rollback")
+                self.assertEqual(live.end().status, "finished")
+
     def test_decisions_elsewhere_leave_the_journal_alone(self) -> None:
         """Another process that tried the log would take the file from under the engine's feet."""
         path = self.in_folder("network.db")
