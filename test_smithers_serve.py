@@ -2420,6 +2420,25 @@ class GateTest(RunCase):
         self.play(pause, options={"resume": True})
         self.assertEqual(len(self.told("NodeOutput")), 1)
 
+    def test_a_pause_that_leaves_the_tree_is_over(self) -> None:
+        def workflow(ctx: Ctx) -> Workflow:
+            pause = Pause("gate", seconds=600) if ctx.output("a") is None else None
+            return Workflow("w", Parallel(Task("a", wait_for_go), pause), AFTER)
+
+        live = self.start(workflow)
+        eventually(lambda: self.db.list_gates("r"))
+        GO.set()
+        self.assertEqual(live.end().status, "finished")
+        self.assertEqual((self.gate().status, self.states()["gate"]), ("cancelled", "cancelled"))
+
+    def test_each_iteration_pauses_once(self) -> None:
+        tree = loop(Pause("gate", seconds=0), Task("t", fail_until_go), turns=2)
+        self.play(tree, "NodeFailed t; go; retry")
+        self.play(tree, options={"resume": True})
+        told = "NodeFinished gate 0 0, t 0 1, gate 1 0, t 1 0"
+        self.check_told(told, "r")
+        self.assertEqual(len(self.told("NodeOutput")), 2)
+
     def test_a_pauses_end_passes_no_gate_of_its_id(self) -> None:
         self.drive([Pause("gate", seconds=0), Task("after", fail)])
         live = self.start(lambda ctx: Workflow("test", Approval("gate"), AFTER), retry=True)
@@ -5893,6 +5912,7 @@ def is_same():
     return isinstance(same, smithers_serve.Workflow)
 
 same = Workflow("same", Task("check", is_same))
+is_other = dict
 
 def spawned():
     import concurrent.futures, multiprocessing
@@ -6197,6 +6217,14 @@ class MistakeTest(CommandCase):
                 with open(path, "rb") as file:
                     found[name] = file.read()
         return found
+
+    def test_an_executor_that_cannot_be_made(self) -> None:
+        self.assert_mistakes(
+            ("nowhere.*No module named", "flow.py:other --executor nowhere:make"),
+            ("flow:none.*MODULE:FACTORY", "flow.py:other --executor flow:none"),
+            ("flow:fail: RuntimeError: it broke", "flow.py:other --executor flow:fail"),
+            ("flow:is_other: dict is not an executor", "flow.py:other --executor flow:is_other"),
+        )
 
     def test_a_file_that_cannot_be_loaded(self) -> None:
         self.write("broken.py", "x = 1\ndef f(:\n")
@@ -6570,7 +6598,7 @@ class DemoTest(CommandCase):
 
 SEAT = """
 import os, sys
-from smithers_serve import Approval, Loop, Parallel, Task, Workflow, current_task
+from smithers_serve import Approval, Loop, Parallel, Pause, Task, Workflow, current_task
 
 def chat():
     print("line 1")
@@ -6599,6 +6627,7 @@ broke = Workflow("broke", Task("build", chat), Task("fail", broken), Task("last"
 notes = Workflow("notes", Task("a", note), Loop(Task("b", note), id="l", until=False,
                  max_iterations=2), Parallel(Task("c", note), Task("d", note)), Task("e", note))
 long = Workflow("long", Task("hold", hold), Approval("deploy"))
+paused = Workflow("paused", Pause("rest", seconds=600), Task("after", {}))
 listed = Workflow("listed", Approval("deploy", metadata=["a", "b"]))
 gave_up = Workflow("gave_up", Task("build", chat), Task("x", give_up, retries=1))
 where = Workflow("where", Task("where", ["pwd"]), Task("fail", broken))
@@ -6939,6 +6968,20 @@ class SeatTest(SeatCase):
             argv = (*MODULE, "wait", "ship", *line.split())
             with self.subTest(line=line), Child(*argv, folder=self.folder) as child:
                 self.assertEqual(child.process.wait(10), code)
+
+    def test_a_pause_waits_for_nobody(self) -> None:
+        argv = (*MODULE, "up", "seat.py:paused", "-r", "paused")
+        with Child(*argv, folder=self.folder) as child:
+            child.wait_for("rest . pauses until ....-..-.. ..:..:.. UTC")
+            eventually(lambda: "waiting-approval" in self.tell("ps"))
+            self.assertIn("  rest pauses: goes on in 10 min\n", self.tell("status"))
+            self.assertNotIn("1 approval", self.tell("ps"))
+            self.assertIn("Nothing waits for a decision.", self.tell("show"))
+            self.assertNotIn("approve", self.tell("show paused rest"))
+            self.tell("approve paused rest -y", 5)
+            self.tell("wait paused --for gate --timeout 0.05", 5)
+            self.assertEqual(child.finish(signal.SIGTERM)[0], 3)
+        self.assertIn("pause rest", self.tell("graph seat.py:paused"))
 
     def test_graph_shows_the_order_without_running(self) -> None:
         out = self.tell("graph seat.py:wide --mermaid")
