@@ -4678,7 +4678,7 @@ def traceback_of(error: BaseException) -> str:
     return printable(text[-MAX_TRACEBACK_CHARS:].rstrip())
 
 
-CALLERS_OF_USER_CODE = ("call_function", "supervise", "render")
+CALLERS_OF_USER_CODE = ("call_function", "supervise", "render", "run_command")
 MAX_TRACEBACK_CHARS = 8 << 10
 
 
