@@ -9742,6 +9742,185 @@ class ServerLifeTest(ManyCase):
             server.app.close()
 
 
+RECORDED = os.path.join(HERE, os.pardir, "shared", "spec", "multi-workflow-recorded.json")
+RECORDED_FLOWS = {
+    "ok": "Task('one', {}), Task('two', {})",
+    "gate": "Task('pre', {}), Task('deploy', {}, needs_approval=True), Task('post', {})",
+    "slow": "Task('slow', hold), Task('then', {})",
+    "fail": "Task('fail', ['false'])",
+    "inp": "Task('inp', {'n': ctx.input['n']})",
+}
+
+
+def gist(status: int, text: str) -> tuple[Any, ...]:
+    """Return of an answer what must be alike: of a list only the first, of a stream if it tells.
+
+    Bodies are recorded up to some length only.
+    """
+    if text.startswith("retry: 1000\n\n"):
+        return status, "stream", "data: " in text
+    if not text.startswith(("{", "[{")):
+        return status, text[:2] if text != "" and text[0] in "[]" else ""
+    try:
+        first, _ = json.JSONDecoder().raw_decode(text.lstrip("["))
+    except ValueError:
+        return status, text[0]
+    if "error" in first:
+        return status, first["error"]["code"]
+    names = ("runId", "workflowName", "status", "summary")
+    told = {name: first[name] for name in names if name in first}
+    if re.fullmatch(r"[0-9a-f-]{36}|run-\d+-\w+", str(first.get("runId"))):
+        told["runId"] = "a new one"
+    return status, text[0], list(first), told
+
+
+class ReplayTest(ManyCase):
+    """Every recorded answer of the original's server, beside ours."""
+
+    # Why an answer of ours differs -> its status and code, if any -> the records.
+    DIFFERS = {
+        "there is a route /health": {"200": "2"},
+        "there is always a database": {"200": "3"},
+        "what is no workflow is a mistake of the client's": {
+            "400 WORKFLOW_INVALID": "29 30 32 212"},
+        "the module is loaded by the run's process, which fails the run": {"200": "31"},
+        "workflowPath may be left out at a resume: its row has it": {"404 RUN_NOT_FOUND": "36"},
+        "the run has a row, with its name, before the answer; here it has ended": {"200": "39"},
+        "a run that has ended is shown": {"200": "40 60 70 112", "409 RUN_NOT_ACTIVE": "42"},
+        "a page of another site starts nothing": {"403 FORBIDDEN": "44", "404 NOT_FOUND": "45"},
+        "a run id that no URL could name is refused": {"400 INVALID_REQUEST": "46 47 48 49 50 51 52"},
+        "what is malformed is refused, not failed at": {
+            "400 INVALID_REQUEST": "56 82 101 102 103 104 172", "400 INVALID_JSON": "67"},
+        "the cancel above was refused": {"200": "68"},
+        "real paths count, and a root is never left": {
+            "400 WORKFLOW_PATH_OUTSIDE_ROOT": "57 175"},
+        "the run above was refused": {"200": "176"},
+        "numbers are whole and written in digits, and given once": {
+            "400 INVALID_REQUEST": "79 80 81 85 87 88 180 181 182 186 187"},
+        "a frame is committed when the tree differs from the last": {"200": "83"},
+        "there are fewer events, and numbers: none of snapshots": {"200": "91 183"},
+        "a path is percent-decoded": {"200": "90"},
+        "HEAD is answered as GET": {"200": "92"},
+        "only an open gate is decided, and once": {
+            "404 NODE_NOT_FOUND": "97 99 105", "409 APPROVAL_NOT_PENDING": "98 108 203"},
+        "a decision wakes the run: it has finished since": {
+            "200": "107 110 116 117 160 162 194", "409 RUN_NOT_ACTIVE": "161"},
+        "of racing requests for one id one starts a run": {"409 RUN_ALREADY_EXISTS": "119 120"},
+        "as in serve mode: a scheme in any case, no token without one, either header": {
+            "401 UNAUTHORIZED": "125 129", "200": "126 130"},
+        "a run is named as its workflow, in every list": {
+            "200": "140 141 142 143 145 148 150 151 152 165 167"},
+        "a parameter that nobody knows is refused": {"400 INVALID_REQUEST": "149"},
+        "frames are kept": {"200": "154 155"},
+        "a run without an engine can be cancelled": {"200": "169"},
+        "a run that has ended stays as it is": {"200": "171 208"},
+        "what was open is closed with the run": {"200": "201 204"},
+    }  # fmt: skip
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        pass
+
+    def setUp(self) -> None:
+        if not os.path.exists(RECORDED):
+            self.skipTest("the recorded answers are not beside this checkout")
+        with open(RECORDED, encoding="utf-8") as file:
+            self.records = json.load(file)["records"]
+        self.servers = {}
+        for name in "ABC":
+            folder = tempfile.TemporaryDirectory(prefix="smithers-test-")
+            self.addCleanup(folder.cleanup)
+            self.servers[name] = many = Many(folder.name)
+            for flow, tree in RECORDED_FLOWS.items():
+                text = (
+                    f"{MANY_FLOWS}\ndef workflow(ctx):\n    return Workflow('{flow}-wf', {tree})\n"
+                )
+                many.write(f"flows/{flow}.py", text)
+            many.write("flows/syntax.py", "a = = 1\n")
+            many.write("flows/nodefault.py", "a = 1\n")
+            outside = os.path.join(many.folder, "outside")
+            os.mkdir(outside)
+            shutil.copyfile(os.path.join(many.root, "flows", "ok.py"), f"{outside}/x.py")
+            os.symlink(f"{outside}/x.py", os.path.join(many.root, "flows", "link.py"))
+            many.start(*(("--auth-token", "sk") if name == "B" else ()))
+            self.addCleanup(many.close)
+
+    def tearDown(self) -> None:
+        for many in getattr(self, "servers", {}).values():
+            self.path = many.path
+            self.check_database(self.adapter())
+
+    @staticmethod
+    def is_settled(many: Many) -> bool:
+        """Return whether every run has ended, waits without a process, or is a slow one at work."""
+        found = many.read("""select count(*) from _smithers_runs where not (
+            status in ('finished', 'failed', 'cancelled')
+            or status = 'waiting-approval' and runtime_owner_id is null
+            or status = 'running' and cancel_requested_at_ms is null and exists (
+              select 1 from _smithers_nodes n where n.run_id = _smithers_runs.run_id
+              and state = 'in-progress'))""")  # fmt: skip
+        woken = many.read("select count(*) from _smithers_woken join _smithers_runs using (run_id)"
+                          " where status not in ('finished', 'failed', 'cancelled')")  # fmt: skip
+        return bool(found[0][0] + woken[0][0] == 0)
+
+    def replay(self, record: dict[str, Any]) -> tuple[list[str], str]:
+        """Put a recorded question to ours and return the lines of its head, and its body."""
+        many = self.servers[record["server"][0]]
+        eventually(lambda: self.is_settled(many))
+        headers = {name: value for name, value in record["headers"].items()
+                   if name.lower() not in ("content-length", "transfer-encoding")}  # fmt: skip
+        body = (record["body"] or "").replace(".tsx", ".py").encode()
+        is_chunked = record["headers"].get("Transfer-Encoding") == "chunked"
+        size = int(record["headers"].get("Content-Length", 1_048_577 if is_chunked else 0))
+        if size > 10_000:  # not recorded in full
+            end = b'"}' if record["n"] == 212 else b""
+            body = (b'{"workflowPath":"' + b"x" * size)[: size - len(end)] + end
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        host = "a b" if record["n"] == 56 else "localhost"
+        framed = b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+        if is_chunked:
+            framed = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+        head = f"{record['method']} {record['path']} HTTP/1.1\r\nHost: {host}\r\n{lines}"
+        head += "Connection: close\r\n"
+        with connect(many.port, head.encode() + framed) as sock:
+            received = b""
+            # A stream of a run that goes on has no end: what it says at once is enough.
+            with contextlib.suppress(ConnectionError, socket.timeout):
+                while b"\ndata: " not in received:
+                    if b"retry: 1000" in received:
+                        sock.settimeout(0.2)
+                    data = sock.recv(65536)
+                    if not data:
+                        break
+                    received += data
+        top, _, rest = received.partition(b"\r\n\r\n")
+        if b"chunked" in top:
+            rest = re.sub(rb"(?:\A|\r\n)[0-9a-f]+\r\n", b"", rest)
+        return top.decode().split("\r\n"), rest.decode()
+
+    def test_answers_are_the_originals(self) -> None:
+        differs = {
+            int(number): answer
+            for answers in self.DIFFERS.values()
+            for answer, numbers in answers.items()
+            for number in numbers.split()
+        }
+        for record in self.records:
+            (first, *lines), text = self.replay(record)
+            status = int(first.split(" ")[1])
+            ours, theirs = gist(status, text), gist(record["status"], record["responseBody"])
+            with self.subTest(n=record["n"], path=record["path"], body=str(record["body"])[:80]):
+                if record["n"] in differs:
+                    self.assertNotEqual(ours[: len(theirs)], theirs, "it is alike: unlist it")
+                    code = f" {ours[1]}" if status >= 400 else ""
+                    self.assertEqual(f"{status}{code}", differs[record["n"]])
+                else:
+                    self.assertEqual(ours[: len(theirs)], theirs)
+                    kept = ("Content-Type: ", "Cache-Control: ", "X-Content-Type-Options: ")
+                    expected = {x for x in record["responseHeaders"] if x.startswith(kept)}
+                    self.assertLessEqual(expected, set(lines))
+
+
 # ---------------------------------------------------------------------------
 # Model: random trees that change while they run, held against rules of their own
 # ---------------------------------------------------------------------------
