@@ -8949,6 +8949,7 @@ def get_events(app: App, request: Request) -> Response:
     headers = (
         ("Content-Type", "text/event-stream"),
         ("Cache-Control", "no-cache"),
+        ("X-Content-Type-Options", "nosniff"),
         ("X-Accel-Buffering", "no"),
     )
     return Response(200, headers=headers, stream=StreamStart(request.view, after))
@@ -9033,6 +9034,7 @@ def get_metrics(app: App, request: Request) -> Response:
     headers = (
         ("Content-Type", "text/plain; version=0.0.4; charset=utf-8"),
         ("Cache-Control", "no-store"),
+        ("X-Content-Type-Options", "nosniff"),
     )
     return Response(200, app.metrics.render().encode("utf-8"), headers)
 
