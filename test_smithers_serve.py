@@ -2,8 +2,8 @@
 
 python3 -m unittest                      every test, nothing to install
 python3 test_smithers_serve.py bench     measure
-                                         (also: crash N, restart N, power [ROUNDS], fuzz SECONDS,
-                                         model SECONDS, executors [NAME...])
+                                         (also: crash N, crash-server N, restart N, power [ROUNDS],
+                                         fuzz SECONDS, model SECONDS, executors [NAME...])
 """
 
 from __future__ import annotations
@@ -12759,6 +12759,172 @@ def crash_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
+SERVER_CRASH_FLOW = (
+    CRASH_FLOW.replace('EFFECTS = os.environ["CRASH_EFFECTS"]', "EFFECTS = None")
+    .replace('with open(EFFECTS, "ab"', 'with open("effects-" + task.run_id, "ab"')
+    .replace("with open(EFFECTS) as", 'with open("effects-" + current_task().run_id) as')
+    .replace('"$CRASH_EFFECTS"', '"effects-$SMITHERS_RUN_ID"')
+)
+
+
+class ServerCrash:
+    """A server whose runs are decided and cancelled while it, or a part of it, is killed."""
+
+    def __init__(self, folder: str, chance: random.Random) -> None:
+        self.many = Many(folder)
+        self.many.write("crash.py", SERVER_CRASH_FLOW)
+        self.chance = chance
+        self.kills: Counter[str] = Counter()
+        self.cancelled: set[str] = set()
+        self.ended: Counter[str] = Counter()
+        self.memory: list[float] = []
+        self.wrong: list[str] = []
+        self.rounds = 0
+        self.many.start("--max-runs", "4")
+
+    def round(self) -> None:
+        """Start runs, kill something at a random moment, and see every run to its end."""
+        self.rounds += 1
+        ids = [f"r{self.rounds}-{number}" for number in range(self.chance.randint(1, 6))]
+        for run_id in ids:
+            self._post("/v1/runs", {"workflowPath": "crash.py", "runId": run_id})
+        stop = threading.Event()
+        decider = threading.Thread(target=self._decide, args=(stop,))
+        decider.start()
+        try:
+            if self.chance.random() < 0.3:
+                run_id = self.chance.choice(ids)
+                time.sleep(self.chance.uniform(0, 0.3))
+                if self._post(f"/v1/runs/{run_id}/cancel", {}).status == 200:
+                    self.cancelled.add(run_id)
+            time.sleep(self.chance.uniform(0, 0.6))
+            self._kill(self.chance.choice(("worker", "forker", "server")))
+            self._wait_for_ends(ids)
+        finally:
+            stop.set()
+            decider.join()
+        for run_id in ids:
+            self._inspect(run_id)
+        if self.rounds % 10 == 0:
+            self.memory.append(vitals(self.many.child.pid).rss)
+
+    def _post(self, path: str, body: Any) -> Reply:
+        """Ask until there is an answer: the server may have been killed meanwhile."""
+        replies: list[Reply] = []
+
+        def is_answered() -> bool:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                replies.append(self.many.ask("POST", path, body))
+            return bool(replies)
+
+        eventually(is_answered, 60)
+        return replies[0]
+
+    def _decide(self, stop: threading.Event) -> None:
+        """Decide every gate that waits: over HTTP, or straight in the file."""
+        with contextlib.closing(ss.SmithersDb(self.many.path)) as db:
+            while not stop.wait(0.02):
+                for run_id, gate in db.list_open_gates():
+                    verdict = "denied" if gate.key == ("again", 2) else "approved"
+                    with contextlib.suppress(OSError, http.client.HTTPException, ss.SmithersError):
+                        if self.chance.random() < 0.5:
+                            decision = ss.Decision(verdict, gate.iteration)
+                            ss.decide(db, run_id, gate.node_id, decision)
+                        else:
+                            word = "deny" if verdict == "denied" else "approve"
+                            path = f"/v1/runs/{run_id}/nodes/{gate.node_id}/{word}"
+                            self.many.ask("POST", path, {"iteration": gate.iteration})
+
+    def _kill(self, what: str) -> None:
+        self.kills[what] += 1
+        if what == "server":
+            self.many.child.process.kill()
+            self.many.child.close()
+            self.many.start("--max-runs", "4")
+            return
+        victims = self._workers() if what == "worker" else children_of(self.many.child.pid)
+        if victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.chance.choice(victims), signal.SIGKILL)
+
+    def _workers(self) -> list[int]:
+        owners = self.many.read("select runtime_owner_id from _smithers_runs where status = "
+                                "'running' and runtime_owner_id is not null")  # fmt: skip
+        return [ss.process_of(owner)[1] for (owner,) in owners if ss.process_is_alive(owner)]
+
+    def _wait_for_ends(self, ids: list[str]) -> None:
+        try:
+            eventually(lambda: all(self.many.row(i)[0] in ss.TERMINAL_STATUSES for i in ids), 60)
+        except AssertionError:
+            rows = [(run_id, *self.many.row(run_id)) for run_id in ids]
+            self.wrong.append(f"not ended: {rows}: {self.many.child.text()[-1500:]}")
+
+    def _inspect(self, run_id: str) -> None:
+        status = self.many.row(run_id)[0]
+        self.ended[status] += 1
+        expected = "cancelled" if run_id in self.cancelled else "finished"
+        if status != expected:
+            self.wrong.append(f"{run_id} is {status}, not {expected}")
+        with contextlib.closing(sqlite3.connect(self.many.path, timeout=10)) as db:
+            only = sqlite3.connect(":memory:")
+            tables = ("runs", "events", "nodes", "attempts", "approvals", "frames", "summary",
+                      "outputs")  # fmt: skip
+            for table in (f"_smithers_{name}" for name in tables):
+                names = [row[1] for row in db.execute(f"pragma table_info({table})")]
+                only.execute(f"create table {table} ({', '.join(names)})")
+                found = db.execute(f"select * from {table} where run_id = ?", (run_id,)).fetchall()
+                only.executemany(
+                    f"insert into {table} values ({','.join('?' * len(names))})", found
+                )
+        with contextlib.closing(only):
+            log = [(seq, json.loads(payload)) for seq, payload in only.execute(
+                "select seq, payload_json from _smithers_events order by seq")]  # fmt: skip
+            if [seq for seq, _ in log] != list(range(len(log))):
+                self.wrong.append(f"{run_id}: the log has gaps")
+            found = []
+            if status == "finished":
+                found += inspect_rows(only, Book(log))
+            effects = os.path.join(self.many.root, f"effects-{run_id}")
+            found += [] if run_id in self.cancelled else inspect_effects(only, effects)
+            self.wrong += [f"{run_id}: {text}" for text in found]
+
+    def close(self) -> None:
+        """End the server: nothing may be left of it or of its workers."""
+        family = [*self._workers(), *children_of(self.many.child.pid)]
+        self.many.child.finish(signal.SIGTERM)
+        self.many.child.close()
+        with contextlib.suppress(AssertionError):
+            eventually(lambda: not any(map(is_process, family)), 10)
+        self.wrong += [f"process {pid} is left" for pid in family if is_process(pid)]
+        root = self.many.root
+        for name in filter(str.isdecimal, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{name}/cwd") == root:
+                    self.wrong.append(f"process {name} is left in {root}")
+
+
+def server_crash_command(arguments: argparse.Namespace) -> int:
+    """Kill parts of a server of many runs in N rounds."""
+    began = time.monotonic()
+    folder = tempfile.mkdtemp(prefix="smithers-many-")
+    crash = ServerCrash(folder, random.Random(arguments.seed))
+    try:
+        while crash.rounds < arguments.count and not crash.wrong:
+            crash.round()
+    finally:
+        crash.close()
+    memory = ", ".join(f"{rss:.1f}" for rss in crash.memory)
+    print(f"{crash.rounds} rounds in {time.monotonic() - began:.0f} s, seed {arguments.seed}; "
+          f"killed {dict(crash.kills)}; runs {dict(crash.ended)}; server's MiB: {memory}")  # fmt: skip
+    if crash.wrong:
+        print(f"kept: {folder}")
+        print("\n".join(f"VIOLATION {text}" for text in crash.wrong))
+        return 1
+    print("no violation")
+    shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
 # ---------------------------------------------------------------------------
 # Restart: SIGTERM and the same line again, as a service manager does, with a kill -9 at times
 # ---------------------------------------------------------------------------
@@ -13936,6 +14102,10 @@ def make_arguments() -> argparse.ArgumentParser:
     crash.add_argument("count", type=int, metavar="N")
     crash.add_argument("--seed", type=int, default=random.randrange(10**6))
     crash.set_defaults(run=crash_command)
+    server_crash = commands.add_parser("crash-server", help="kill parts of a server in N rounds")
+    server_crash.add_argument("count", type=int, metavar="N")
+    server_crash.add_argument("--seed", type=int, default=random.randrange(10**6))
+    server_crash.set_defaults(run=server_crash_command)
     restart = commands.add_parser("restart", help="stop and go on with a run N times")
     restart.add_argument("count", type=int, metavar="N")
     restart.add_argument("--seed", type=int, default=random.randrange(10**6))
@@ -13970,6 +14140,7 @@ if __name__ == "__main__":
         *CHILDREN,
         "bench",
         "crash",
+        "crash-server",
         "restart",
         "power",
         "executors",
