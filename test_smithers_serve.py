@@ -3,7 +3,8 @@
 python3 -m unittest                      every test, nothing to install
 python3 test_smithers_serve.py bench     measure
                                          (also: crash N, crash-server N, restart N, power [ROUNDS],
-                                         fuzz SECONDS, model SECONDS, executors [NAME...])
+                                         fuzz SECONDS, fuzz-server SECONDS, model SECONDS,
+                                         executors [NAME...])
 """
 
 from __future__ import annotations
@@ -12913,9 +12914,10 @@ def server_crash_command(arguments: argparse.Namespace) -> int:
             crash.round()
     finally:
         crash.close()
+    took = time.monotonic() - began
     memory = ", ".join(f"{rss:.1f}" for rss in crash.memory)
-    print(f"{crash.rounds} rounds in {time.monotonic() - began:.0f} s, seed {arguments.seed}; "
-          f"killed {dict(crash.kills)}; runs {dict(crash.ended)}; server's MiB: {memory}")  # fmt: skip
+    print(f"{crash.rounds} rounds in {took:.0f} s, seed {arguments.seed}")
+    print(f"killed {dict(crash.kills)}, runs {dict(crash.ended)}, server's MiB: {memory}")
     if crash.wrong:
         print(f"kept: {folder}")
         print("\n".join(f"VIOLATION {text}" for text in crash.wrong))
@@ -13586,6 +13588,10 @@ def workflow(ctx):
                     Approval("never"))
 """
 BODY = b'{"iteration": 0, "note": "fine \\u00e9", "decidedBy": "fuzz"}'
+ORDER = (
+    b'{"workflowPath": "fuzz.py:ends", "runId": "ended", "input": {"n": 1}, "resume": true,'
+    b' "config": {"maxConcurrency": "2"}}'
+)
 HOST_LINE = b"Host: 127.0.0.1\r\n"
 VALID = (
     b"GET / HTTP/1.1\r\n" + HOST_LINE + b"\r\n",
@@ -13607,6 +13613,27 @@ VALID = (
     b"Authorization: Bearer token\r\nContent-Length: 2\r\n\r\n{}",
     b"POST /deny/never HTTP/1.1\r\n" + HOST_LINE + b"Sec-Fetch-Site: same-origin\r\n"
     b"Content-Length: 2\r\n\r\n{}",
+)  # fmt: skip
+SERVER_VALID = (
+    b"GET /v1/runs HTTP/1.1\r\n" + HOST_LINE + b"\r\n",
+    b"GET /v1/runs?limit=2&status=running HTTP/1.1\r\n" + HOST_LINE + b"\r\n",
+    b"GET /v1/approvals?limit=3 HTTP/1.1\r\n" + HOST_LINE + b"\r\n",
+    b"GET /v1/runs/again HTTP/1.1\r\n" + HOST_LINE + b"\r\n",
+    b"GET /v1/runs/ended/frames?limit=2&afterFrameNo=0 HTTP/1.1\r\n" + HOST_LINE + b"\r\n",
+    b"GET /v1/runs/ended/events?afterSeq=3 HTTP/1.1\r\n" + HOST_LINE + b"Last-Event-ID: 5\r\n\r\n",
+    b"GET /v1/runs/again/nodes?state=finished&limit=1 HTTP/1.1\r\n" + HOST_LINE + b"\r\n",
+    b"GET /v1/runs/again/nodes/ship?iteration=0 HTTP/1.1\r\n" + HOST_LINE + b"\r\n",
+    b"HEAD /v1/runs/again/why HTTP/1.1\r\n" + HOST_LINE + b"\r\n",
+    b"POST /v1/runs/again/nodes/ship/approve HTTP/1.1\r\n" + HOST_LINE
+    + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY,
+    b"POST /v1/runs/again/nodes/sh%69p/deny HTTP/1.1\r\n" + HOST_LINE
+    + b"Content-Length: 2\r\n\r\n{}",
+    b"POST /v1/runs/ended/cancel HTTP/1.1\r\n" + HOST_LINE + b"Content-Length: 0\r\n\r\n",
+    b"POST /v1/runs/ended/retry HTTP/1.1\r\n" + HOST_LINE + b"Content-Length: 2\r\n\r\n{}",
+    b"POST /v1/runs/again/resume HTTP/1.1\r\n" + HOST_LINE + b"Content-Length: 0\r\n\r\n",
+    b"POST /v1/runs HTTP/1.1\r\n" + HOST_LINE + b"Content-Length: %d\r\n\r\n" % len(ORDER) + ORDER,
+    b"POST /v1/runs HTTP/1.1\r\n" + HOST_LINE + b"Transfer-Encoding: chunked\r\n\r\n"
+    b"%x\r\n%b\r\n0\r\n\r\n" % (len(ORDER), ORDER),
 )  # fmt: skip
 PIECES = (
     b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"%", b"%00", b"%ff", b"..", b"//", b"*",
@@ -13643,9 +13670,9 @@ def mutate(data: bytes, chance: random.Random) -> bytes:
     return data[:at] + chance.choice(PIECES) + data[at:]
 
 
-def make_request(chance: random.Random) -> bytes:
+def make_request(chance: random.Random, valid: tuple[bytes, ...] = VALID) -> bytes:
     """Return one to four valid requests in a row, with up to four things changed."""
-    data = b"".join(chance.choice(VALID) for _ in range(chance.choice((1, 1, 1, 2, 4))))
+    data = b"".join(chance.choice(valid) for _ in range(chance.choice((1, 1, 1, 2, 4))))
     for _ in range(chance.choice((0, 1, 1, 1, 2, 2, 4))):
         data = mutate(data, chance) or b"\r\n"
     return data
@@ -13669,9 +13696,10 @@ class Fuzz:
     ALLOWED = (501, 503, 505)
     STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) [A-Z][A-Za-z -]*\r\n")
 
-    def __init__(self, run: Child, seed: int) -> None:
+    def __init__(self, run: Child, seed: int, valid: tuple[bytes, ...] = VALID) -> None:
         self.run = run
         self.seed = seed
+        self.valid = valid
         self.statuses: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.requests = 0
@@ -13711,7 +13739,7 @@ class Fuzz:
     def _work(self, seed: int) -> None:
         chance = random.Random(seed)
         while not self._stop.is_set():
-            request = make_request(chance)
+            request = make_request(chance, self.valid)
             try:
                 answer = self._exchange(cut(request, chance), chance)
             except OSError as error:
@@ -13759,29 +13787,52 @@ def fuzz_command(arguments: argparse.Namespace) -> int:
     """Fuzz for some seconds; the server must stay as it was."""
     with served(FUZZ_FLOW, PYTHONFAULTHANDLER="1") as run:
         run.wait_for_status("waiting-approval")
-        fuzz = Fuzz(run, arguments.seed)
-        fuzz.throw(min(1.0, arguments.seconds / 4))  # what a warm server holds is no leak
-        time.sleep(3.0)
-        before = vitals(run.pid)
+        cancel = functools.partial(ask, run.port, "POST", "/cancel")
+        return fuzz_server(Fuzz(run, arguments.seed), arguments.seconds, cancel)
+
+
+def fuzz_many_command(arguments: argparse.Namespace) -> int:
+    """Fuzz /v1 of a server with some runs for some seconds; it must stay as it was."""
+    with tempfile.TemporaryDirectory(prefix="smithers-fuzz-") as folder:
+        many = Many(folder)
+        many.write("fuzz.py", FUZZ_FLOW + "\nends = Workflow('ends', Task('build', {}))\n")
+        run = many.start(PYTHONFAULTHANDLER="1")
+        try:
+            for flow, run_id in (("fuzz.py", "again"), ("fuzz.py:ends", "ended")):
+                many.post(flow, run_id)
+                many.wait(run_id, "waiting-approval", "finished")
+            cancel = functools.partial(many.ask, "POST", "/v1/runs/again/cancel")
+            fuzz = Fuzz(run, arguments.seed, SERVER_VALID)
+            return fuzz_server(fuzz, arguments.seconds, cancel)
+        finally:
+            many.close()
+
+
+def fuzz_server(fuzz: Fuzz, seconds: float, cancel: Callable[[], Any]) -> int:
+    """Fuzz a server and tell how it stands then; `cancel` ends its run, before the last part."""
+    run, seed = fuzz.run, fuzz.seed
+    fuzz.throw(min(1.0, seconds / 4))  # what a warm server holds is no leak
+    time.sleep(3.0)
+    before = vitals(run.pid)
+    fuzz.seed += 1
+    fuzz.throw(seconds * 0.75)
+    if not fuzz.wrong:
+        cancel()
         fuzz.seed += 1
-        fuzz.throw(arguments.seconds * 0.75)
-        if not fuzz.wrong:
-            ask(run.port, "POST", "/cancel")
-            fuzz.seed += 1
-            fuzz.throw(arguments.seconds * 0.25)  # at a run that has ended
-        after = settle(run.pid, before, 15.0)
-        if run.process.poll() is not None:
-            fuzz.wrong.append(f"the server has ended with {run.process.returncode}")
-        if after.threads > before.threads + 1 or after.descriptors > before.descriptors + 4:
-            fuzz.wrong.append(f"leaked: {before} became {after}")
-        fuzz.wrong += [line for line in run.lines if "Traceback" in line or "ERROR" in line][:5]
-        if fuzz.wrong and run.process.poll() is None:
-            run.process.send_signal(signal.SIGABRT)  # it tells where its threads are
-            run.process.wait()
-            run.close()
-            print("".join(run.lines[-100:]))
+        fuzz.throw(seconds * 0.25)  # at a run that has ended
+    after = settle(run.pid, before, 15.0)
+    if run.process.poll() is not None:
+        fuzz.wrong.append(f"the server has ended with {run.process.returncode}")
+    if after.threads > before.threads + 1 or after.descriptors > before.descriptors + 4:
+        fuzz.wrong.append(f"leaked: {before} became {after}")
+    fuzz.wrong += [line for line in run.lines if "Traceback" in line or "ERROR" in line][:5]
+    if fuzz.wrong and run.process.poll() is None:
+        run.process.send_signal(signal.SIGABRT)  # it tells where its threads are
+        run.process.wait()
+        run.close()
+        print("".join(run.lines[-100:]))
     counts = ", ".join(f"{key}: {count:,}" for key, count in sorted(fuzz.statuses.items()))
-    print(f"{fuzz.requests:,} connections, seed {arguments.seed}; {counts}")
+    print(f"{fuzz.requests:,} connections, seed {seed}; {counts}")
     print(f"threads {before.threads} -> {after.threads}, descriptors {before.descriptors} -> "
           f"{after.descriptors}, memory {before.rss:.1f} -> {after.rss:.1f} MiB")  # fmt: skip
     print("\n".join(f"VIOLATION {text}" for text in fuzz.wrong[:20]) or "no violation")
@@ -14118,6 +14169,10 @@ def make_arguments() -> argparse.ArgumentParser:
     fuzz.add_argument("seconds", type=float, metavar="SECONDS")
     fuzz.add_argument("--seed", type=int, default=random.randrange(10**6))
     fuzz.set_defaults(run=fuzz_command)
+    fuzz_many = commands.add_parser("fuzz-server", help="the same, at a server of many runs")
+    fuzz_many.add_argument("seconds", type=float, metavar="SECONDS")
+    fuzz_many.add_argument("--seed", type=int, default=random.randrange(10**6))
+    fuzz_many.set_defaults(run=fuzz_many_command)
     model = commands.add_parser("model", help="run random trees that change while they run")
     model.add_argument("seconds", type=float, metavar="SECONDS")
     model.add_argument("--seed", type=int, default=random.randrange(10**6))
@@ -14145,6 +14200,7 @@ if __name__ == "__main__":
         "power",
         "executors",
         "fuzz",
+        "fuzz-server",
         "model",
     ):
         raise SystemExit(main(sys.argv[1:]))
