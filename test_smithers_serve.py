@@ -11816,7 +11816,7 @@ def bench_peers(options: Options) -> list[Measure]:
                  Measure("GET /health, ours to uvicorn+Starlette", "times", ratio, 1,
                          ">")]  # fmt: skip
     if has_modules(options.peer, "dbos"):
-        theirs = measure_dbos(options)
+        theirs = run_peer(PEER_STEPS, options)
         ours = [run_steps("sequence", 200)["ms"] for _ in theirs]
         ratio = [other / mine for mine, other in zip(ours, theirs)]
         rows += [Measure("a step, DBOS on sqlite", "ms", theirs),
@@ -11842,16 +11842,17 @@ def measure_beside_uvicorn(options: Options) -> tuple[list[float], list[float]]:
     return [theirs for theirs, _ in pairs], [ours for _, ours in pairs]
 
 
-def measure_dbos(options: Options) -> list[float]:
+def run_peer(script: str, options: Options) -> list[float]:
+    """Return what a script prints, run by the interpreter that has the peers."""
     with tempfile.TemporaryDirectory(prefix="smithers-bench-") as folder:
-        script = os.path.join(folder, "peer_steps.py")
-        with open(script, "w", encoding="utf-8") as out:
-            out.write(PEER_STEPS)
-        argv = [script, os.path.join(folder, "dbos.sqlite"), options.rounds]
-        code, out, err = run_child(*argv, folder=folder, python=options.peer)
+        path = os.path.join(folder, "peer_steps.py")
+        with open(path, "w", encoding="utf-8") as out:
+            out.write(script)
+        argv = [path, os.path.join(folder, "dbos.sqlite"), options.rounds]
+        code, out_text, err = run_child(*argv, folder=folder, python=options.peer)
         if code:
             raise RuntimeError(err[-200:])
-        figures: list[float] = json.loads(out.splitlines()[-1])
+        figures: list[float] = json.loads(out_text.splitlines()[-1])
         return figures
 
 
@@ -12173,6 +12174,178 @@ def bench_busy(options: Options) -> list[Measure]:
         rows += [Measure(f"{name}, p99", "ms", [f["p99"] for f in figures], 100),
                  Measure(name, "/s", [f["rate"] for f in figures])]  # fmt: skip
     return rows
+
+
+# Many runs
+
+
+MANY_BENCH_FLOW = """
+from smithers_serve import Approval, Task, Workflow, current_task
+
+def step():
+    return 1
+
+def hold():
+    current_task().log("holding")
+    current_task().cancelled.wait(600)
+
+def workflow(ctx):
+    return Workflow("two", Task("one", step), Task("two", step))
+
+parked = Workflow("parked", Approval("ok"), Task("after", step))
+held = Workflow("held", Task("hold", hold))
+"""
+PEER_RUNS = """
+import json, os, sys, time
+from dbos import DBOS
+
+DBOS(config={"name": "bench", "system_database_url": "sqlite:///" + sys.argv[1],
+             "log_level": "ERROR", "run_admin_server": False})
+
+@DBOS.step()
+def step():
+    return 1
+
+@DBOS.workflow()
+def flow():
+    step()
+    step()
+
+DBOS.launch()
+flow()
+rates = []
+for _ in range(int(sys.argv[2])):
+    began = time.perf_counter()
+    handles = [DBOS.start_workflow(flow) for _ in range(200)]
+    for handle in handles:
+        handle.get_result()
+    rates.append(200 / (time.perf_counter() - began))
+print(json.dumps(rates), flush=True)
+os._exit(0)
+"""
+
+
+@contextlib.contextmanager
+def serving_many(*flags: str) -> Iterator[Many]:
+    with tempfile.TemporaryDirectory(prefix="smithers-bench-") as folder:
+        many = Many(folder)
+        many.write("bench.py", MANY_BENCH_FLOW)
+        many.start(*flags)
+        try:
+            many.post("bench.py", "warm")
+            many.wait("warm", "finished")
+            yield many
+        finally:
+            many.close()
+
+
+def count_runs(many: Many, status: str) -> int:
+    found = many.read("select count(*) from _smithers_runs where status = ?", status)
+    return int(found[0][0])
+
+
+@bench("runs")
+def bench_runs(options: Options) -> list[Measure]:
+    """Runs of two tasks, each in a process of its own: one by one, and as many as can be."""
+    theirs, rates, posts = [], [], []
+    if has_modules(options.peer, "dbos"):
+        theirs = run_peer(PEER_RUNS, options)
+    with serving_many() as many:
+        for number in range(20):
+            began = time.perf_counter()
+            many.post("bench.py", f"one-{number}")
+            posts.append(1000 * (time.perf_counter() - began))
+            many.wait(f"one-{number}", "finished")
+        for turn in range(options.rounds):
+            before, began = count_runs(many, "finished"), time.perf_counter()
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                list(pool.map(lambda n: many.post("bench.py", f"{turn}-{n}"), range(200)))  # noqa: B023
+            eventually(lambda: count_runs(many, "finished") == before + 200, 120)  # noqa: B023
+            rates.append(200 / (time.perf_counter() - began))
+    rows = [Measure("POST /v1/runs", "ms", posts, 5),
+            Measure("runs of two tasks, started and finished", "/s", rates)]  # fmt: skip
+    if theirs:
+        ratio = [ours / other for ours, other in zip(rates, theirs)]
+        rows += [Measure("the same, DBOS on sqlite in one process", "/s", theirs),
+                 Measure("ours to DBOS", "times", ratio, 1, ">")]  # fmt: skip
+    return rows
+
+
+def private_mib(pid: int) -> float:
+    with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith("Private_")) / 1024
+
+
+def decide_and_measure(many: Many, ids: Iterable[str]) -> list[float]:
+    """Approve gates one after the other; return the times to the next task in ms."""
+    waited = []
+    for run_id in ids:
+        many.ask("POST", f"/v1/runs/{run_id}/nodes/ok/approve")
+        many.wait(run_id, "finished")
+        sql = "select type, timestamp_ms from _smithers_events where run_id = ?"
+        times = dict(many.read(f"{sql} and type in ('ApprovalGranted', 'NodeStarted')", run_id))
+        waited.append(float(times["NodeStarted"] - times["ApprovalGranted"]))
+    return waited
+
+
+@bench("workers")
+def bench_workers(options: Options) -> list[Measure]:
+    with serving_many() as many:
+        for number in range(3):
+            many.post("bench.py:held", f"h{number}")
+            many.wait_for_lines(f"h{number}")
+        sizes = [private_mib(many.worker_of(f"h{number}")) for number in range(3)]
+    return [Measure("private memory of an active run's worker", "MiB", sizes, 12)]
+
+
+@bench("parked")
+def bench_parked(options: Options) -> list[Measure]:
+    """Ten thousand runs that wait for people."""
+    with serving_many() as many:
+        many.post("bench.py:parked", "p0")
+        many.wait("p0", "waiting-approval")
+        many.child.finish(signal.SIGTERM)
+        many.child.close()
+        park_copies(many.path, "p0", 10_000)
+        began = time.perf_counter()
+        child = many.start()
+        wait_for_answer(many.port, "/v1/runs?limit=50")
+        start = 1000 * (time.perf_counter() - began)
+        time.sleep(1.0)
+        share = cpu_share(child.pid, 10.0)
+        figures = measure_load(many.port, "/v1/runs?limit=50", options.rounds)
+        waited = decide_and_measure(many, [f"p{100 * number}" for number in range(1, 61)])
+        memory = vitals(child.pid).rss
+        return [
+            Measure("start to first answer, 10,000 parked runs", "ms", [start]),
+            Measure("memory of the server, 10,000 parked runs", "MiB", [memory], 60),
+            Measure("share of a core over 10 s, 10,000 parked runs", "%", [share], 1),
+            Measure("GET /v1/runs?limit=50, 64 connections, p99", "ms",
+                    [figure["p99"] for figure in figures], 20),
+            Measure("GET /v1/runs?limit=50, 64 connections", "/s",
+                    [figure["rate"] for figure in figures]),
+            Measure("decision to next task, parked run, p99 of 60", "ms",
+                    [percentile(waited, 0.99)], 150),
+            Measure("decision to next task, parked run, median", "ms", [statistics.median(waited)]),
+        ]  # fmt: skip
+
+
+def park_copies(path: str, run_id: str, count: int) -> None:
+    """Copy all rows of a run so often."""
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        for (table,) in db.execute(
+            "select name from sqlite_master where type = 'table'"
+        ).fetchall():
+            names = [row[1] for row in db.execute(f"pragma table_info({table})")]
+            if "run_id" not in names or table in ("_smithers_summary", "_smithers_woken"):
+                continue  # kept by triggers
+            others = ", ".join(name for name in names if name != "run_id")
+            db.execute(
+                f"""with recursive n(i) as (select 1 union all select i + 1 from n where i < ?)
+                    insert into {table} (run_id, {others}) select 'p' || i, {others}
+                    from n, {table} where run_id = ?""",
+                (count, run_id),
+            )
 
 
 # The table
