@@ -12422,6 +12422,8 @@ class Supervisor:
 
     def _begin(self) -> None:
         """Find what an earlier server has left: what lives is left alone, the rest is taken up."""
+        with contextlib.suppress(OSError):  # it is tried again when it is needed
+            self._forker = Forker(self._report)  # now: it has imported when the first run comes
         woken = set(self._db.list_woken())
         for run in reversed(self._db.list_runs(("running", "waiting-approval"))):
             if not run.config.get("server"):
