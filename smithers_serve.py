@@ -1028,7 +1028,7 @@ class Pause(Approval):
         for name, value in (("seconds", seconds), ("until", until)):
             if value is not None:
                 _check_number(owner, name, value, 0)
-        super().__init__(id, needs=needs, skip_if=skip_if)
+        super().__init__(id, needs=needs, on_timeout="approve", skip_if=skip_if)
         self._fill(timeout=seconds, until=until)
 
     def request(self) -> dict[str, Any]:
@@ -5877,7 +5877,8 @@ def record_of(node: Node, attempts: Iterable[Attempt], gate: Gate | None) -> Rec
     record.kind = node.kind
     if node.kind is None and (node.last_attempt is not None or node.state == "finished"):
         record.kind = "approval" if node.last_attempt is None else "task"  # as far as rows can tell
-    if record.gate == "requested" and record.state == "waiting-approval":
+    asked = "pending" if gate is not None and gate.is_pause else "waiting-approval"
+    if record.gate == "requested" and record.state == asked:
         record.phase = AT_GATE
     for attempt in attempts:
         meta = attempt.meta

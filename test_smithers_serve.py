@@ -9956,6 +9956,7 @@ class Twig:
     options: dict[str, Any]
     needs: list[str] = dataclasses.field(default_factory=list)
     below: list[Twig] = dataclasses.field(default_factory=list)
+    turns: int = 0  # into a gate or a task
 
     def walk(self) -> Iterator[tuple[Twig, Twig]]:
         """Yield everything below, each with what it hangs on."""
@@ -9969,7 +9970,10 @@ class Wood:
 
     MOST_TWIGS = 16
 
-    def __init__(self, chance: random.Random, run: Callable[[], Any], unit: float = 1.0) -> None:
+    def __init__(
+        self, chance: random.Random, run: Callable[[], Any], unit: float = 1.0, pauses: bool = False
+    ) -> None:
+        self._pauses = pauses  # every third gate is a pause
         self.root = Twig("root", "sequence", {})
         self.dropped: list[tuple[Twig, Twig]] = []  # each with what it hung on
         self._run = run
@@ -10003,6 +10007,8 @@ class Wood:
         if twig.kind == "loop":
             some = {name: options[name] for name in ("until", "max_iterations", "on_max")}
             return Loop(*below, id=twig.id, **some)
+        if twig.kind == "approval" and self._pauses and int(twig.id[1:]) % 3 == twig.turns % 3:
+            return Pause(twig.id, seconds=1, needs=some["needs"], skip_if=some["skip_if"])
         if twig.kind == "approval":
             timeout = options["timeout"] and options["timeout"] * self._unit
             return Approval(twig.id, timeout=timeout, on_timeout=options["on_timeout"], **some)
@@ -10083,6 +10089,7 @@ class Wood:
             twig.kind = chance.choice(self._nests)
         else:
             twig.kind = "task" if twig.kind == "approval" else "approval"
+            twig.turns += 1
 
     def _wrap(self, chance: random.Random, twig: Twig, on: Twig) -> None:
         at = on.below.index(twig)
@@ -10106,7 +10113,7 @@ def sketch(element: dict[str, Any]) -> str:
     name = props.pop("id", "") + "?" * (props.pop("approvalMode", None) is not None)
     props.pop("name", None)
     if name.endswith("?"):
-        props.pop("needsApproval")
+        props.pop("needsApproval", None)
     shown = ",".join(f"{key}={value}" for key, value in props.items() if key != "onMaxReached")
     shown = f"{{{shown}}}" if shown else ""
     if kind == "task":
@@ -10138,7 +10145,8 @@ class NodeRow:
     state: str = "pending"
     attempts: list[ss.Attempt] = dataclasses.field(default_factory=list)
     gate: str | None = None
-    ended_as: str = ""  # "task" or "approval": what its id stood for when it ended
+    is_pause: bool = False  # what its gate is, or was
+    ended_as: str = ""  # "task", "approval" or "pause": what its id stood for when it ended
     crashes: int = 0  # in a row
     due_at_ms: int = 0  # its next attempt begins no earlier
     kind: str | None = None  # what it is stored as
@@ -10156,7 +10164,7 @@ class Place:
         props = element["props"]
         self.kind = {"ralph": "loop"}.get(kind := element["tag"].partition(":")[2], kind)
         if "approvalMode" in props:
-            self.kind = "approval"
+            self.kind = "pause" if props["approvalMode"] == "pause" else "approval"
         self.props: dict[str, str] = props
         self.on = on
         self.loops = loops
@@ -10166,7 +10174,7 @@ class Place:
         self.needs = [id for id in props.get("dependsOn", "").split(",") if id]
         self.is_skipped = "skipIf" in props
         self.may_fail = "continueOnFail" in props
-        self.asks_first = "needsApproval" in props
+        self.asks_first = "needsApproval" in props or self.kind == "pause"
 
 
 class Rules:
@@ -10217,7 +10225,7 @@ class Rules:
             return False
         is_same = row.ended_as == place.kind
         if row.state == "finished":
-            return is_same or place.kind == "approval" and row.gate in DECIDED
+            return is_same or place.kind in GATES and row.gate in DECIDED
         if row.state == "skipped":
             return is_same or place.is_skipped or place.asks_first and row.gate == "denied"
         return row.state == "failed" and is_same and place.may_fail
@@ -10225,7 +10233,7 @@ class Rules:
     def passed(self, place: Place, surely: bool = False) -> bool:
         if place.kind == "loop":
             return self.loops.get(place.key, (0, False))[1]
-        if place.kind in ("task", "approval"):
+        if place.kind in ("task", *GATES):
             return self.has_ended(place) and (not surely or self.has_turn(place, surely))
         return all(self.passed(below, surely) for below in place.below)
 
@@ -10304,7 +10312,7 @@ class Rules:
         if state == "finished":
             rights = {"approved"} if on_deny not in (None, "continue") else DECIDED
             hold(
-                place.kind == "approval" and row.gate in rights,
+                place.kind in GATES and row.gate in rights,
                 "a gate passes without a decision",
                 place.key,
             )
@@ -10336,7 +10344,8 @@ class Rules:
             hold(not place.is_skipped or row.gate == "requested", "is not skipped", place.key)
             if place.asks_first:
                 known = (row.gate, row.state)
-                hold(row.gate in DECIDED or known == ASKED, "a gate is not asked", place.key)
+                hold(row.gate in DECIDED or known == ASKED[place.kind == "pause"],
+                     "a gate is not asked", place.key)  # fmt: skip
                 is_wanted = place.kind == "task" and row.gate == "approved"
                 hold(is_wanted or row.gate == "requested", "a decision is not heard", place.key)
                 if row.gate == "requested":
@@ -10353,7 +10362,8 @@ class Rules:
 
 
 DECIDED = ("approved", "denied")
-ASKED = ("requested", "waiting-approval")
+ASKED = (("requested", "waiting-approval"), ("requested", "pending"))  # the latter of a pause
+GATES = ("approval", "pause")
 
 
 # The pure core, driven without an engine
@@ -10382,7 +10392,10 @@ class StoredRows:
 
     def list_gates(self, _: str) -> list[ss.Gate]:
         gates = [(key, row.gate) for key, row in self.rows if row.gate is not None]
-        return [ss.Gate(*key, status, 0, None, None, None, None) for key, status in gates]
+        pauses = {key: '{"pause":true}' for key, row in self.rows if row.is_pause}
+        return [
+            ss.Gate(*key, status, 0, None, None, None, pauses.get(key)) for key, status in gates
+        ]
 
     def list_loops(self, _: str) -> dict[str, tuple[int, bool]]:
         return dict(self.loops)
@@ -10405,7 +10418,7 @@ class PureModel:
         chance = random.Random(f"{case.seed} tree")
         self.case = case
         self.limit = chance.choice((1, 2, 2, 3, 4))
-        self.wood = Wood(chance, answer)
+        self.wood = Wood(chance, answer, pauses=True)
         for index, (twig, on) in enumerate(list(self.wood.root.walk())):
             if index in case.pruned and twig in on.below:
                 on.below.remove(twig)
@@ -10480,7 +10493,8 @@ class PureModel:
         """Close a run that has ended, as an engine does."""
         for row in self.rows.values():
             if row.state == "waiting-approval":
-                row.state, row.gate = "cancelled", "cancelled"
+                row.state = "cancelled"
+            row.gate = "cancelled" if row.gate == "requested" else row.gate
         left = [key for key, row in self.rows.items() if row.gate == "requested" or row.is_running]
         hold(not left, "something is open after the end", left)
 
@@ -10548,6 +10562,7 @@ class PureModel:
         key = chance.choice(self.open_gates)
         verdict, leaf = chance.choice(("approved", "approved", "denied")), self.leaf(key)
         is_timed = isinstance(leaf, Approval) and leaf.timeout is not None
+        is_timed = is_timed and not isinstance(leaf, Pause)
         is_timed = is_timed and not in_time and not self.progress.is_halting
         if is_timed and self.progress.records[key].phase == ss.AT_GATE and chance.random() < 0.3:
             assert isinstance(leaf, Approval)
@@ -10558,6 +10573,7 @@ class PureModel:
                 row.gate, row.state, row.ended_as = "cancelled", "failed", "approval"
                 return
             verdict = "approved" if leaf.on_timeout == "approve" else "denied"
+        verdict = "approved" if self.rows[key].is_pause else verdict
         self.note(*key, "is", verdict)
         row = self.rows[key]
         row.gate = verdict
@@ -10671,7 +10687,7 @@ class PureModel:
     def on_repeat(self, key: ss.Key, _: object) -> None:
         rules, place = self.at(key)
         # A gate whose node has had attempts may be asked anew: they were a task's of its id.
-        was_task = place.kind == "approval" and bool(self.rows[key].attempts)
+        was_task = place.kind in GATES and bool(self.rows[key].attempts)
         hold(was_task or not rules.has_ended(place), "an ended node begins again", key)
         self.rows[key].state = "pending"
 
@@ -10734,12 +10750,14 @@ class PureModel:
         row, (rules, place) = self.rows[key], self.at(key)
         hold(rules.has_turn(place), "a gate is asked before its turn", key)
         hold(row.gate not in ("requested", *DECIDED), "a gate is asked twice", key)
-        row.gate, row.state = "requested", "waiting-approval"
+        row.is_pause = place.kind == "pause"
+        row.gate, row.state = ASKED[row.is_pause]
         row.asked = self.leaves[place.props["id"]].request()
 
     def on_await(self, key: ss.Key, _: object) -> None:
         row = self.rows[key]
-        hold((row.gate, row.state) == ASKED, "a gate is awaited that is not open", key)
+        is_open = (row.gate, row.state) == ASKED[row.is_pause]
+        hold(is_open, "a gate is awaited that is not open", key)
         row.asked = self.leaves[self.at(key)[1].props["id"]].request()
 
     def on_close(self, key: ss.Key, _: object) -> None:
