@@ -3101,6 +3101,14 @@ class PatientReads(Reads):
             yield from reads.rows(sql, parameters)
 
 
+def check_adapter(value: object) -> None:
+    """Raise AuthoringError for what is no database, such as a path."""
+    if not isinstance(value, SmithersDb):
+        raise AuthoringError(
+            f"adapter must be a SmithersDb, got {short(value)}: SmithersDb(path) opens a file"
+        )
+
+
 def _statements(script: str) -> Iterator[str]:
     """Yield the statements of a script as sqlite keeps them.
 
@@ -6124,10 +6132,7 @@ class Engine:
         config: Mapping[str, Any] | None = None,
         echo_prints: bool = True,
     ) -> None:
-        if not isinstance(adapter, SmithersDb):
-            raise AuthoringError(
-                f"adapter must be a SmithersDb, got {short(adapter)}: SmithersDb(path) opens a file"
-            )
+        check_adapter(adapter)
         check_id(run_id, "run")
         _check_number("run_workflow", "max_concurrency", max_concurrency, 1, whole=True)
         if not isinstance(workflow, Workflow) and not callable(workflow):
@@ -9578,6 +9583,7 @@ def create_serve_app(
     `name role token` a line. Raises ValueError for a token that no header could carry, and for such
     a file that others can read.
     """
+    check_adapter(adapter)
     return ServeApp(adapter, run_id, abort or threading.Event(), auth_token, metrics, tokens)
 
 
@@ -11904,6 +11910,7 @@ def create_server_app(
     Raises ValueError for a root that is no folder, and RunOwned when another server starts the
     runs of this database.
     """
+    check_adapter(adapter)
     folder = None if root is None else os.fspath(root)
     return ServerApp(adapter, folder, auth_token, metrics, tokens, max_runs, {})
 

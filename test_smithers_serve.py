@@ -1456,6 +1456,17 @@ class AuthoringTest(RunCase):
                 ss.run_workflow(workflow, adapter=self.db, **options)
         self.assertEqual(self.db.list_runs(ss.TERMINAL_STATUSES + ss.ACTIVE_STATUSES), [])
 
+    def test_a_path_is_no_adapter(self) -> None:
+        wrong: Any = self.path
+        for use in (
+            lambda: ss.run_workflow(Workflow("w"), adapter=wrong),
+            lambda: ss.create_serve_app(adapter=wrong, run_id="r"),
+        ):
+            with self.assertRaisesRegex(ss.AuthoringError, "opens a file"):
+                use()
+        with self.assertRaisesRegex(ss.StorageError, "kept in a file"):
+            ss.SmithersDb(":memory:")
+
     def test_run_id_can_be_used_once(self) -> None:
         self.drive(Task("a", answer))
         before = self.told()
