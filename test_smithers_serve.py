@@ -10800,7 +10800,7 @@ class PureModel:
             return
         for place in rules.nodes:
             row = rules.rows[place.key]
-            if row.state == "waiting-approval":
+            if (row.gate, row.state) == ASKED[row.is_pause]:
                 hold(not place.is_skipped, "a gate is open that is to be skipped", place.key)
                 today = self.leaves[place.props["id"]].request()
                 hold(row.asked == today, "a gate asks what the tree does not", place.key)
