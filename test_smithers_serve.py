@@ -9596,7 +9596,7 @@ class ServerLifeTest(ManyCase):
         parked = self.park("b")
         self.restart(signal.SIGKILL)
         self.assertEqual(self.many.worker_of(run_id), worker)
-        self.assertEqual(self.many.metric("workers_active"), 1)
+        eventually(lambda: self.many.metric("workers_active") == 1)
         ss.decide(self.db, parked, "ok", ss.Decision("approved"))
         self.assert_ends(parked)
         self.assertEqual(len(self.many.lines(run_id)), 1)
