@@ -11883,6 +11883,11 @@ class ServerApp(App):
                 self._views.popitem(last=False)
         return view
 
+    def forget_view(self, run_id: str) -> None:
+        """Let go what was kept of an earlier run with this id, that was removed."""
+        with self._lock:
+            self._views.pop(run_id, None)
+
     def _count_pending(self) -> float:
         return float(self.adapter.count_all_open_gates())
 
@@ -12038,6 +12043,7 @@ def post_runs(app: ServerApp, request: Request) -> Response:
         except RunExists:
             raise RunExists(f"there is a run {run_id} already", "RUN_ALREADY_EXISTS") from None
         tx.is_control = True
+    app.forget_view(run_id)
     return json_response({"runId": run_id})
 
 
@@ -12336,7 +12342,7 @@ class Supervisor:
         run = self._db.get_run(run_id)
         if run is None:
             raise RunNotFound(f"there is no run {log_safe(run_id)[:MAX_NAME_CHARS]}")
-        if run.is_terminal:
+        if run.is_terminal or run.status == "queued":  # its turn comes
             return json_response(said)
         if owner_life(run) == "alive":
             return json_response({**said, "status": "running"})
@@ -12366,7 +12372,7 @@ class Supervisor:
             limit = max_concurrency or config.get("maxConcurrency")
             tx.update_config(**self.facts(run_id, spec, limit))
             tx.wake()
-        self._inbox.put(lambda: self._adopted(run_id))
+        self._inbox.put(lambda: self._foreign.discard(run_id))
 
     def take_shares(self) -> None:
         """Take up what the workers have counted since the last time."""
@@ -12465,10 +12471,6 @@ class Supervisor:
         for run_id in self._db.list_woken():
             if run_id not in self._live and run_id not in self._foreign:
                 self._wanted[run_id] = None
-
-    def _adopted(self, run_id: str) -> None:
-        self._foreign.discard(run_id)
-        self._look()
 
     def _fill(self) -> None:
         """Start what waits, as long as there is room: first what has begun, then what is queued."""
