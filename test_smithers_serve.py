@@ -3092,6 +3092,24 @@ def remote_wait() -> str:
     return "half done"
 
 
+def remote_touch(path: str) -> None:
+    with open(path, "w"):
+        pass
+
+
+class Opaque(concurrent.futures.Executor):
+    """A pool that does not say which of its calls have begun, as those of clusters do not."""
+
+    def __init__(self, pool: concurrent.futures.Executor) -> None:
+        self._pool = pool
+
+    def submit(self, *call: Any, **options: Any) -> concurrent.futures.Future[Any]:
+        outer: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        inner = self._pool.submit(*call, **options)
+        inner.add_done_callback(lambda done: outer.set_result(done.result()))
+        return outer
+
+
 async def remote_sleep() -> None:
     try:
         await asyncio.sleep(PATIENCE)
@@ -3227,6 +3245,21 @@ class ExecutorTest(RunCase):
         tree = Parallel(*tasks("a b", hold))
         self.play(tree, "NodeStarted b; cancel", "cancelled", options=options)
         self.assertLessEqual(len(ran), 1)
+
+    def test_what_is_told_to_stop_in_a_queue_never_begins(self) -> None:
+        for run_id, pool in (("threads", self.threads(1)), ("processes", self.processes)):
+            path = self.in_folder(f"{run_id} ran")
+            tree = Parallel(Task("a", remote_wait), Task("b", remote_touch, args=[path]))
+            why = "the run was cancelled"
+            self.play(
+                tree,
+                "NodeStarted b; cancel",
+                "cancelled",
+                f"NodeOutput a 0 0 told stdout, NodeCancelled a 0 0 {why}, b 0 0 {why}",
+                run_id=run_id,
+                options={"executor": Opaque(pool)},
+            )
+            self.assertFalse(os.path.exists(path))
 
     @IMPATIENT
     def test_late_result_of_executor_is_dropped(self) -> None:
