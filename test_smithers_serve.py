@@ -14185,6 +14185,7 @@ class Engine(NamedTuple):
 
     factory: str
     module: str = ""
+    install: str = ""  # how to get it
     start: tuple[str, ...] = ()
     workers: int = 2  # tasks at once
     beside: tuple[tuple[str, ...], ...] = ()  # processes that are there before
@@ -14196,16 +14197,18 @@ DASK_SCHEDULER = (sys.executable, "-m", "distributed.cli.dask_scheduler", "--por
 DASK_WORKER = (sys.executable, "-m", "distributed.cli.dask_worker", "tcp://127.0.0.1:8786")
 ENGINES = {
     "processes": Engine("processes"),
-    "dask": Engine("dask", "dask.distributed"),
+    "dask": Engine("dask", "dask.distributed", "pip install dask distributed"),
     "dask_cluster": Engine(
         "dask_cluster",
         "dask.distributed",
+        "pip install dask distributed",
         beside=(DASK_SCHEDULER, *[(*DASK_WORKER, "--nthreads", "1")] * 2),
     ),
-    "ray": Engine("RayExecutor", "ray"),
+    "ray": Engine("RayExecutor", "ray", "pip install ray"),
     "mpi": Engine(
         "mpi",
         "mpi4py.futures",
+        "pip install mpi4py, and apt-get install openmpi-bin",
         MPI_START,
         cannot={"Ctrl+C": "mpiexec ends the job at once; --resume goes on, cancel cancels"},
     ),
@@ -14367,15 +14370,11 @@ def executors_command(arguments: argparse.Namespace) -> int:
     wrong = 0
     for name in arguments.names or ENGINES:
         engine = ENGINES[name]
-        missing = [
-            module
-            for module in [engine.module]
-            if module and not has_modules(sys.executable, module)
-        ]
-        if engine.start and shutil.which(engine.start[0]) is None:
-            missing.append(engine.start[0])
+        has_module = not engine.module or has_modules(sys.executable, engine.module)
+        missing = [] if has_module else [engine.module]
+        missing += [word for word in engine.start[:1] if shutil.which(word) is None]
         if missing:
-            print(f"{name:<13} needs {', '.join(missing)}: not here")
+            print(f"{name:<13} not tried: no {' and no '.join(missing)} here ({engine.install})")
             wrong += bool(arguments.names)
             continue
         with tempfile.TemporaryDirectory(prefix="smithers-executors-") as folder:
