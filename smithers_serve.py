@@ -7713,188 +7713,162 @@ PAGE_STYLE = """
   color-scheme: light dark;
   --page: #f5f6f8; --card: #fff; --ink: #18202c; --quiet: #525d6e; --line: #dbe0e8;
   --edge: #7a8698; --accent: #1f51bd; --yes: #1b6e40;
-  --waiting: #854700; --waiting-bg: #fff1d6; --running: #1c4bb0; --running-bg: #e5edfd;
-  --finished: #17653a; --finished-bg: #e0f3e6; --failed: #ad231c; --failed-bg: #fde8e6;
+  --waiting: #854700; --running: #1c4bb0; --finished: #17653a; --failed: #ad231c;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #10141b; --card: #181e28; --ink: #e8ecf3; --quiet: #a5b0c0; --line: #2b3442;
-    --edge: #77849a; --accent: #93b5ff; --yes: #277a49;
-    --waiting: #ffc875; --waiting-bg: #3b2a0e; --running: #a3c1ff; --running-bg: #1b2c50;
-    --finished: #85dba0; --finished-bg: #14331f; --failed: #ffa49b; --failed-bg: #471c19;
+    --accent: #93b5ff; --waiting: #ffc875; --running: #a3c1ff; --finished: #85dba0;
+    --failed: #ffa49b;
   }
 }
-* { box-sizing: border-box; }
+* { box-sizing: border-box; overflow-wrap: anywhere; unicode-bidi: isolate; }
 [hidden] { display: none !important; }
-html { scroll-padding: 7rem 0 2rem; overflow-y: scroll; -webkit-text-size-adjust: 100%; }
+html { scroll-padding: 7rem 0 2rem; overflow-y: scroll; }
 body { margin: 0; background: var(--page); color: var(--ink);
-  font: 1rem/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }
-h1, h2, p, dl, dd, pre { margin: 0; }
+  font: 1rem/1.5 system-ui, sans-serif; }
+h1, h2, p, pre { margin: 0; }
 h1 { font-size: 1.5rem; line-height: 1.3; }
 h2 { font-size: 1.05rem; }
-h1, h2, p, th, td, dd, button, .mono { overflow-wrap: anywhere; unicode-bidi: isolate; }
 h1:focus { outline: none; }
-a { color: var(--accent); text-underline-offset: .15em; }
-.mono, pre, .log { font-family: ui-monospace, Menlo, Consolas, monospace; }
-.mono { font-size: .875em; }
+a { color: var(--accent); }
+.mono, pre, .log { font-family: ui-monospace, monospace; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; border-radius: .4rem; }
-.hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; white-space: nowrap;
-  clip-path: inset(50%); }
+.hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .quiet { color: var(--quiet); }
-.small { font-size: .875rem; }
+.mono, pre, .log, .small, .more, .phase, .pill { font-size: .875rem; }
 .text { white-space: pre-wrap; }
 
 header { position: sticky; top: 0; z-index: 3; background: var(--card);
   border-bottom: 1px solid var(--line); }
 #top, main { max-width: 62rem; margin: 0 auto; padding: 0 1.25rem; }
 .bar { display: flex; align-items: center; gap: .75rem; padding: .75rem 0 .25rem; }
-.bar strong { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.phase { margin-left: auto; flex: none; font-size: .875rem; color: var(--quiet); }
-.phase::before { content: ""; display: inline-block; width: .55rem; height: .55rem;
-  margin-right: .45rem; border-radius: 50%; background: currentColor; }
-.phase.live::before { background: var(--finished); }
+.bar strong, .what > span { display: block; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+.phase { margin-left: auto; flex: none; color: var(--quiet); }
+.phase::before { content: "● "; }
+.phase.live::before { color: var(--finished); }
 .phase.offline { color: var(--failed); font-weight: 600; }
-nav { display: flex; gap: 1.25rem; }
+nav { display: flex; gap: 1.25rem; min-height: 2.75rem; }
 nav a, .back, .tick { display: flex; align-items: center; gap: .4rem; min-height: 2.75rem; }
-nav a { min-width: 2.75rem;
-  color: var(--quiet); text-decoration: none; border-bottom: 2px solid transparent; }
+nav a { min-width: 2.75rem; color: var(--quiet); text-decoration: none;
+  border-bottom: 2px solid transparent; }
 nav a[aria-current] { color: var(--ink); font-weight: 600; border-color: var(--accent); }
-.badge, .pill { padding: .05rem .6rem; border-radius: 1rem; font-size: .8125rem;
-  font-weight: 600; white-space: nowrap; color: var(--quiet); background: var(--line); }
-.pill { flex: none; justify-self: start; }
+.pill { flex: none; justify-self: start; padding: 0 .6rem; border: 1px solid; border-radius: 1rem;
+  font-weight: 600; color: var(--quiet); }
 
 main { padding-bottom: 4rem; }
 #notice > *, #main > * { margin-top: 1.5rem; }
 #main > p:first-child { margin: .5rem 0 -1.25rem; }
-.stack > * + *, .card > * + *, .item > * + *, .notice > * + * { margin-top: .75rem; }
+.stack > * + *, .card > * + *, .item > * + *, .notice > * + *,
+dialog > * + * { margin-top: .75rem; }
 .stack:empty, [role=status]:empty { margin: 0 !important; }
 .card, .notice, dialog { border: 1px solid var(--line); border-radius: .75rem; padding: 1.25rem;
   background: var(--card); }
 .item + .item { padding-top: 1rem; border-top: 1px solid var(--line); }
-.notice { padding: .9rem 1.25rem; background: var(--line); border: 0; }
-.waiting { color: var(--waiting); background: var(--waiting-bg); }
-.running { color: var(--running); background: var(--running-bg); }
-.finished { color: var(--finished); background: var(--finished-bg); }
-.failed { color: var(--failed); background: var(--failed-bg); }
-.bad { color: var(--failed); }
+.notice { border-color: currentColor; }
+.waiting { color: var(--waiting); }
+.running { color: var(--running); }
+.finished { color: var(--finished); }
+.failed, .bad { color: var(--failed); }
 .split, .facts, .chips, .answers { display: flex; flex-wrap: wrap; gap: .5rem 1rem;
   align-items: center; }
 .split > :first-child { flex: 1 1 14rem; min-width: 0; }
 .split > input { flex: 0 1 16rem; margin: 0; }
 .meter { height: .375rem; border-radius: 1rem; background: var(--line); overflow: hidden; }
-.meter div { height: 100%; background: var(--accent); }
+.meter span { display: block; height: 100%; min-width: 3px; background: currentColor; }
 .gate { border-left: .3rem solid var(--waiting); }
 .gate > * { margin: 0; }
 .fail { border-left: .3rem solid var(--failed); }
 
-button, .button { display: inline-flex; align-items: center; justify-content: center;
+button, .button { display: inline-flex; align-items: center; justify-content: center; gap: .4rem;
   min-height: 2.75rem; padding: .5rem 1.1rem; border: 1px solid var(--edge); border-radius: .5rem;
   font: inherit; font-weight: 600; color: var(--ink); background: var(--card); cursor: pointer;
   text-decoration: none; }
-button:hover, .button:hover { background: var(--page); }
+button:hover, .button:hover, .node:hover { background: var(--page); }
 button[disabled] { opacity: .55; cursor: not-allowed; }
 button.yes { color: #fff; background: var(--yes); border-color: var(--yes); }
 button.no { color: var(--failed); border-color: currentColor; }
-.chips button { border-radius: 2rem; padding: .25rem .9rem; font-weight: 500; gap: .4rem; }
+.chips button { border-radius: 2rem; padding: .25rem .9rem; font-weight: 500; }
 .chips [aria-pressed=true] { color: var(--accent); border-color: var(--accent);
   box-shadow: inset 0 0 0 1px var(--accent); }
 .answers { justify-content: space-between; gap: 1.5rem; }
 label { display: block; font-weight: 600; }
-label .quiet { font-weight: 400; }
 input, textarea { display: block; width: 100%; min-height: 2.75rem; margin-top: .3rem;
   padding: .55rem .75rem; border: 1px solid var(--edge); border-radius: .5rem; font: inherit;
   font-weight: 400; color: inherit; background: var(--page); }
-textarea { min-height: 5.5rem; resize: vertical; }
+textarea { min-height: 5.5rem; }
 .tick input { width: 1.25rem; min-height: 1.25rem; margin: 0; }
 
-.list, .log > div, .times { position: relative; overflow: hidden; }
+.list, .lines { position: relative; }
 .list > div { position: absolute; width: 100%; height: 3.75rem;
   border-top: 1px solid var(--line); }
-.node { display: grid; grid-template-columns: 6.5rem 1fr auto; gap: 0 1rem; align-items: center;
+.node { display: grid; grid-template-columns: 6.5rem 1fr 6.5rem; gap: 0 1rem; align-items: center;
   height: 100%; padding: 0 .5rem; color: inherit; text-decoration: none; }
-.node:hover { background: var(--page); }
-.node:focus-visible, .log:focus-visible { outline-offset: -3px; }
+.took { justify-self: end; }
 .what { min-width: 0; }
-.what span { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.more { font-size: .8125rem; line-height: 1.25; }
-.took, .axis { font-variant-numeric: tabular-nums; }
+.more { line-height: 1.25; }
 table { border-collapse: collapse; width: 100%; table-layout: fixed; }
 th, td { padding: .5rem .75rem .5rem 0; text-align: left; vertical-align: top;
   border-top: 1px solid var(--line); }
-th { width: 11rem; font-weight: 400; color: var(--quiet); }
+th { width: 30%; font-weight: 400; color: var(--quiet); }
 pre, .log { border-radius: .5rem; background: var(--page); border: 1px solid var(--line);
-  font-size: .8125rem; color: var(--ink); overflow: auto; }
-pre { padding: .75rem 1rem; max-height: 22rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: auto 1fr; gap: .5rem 1rem; }
-dt { font-weight: 600; }
+  color: var(--ink); overflow: auto; }
+pre { padding: .75rem 1rem; max-height: 22rem; white-space: pre-wrap; }
 .log { height: calc(100vh - 16rem); min-height: 16rem; }
-.log > div { overflow: visible; }
-.log > div > div { position: absolute; min-width: 100%; padding: 0 1rem; line-height: 1.5rem;
+.lines > div { position: absolute; min-width: 100%; padding: 0 1rem; line-height: 1.5rem;
   white-space: pre; }
 .log time, .log a { margin-right: 1rem; color: var(--quiet); }
 .log .word { color: var(--accent); }
-.axis { display: flex; justify-content: space-between; }
-.times svg { position: absolute; width: 100%; }
-.times text { font-size: .8125rem; fill: var(--ink); }
-.times rect { fill: var(--edge); }
-.times .waiting, .times .running, .times .finished, .times .failed { fill: currentColor; }
-.times .lane { fill: var(--page); }
 dialog { width: 32rem; max-width: calc(100% - 2rem); color: inherit; }
-dialog::backdrop { background: rgba(8, 12, 18, .6); }
-dialog > * + * { margin-top: 1rem; }
+dialog::backdrop { background: #0009; }
 @media (max-width: 40rem) {
   #top, main { padding-left: .75rem; padding-right: .75rem; }
   .card { padding: 1rem; }
   .answers { flex-direction: column-reverse; align-items: stretch; }
   .gate .button, .split > input { flex: 1 1 100%; }
-  .list > div { height: 4.5rem; }
+  .list > div { height: 5rem; }
   .node { grid-template-columns: auto 1fr; align-content: center; gap: .15rem 1rem; padding: 0; }
   .what { grid-column: 1 / 3; grid-row: 1; }
-  .more.quiet { display: none !important; }
-  .took { justify-self: end; }
-  table, tbody, tr, th, td, dl { display: block; width: 100%; }
-  td { border: 0; padding-top: 0; }
-  dd + dt { margin-top: .75rem; }
   .log time { display: none; }
 }
 """
 
 PAGE_SCRIPT = r"""
 "use strict";
-// Where a run's routes are: beside this page, or for an address "#/runs/ID/..." at "./v1/runs/ID/".
-let runPath = "";
-const base = () => (runPath ? "./v1/" + runPath : "./");
-const link = (...parts) => "#/" + runPath + parts.map(encodeURIComponent).join("/");
+// A run's routes are beside this page, or for an address "#/runs/ID/..." at "./v1/runs/ID".
+let runPath = "", isServer = null;  // whether there are many runs: not known at first
+const encode = encodeURIComponent;
+const link = (...parts) => "#/" + runPath + parts.map(encode).join("/");
 
 const KINDS = {  // of statuses and states that are shown like another one
   "in-progress": "running", "waiting-approval": "waiting", requested: "waiting",
   continued: "finished", approved: "finished", denied: "failed",
 };
-const OVER = ["finished", "failed", "cancelled", "skipped"], ENDED = OVER.concat("continued");
+const OVER = ["failed", "finished", "skipped", "cancelled"];
+const ENDED = OVER.concat("continued");
 
-// What is known of the run: `order` is the tree's, `gates` those that wait, clocks count events.
-let state;
+// What is known of the run, or of all: `order` is the tree's, `gates` those that wait.
+let state, allRuns = null;
 function forget() {
-  state = { run: null, why: null, nodes: new Map(), order: [], unplaced: new Set(),
-    gates: new Map(), lines: [], first: -1, last: -1, isWhole: false, version: 0, clock: 0,
-    gateClock: 0 };
+  state = { run: null, why: null, nodes: new Map(), order: [], gates: new Map(), lines: [],
+    first: -1, last: -1, isWhole: false, version: 0, clock: 0 };
 }
 forget();
 let phase = "loading";  // live, offline, ended, paused, missing, locked or refused
+let trouble = "", said = ["", ""];  // why it is offline; what came of the last deed
 let skew = 0;  // how far the server's clock is ahead of this one's
 let view = null;
 const notes = new Map();  // what somebody has begun to write, by gate: never lost
 const now = () => Date.now() + skew;
 const isLocked = () => phase === "locked" || phase === "refused";
 const isOver = () => state.run !== null && ENDED.includes(state.run.status);
-const hasNoEngine = () => state.why !== null && !isOver() &&
+const hasNoEngine = () => state.why !== null && !isOver() && state.run.status !== "queued" &&
   state.why.blocked.some((item) => item.kind === "owner");
 const keyOf = (node) => node.nodeId + "::" + node.iteration;
-const nodePath = (node) =>
-  "nodes/" + encodeURIComponent(node.nodeId) + "?iteration=" + node.iteration;
 
 function kept(name, value) {  // for this tab only
-  const key = "smithers." + name + "@" + location.pathname;
+  const key = `smithers.${name}@${location.pathname}`;
   try {
     if (value === undefined) return sessionStorage.getItem(key) || "";
     sessionStorage.setItem(key, value);
@@ -7904,10 +7878,12 @@ function kept(name, value) {  // for this tab only
 let token = kept("token"), myName = kept("name");
 
 // --- Elements. Text becomes text nodes: nothing here ever parses markup.
-function fill(node, parts) {
+function el(spec, ...parts) {
+  const [tag, ...classes] = spec.split("."), node = document.createElement(tag);
+  node.className = classes.join(" ");
   for (const part of parts.flat(9)) {
     if (!part && part !== 0) continue;
-    if (Object.getPrototypeOf(part) !== Object.prototype) { node.append(part); continue; }
+    if (part.constructor !== Object) { node.append(part); continue; }
     for (const [name, value] of Object.entries(part)) {
       if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
       else if (name === "style") node.style.cssText = value;
@@ -7916,25 +7892,15 @@ function fill(node, parts) {
   }
   return node;
 }
-function el(spec, ...parts) {
-  const [tag, ...classes] = spec.split(".");
-  return fill(document.createElement(tag), [classes[0] && { class: classes.join(" ") }, parts]);
-}
-const svg = (tag, ...parts) =>
-  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), parts);
 const byId = (id) => document.getElementById(id);
 
 // Make the children of `old` like `fresh`, changing only what differs: focus, selection, scrolling
 // and half-made clicks survive. Listeners stay the old ones.
 function morph(old, fresh) {
-  const keyed = new Map();
-  for (const child of old.children) {
-    if (child.dataset.key !== undefined) keyed.set(child.dataset.key, child);
-  }
+  const keyed = new Map(Array.from(old.children, (child) => [child.dataset.key, child]));
   let at = old.firstChild;
   for (const want of fresh) {
-    const { key } = want.dataset || {};
-    const have = key === undefined ? at : keyed.get(key);
+    const { key } = want.dataset || {}, have = key === undefined ? at : keyed.get(key);
     if (!have || have.nodeName !== want.nodeName || (have.dataset || {}).key !== key) {
       old.insertBefore(want, at);
       continue;
@@ -7954,9 +7920,9 @@ function morph(old, fresh) {
     if (want.type === "checkbox") have.checked = want.checked;
     morph(have, Array.from(want.childNodes));
   }
-  while (at) {
-    at = at.nextSibling;
-    (at ? at.previousSibling : old.lastChild).remove();
+  for (let next; at; at = next) {
+    next = at.nextSibling;
+    at.remove();
   }
 }
 
@@ -7971,160 +7937,160 @@ const button = (text, kind, onclick, more) =>
 const card = (title, ...parts) => el("section.card", el("h2", title), parts);
 const nameField = () => el("input", { value: myName, autocomplete: "name", maxlength: 200,
   oninput: (event) => { myName = kept("name", event.target.value); } });
+function noteField(key) {
+  const field = el("textarea", { maxlength: 10000,
+    oninput: (event) => notes.set(key, event.target.value) });
+  field.value = notes.get(key) || "";
+  return field;
+}
 const pre = (text) => el("pre", { tabindex: 0 }, text);
 const heading = (text) => el("h1", { tabindex: -1 }, text);
 const quiet = (...parts) => el("p.quiet", parts);
+const lead = (title, ...parts) => el("section.card", heading(title), parts);
+const told = () => el("p", { role: "status", class: said[1] && "notice " + said[0] }, said[1]);
 const jsonText = (value) => (typeof value === "string" ? value : JSON.stringify(value, null, 2));
+const problem = (error) => error && el("p.bad.text", jsonText(error.message));
 const plain = (text) => text.replace(/\x1b\[[0-9;?]*[A-Za-z]/g, "").replace(/\t/g, "    ");
-const many = (count, one, more) => count + " " + (count === 1 ? one : more);
+const many = (count, noun, rest = "") => count + " " + noun + (count === 1 ? "" : "s") + rest;
+const waitingText = (count) =>
+  count === 1 ? "1 decision is waiting" : many(count, "decision", " are waiting");
 const clock = (at) => new Date(at).toLocaleTimeString([], { hour12: false });
-const seconds = (ms) => span(1000 * Math.floor(ms / 1000));
-const ago = (at) => (now() - at < 2000 ? "just now" : seconds(now() - at) + " ago");
-function span(ms) {
-  const s = Math.max(0, ms) / 1000;
-  if (s < 1) return Math.round(s * 1000) + " ms";
-  if (s < 10 && s % 1) return s.toFixed(1) + " s";
-  if (s < 60) return Math.floor(s) + " s";
-  const [size, unit, small, less] = s < 3600 ? [60, " min", 1, " s"]
-    : s < 86400 ? [3600, " h", 60, " min"] : [86400, " d", 3600, " h"];
-  const rest = Math.floor((s % size) / small);
-  return Math.floor(s / size) + unit + (rest ? " " + rest + less : "");
+const ago = (at, most) => (now() - at < 2000 ? "just now" : span(now() - at, most) + " ago");
+function span(ms, most = 2) {
+  if (ms < 1000) return Math.max(0, Math.round(ms)) + " ms";
+  let rest = Math.floor(ms / 1000);
+  const parts = [[86400, " d"], [3600, " h"], [60, " min"], [1, " s"]].map(([size, unit]) => {
+    const count = Math.floor(rest / size);
+    rest %= size;
+    return count + unit;
+  });
+  const first = parts.findIndex((part) => part[0] !== "0");
+  return parts.slice(first, first + most).filter((part) => part[0] !== "0").join(" ");
 }
 
 // --- Questions
 async function send(path, options) {
   const headers = { ...options.headers }, used = token;
   if (token) headers.Authorization = "Bearer " + token;
-  const response = await fetch(base() + path, { cache: "no-store", ...options, headers });
+  const url = "./" + (runPath ? ("v1/" + runPath + path).replace(/\/$/, "") : path);
+  const response = await fetch(url, { cache: "no-store", ...options, headers });
   const served = Date.parse(response.headers.get("Date"));
   if (Math.abs(served - now()) > 2000) skew = served - Date.now();
   if (response.ok) return response;
-  let said = {};
-  try { said = (await response.json()).error || {}; } catch (error) { /* a proxy's own page */ }
+  let answer = {};
+  try { answer = (await response.json()).error || {}; } catch (error) { /* a proxy's own page */ }
   if (response.status === 401 && used === token) {  // not the answer to an older one
     phase = token ? "refused" : "locked";
     hangUp();
     dirty();
   }
-  const message = said.message || "the server answered " + response.status;
+  const message = answer.message || "the server answered " + response.status;
   throw Object.assign(new Error(message), { status: response.status });
 }
 const read = async (path) => (await send(path, {})).json();
-const post = (path, body) => send(path, { method: "POST", body: JSON.stringify(body) });
 
-// Return a function that has `work` done once, a little later, however often it is called.
+const REFUSALS = { 403: "You may not do this", 404: "This is no longer there",
+  409: "Nothing was changed", 413: "The text is too long", 414: "The address is too long",
+  431: "The browser sends too much with it, such as cookies" };
+function tellFailure(error, what) {
+  if (error.status === undefined) return what + " may have arrived or not: the " +
+    "connection was lost. It shows here once the server is back.";
+  return `${REFUSALS[error.status] || "It did not work"}: ${error.message}.`;
+}
+
+// Do what was asked twice, and tell what came of it.
+async function act(path, body, what, done) {
+  said = ["", "Sending…"];
+  dirty();
+  try {
+    await send(path, { method: "POST", body: JSON.stringify(body) });
+    said = ["finished", done()];
+  } catch (error) { said = ["failed", tellFailure(error, what) +
+    (body.note ? " Your note is kept." : "")]; }
+  if (view.reload) view.reload();
+  dirty();
+}
+
+// Return a function that has `work` done once, a little later, however often it is called; the
+// longer it takes, the more seldom.
 function soon(ms, work) {
-  let timer = 0, last = Promise.resolve();
-  const go = () => { timer = 0; return work(state); };
+  let timer = 0, took = 0, last = Promise.resolve();
+  const go = async () => {
+    const began = Date.now();
+    timer = 0;
+    await work(state);
+    took = Date.now() - began;
+  };
   return () => {  // what fails is asked for again after the next connection
-    if (!timer) timer = setTimeout(() => { last = last.then(go).catch(() => 0); }, ms);
+    if (!timer) timer = setTimeout(() => { last = last.then(go).catch(() => 0); },
+      Math.max(ms, 5 * took));
   };
 }
 
 // --- The state, from snapshots and events. What an event says of a node stays when a snapshot
 // that was asked for before comes after it.
-function merge(shown, asked) {
-  const key = keyOf(shown), node = state.nodes.get(key) || { touched: 0 };
-  const { attempts: tried, label, startedAtMs } = shown;  // a list, or how many
-  const attempts = Array.isArray(tried) ? tried.length : tried;
-  state.nodes.set(key, node);
-  if (node.touched <= asked) Object.assign(node, shown, { attempts });
-  else Object.assign(node, { label, startedAtMs: node.startedAtMs || startedAtMs,
-    attempts: Math.max(node.attempts, attempts) });
-  return key;
-}
-
 const MOVES = {
   NodePending: "pending", NodeStarted: "in-progress", NodeFinished: "finished",
   NodeFailed: "failed", NodeCancelled: "cancelled", NodeSkipped: "skipped",
   NodeRetrying: "pending", NodeWaitingApproval: "waiting-approval",
 };
 function apply(event) {
-  const { type, nodeId, iteration, timestampMs } = event;
+  const { type, nodeId, iteration, timestampMs } = event, key = keyOf(event), move = MOVES[type];
   if (type === "RunStatusChanged") state.run.status = event.status;
   if (isOver()) state.run.finishedAtMs = state.run.finishedAtMs || timestampMs;
-  const key = keyOf(event), move = MOVES[type];
-  const close = () => { state.gateClock += state.gates.delete(key); };
-  if (type === "ApprovalGranted" || type === "ApprovalDenied") close();
+  if (type === "ApprovalGranted" || type === "ApprovalDenied" || OVER.includes(move))
+    state.gates.delete(key);
+  if (/Approval/.test(type)) refreshGates();
   if (move === undefined) return;
   let node = state.nodes.get(key);
   if (node === undefined) {
-    node = { nodeId, iteration, label: null, attempts: 0, startedAtMs: null };
-    state.nodes.set(key, node);
-    state.unplaced.add(key);
-    if (state.isWhole) placeNew();
+    state.nodes.set(key, node = { nodeId, iteration });
+    loadNodes();
   }
   node.touched = ++state.clock;
   node.state = move;
   if (event.error) node.error = event.error;
   if (move === "in-progress") {
-    node.attempts = Math.max(node.attempts, event.attempt + 1);
+    node.attempts = event.attempt + 1;
     node.startedAtMs = node.startedAtMs || timestampMs;
     node.finishedAtMs = node.error = null;
-  } else if (move === "waiting-approval") {
-    if (!state.gates.has(key))
-      state.gates.set(key, { nodeId, iteration, requestedAtMs: timestampMs });
-    state.gateClock++;
-    refreshGates();
-  } else if (OVER.includes(move)) {
-    node.finishedAtMs = timestampMs;
-    close();
-  }
+  } else if (OVER.includes(move)) node.finishedAtMs = timestampMs;
 }
 
-async function loadNodes() {
-  const mine = state;
-  for (let after = null, limit = 200; !mine.isWhole; limit = 1000) {
-    const asked = mine.clock;
-    const from = after === null ? "" : "&after=" + encodeURIComponent(after);
-    const page = await read("nodes?limit=" + limit + from);
-    if (mine !== state) return;
-    for (const node of page) {
-      after = merge(node, asked);
-      mine.order.push(after);
-      mine.unplaced.delete(after);
+// Read all nodes in the order of the tree, after a reconnect or when an event named a new one.
+const loadNodes = soon(0, async (mine) => {
+  const order = [], control = stream;
+  try {
+    for (let from = "", isMore = true; isMore;) {
+      const asked = mine.clock, page = await read("nodes?limit=1000" + from);
+      if (mine !== state) return;
+      for (const shown of page) {
+        const key = keyOf(shown), node = mine.nodes.get(key) || { touched: 0 };
+        mine.nodes.set(key, Object.assign(node, shown, node.touched > asked && { ...node }));
+        order.push(key);
+      }
+      isMore = page.length === 1000;
+      from = "&after=" + encode(order[order.length - 1]);
+      if (!mine.isWhole) mine.order = order;
+      changed();
     }
-    mine.isWhole = page.length < limit;
-    changed();
-  }
-  placeNew();
-}
-
-// A node that was first named by an event goes before what follows it in the tree.
-const placeNew = soon(300, async (mine) => {
-  while (mine === state && mine.unplaced.size) {
-    const first = mine.unplaced.values().next().value, asked = mine.clock;
-    const [one, page] = await Promise.all([read(nodePath(mine.nodes.get(first))),
-      read("nodes?limit=200&after=" + encodeURIComponent(first))]);
-    if (mine !== state) return;
-    const found = [merge(one, asked)];
-    let place = mine.order.length;
-    for (const key of page.map((next) => merge(next, asked))) {
-      const known = mine.order.indexOf(key);
-      if (known >= 0) { place = known; break; }
-      if (!found.includes(key)) found.push(key);
-    }
-    mine.order.splice(place, 0, ...found);
-    for (const key of found) mine.unplaced.delete(key);
-    changed();
-  }
+    mine.order = order;
+    mine.isWhole = true;
+  } catch (error) { if (control) control.abort(); }  // and dial again
 });
 
 const refreshGates = soon(200, async (mine) => {
-  const asked = mine.gateClock, found = await read("approvals");
-  if (asked !== mine.gateClock) return refreshGates();  // an event was faster
-  mine.gates = new Map(found.map((gate) => [keyOf(gate), gate]));
+  mine.gates = new Map((await read("approvals")).map((gate) => [keyOf(gate), gate]));
   changed();
 });
 
 const refreshWhy = soon(0, async (mine) => {
-  const why = await read("why");
-  mine.why = why;
+  mine.why = await read("why");
   dirty();
 });
 
 // --- The stream: at most one, none in a hidden tab; after a break it goes on where it was.
-let stream = null, tries = 0, redial = 0;
+let stream = null, tries = 0, redial = 0, eagerUntil = 0;
 function hangUp() {
   clearTimeout(redial);
   if (stream) stream.abort();
@@ -8134,48 +8100,58 @@ async function connect() {
   clearTimeout(redial);
   if (stream || document.hidden || isLocked()) return;
   const control = stream = new AbortController();
-  let watch = 0;
+  let pause = 0, watch = 0;
   const alive = () => {  // the server is silent for 10 s at most
     clearTimeout(watch);
     watch = setTimeout(() => control.abort(), 25000);
   };
+  alive();
   try {
-    alive();
-    const run = await read(""), old = state.run;
-    if (stream !== control) return;
-    if (old && (old.runId !== run.runId || old.startedAtMs !== run.startedAtMs)) forget();
-    state.run = run;
-    const isFirst = state.last < 0;
-    changed();
-    const response = await send(isFirst ? "events?last=500" : "events", {
-      headers: isFirst ? {} : { "Last-Event-ID": String(state.last) }, signal: control.signal });
-    if (stream !== control) return;
-    tries = 0;
-    phase = isOver() ? "ended" : "live";
-    if (!state.isWhole) {
-      state.order = [];
-      loadNodes().catch(() => control.abort());
-    }
-    refreshWhy();
-    refreshGates();
-    if (view.reload) view.reload();
-    changed();
-    if (response.status !== 204) await follow(response, alive, takeEvent);
+    if (runPath || isServer === false) await followRun(control, alive);
+    else pause = await readRuns(control);
   } catch (error) {
-    if (error.status === 404) phase = "missing";
+    if (isServer === null && error.status === 404) {
+      isServer = false;  // one run, whose routes are beside the page
+      pause = 1;
+    } else if (stream === control) {
+      phase = error.status === 404 ? "missing" : "offline";
+      trouble = error.status && tellFailure(error);
+    }
   }
   clearTimeout(watch);
   if (stream !== control) return;
   stream = null;
   if (isLocked() || document.hidden) return;
-  if (isOver() && phase !== "missing" && state.isWhole) phase = "ended";
-  else {
+  if (isOver() && phase !== "missing" && (phase === "ended" || state.isWhole)) {
+    phase = "ended";  // somebody may retry it
+    pause = state.isWhole && Date.now() > eagerUntil ? 15000 : 500;
+  } else if (!pause) {
     if (phase !== "missing") phase = "offline";
-    const pause = Math.min(15000, 500 * Math.pow(2, tries++));
-    redial = setTimeout(connect, pause * (0.75 + Math.random() / 2));
+    pause = Math.min(15000, 500 * Math.pow(2, tries++)) * (0.75 + Math.random() / 2);
   }
-  refreshWhy();
+  redial = setTimeout(connect, pause);
+  if (state.run) refreshWhy();
   dirty();
+}
+async function followRun(control, alive) {
+  const run = await read(""), old = state.run;
+  if (stream !== control) return;
+  if (old && (old.runId !== run.runId || old.startedAtMs !== run.startedAtMs)) forget();
+  state.run = run;
+  const isFirst = state.last < 0;
+  changed();
+  const response = await send(isFirst ? "events?last=500" : "events", {
+    headers: isFirst ? {} : { "Last-Event-ID": String(state.last) }, signal: control.signal });
+  if (stream !== control) return;
+  tries = 0;
+  phase = isOver() ? "ended" : "live";
+  loadNodes();
+  refreshWhy();
+  refreshGates();
+  if (view.reload) view.reload();
+  changed();
+  if (response.status !== 204) await follow(response, alive, takeEvent);
+  if (isOver()) phase = "ended";
 }
 
 // Give each event of a stream to `take`, until it says true or the stream ends.
@@ -8223,22 +8199,71 @@ async function loadOlder() {
   changed();
 }
 
-const TOLD = {
-  NodeRetrying: "will be tried again", NodeWaitingApproval: "waits for approval",
-  ApprovalGranted: "approved",
-};
 const UNTOLD = /^(FrameCommitted|RunStatusChanged|NodePending|ApprovalRequested)$/;
 function lineOf(seq, event) {
-  const { nodeId, iteration, timestampMs } = event;
-  const line = { seq, nodeId, iteration, at: timestampMs };
-  if (event.type === "NodeOutput")
+  const { nodeId, iteration, timestampMs: at, type, error } = event;
+  const line = { seq, nodeId, iteration, at };
+  if (type === "NodeOutput")
     return { ...line, text: plain(event.text), isBad: event.stream === "stderr" };
-  if (UNTOLD.test(event.type)) return null;
-  const by = event.decidedBy || event.by, { error } = event;
+  if (UNTOLD.test(type)) return null;
+  const by = event.decidedBy || event.by;
   const why = error ? error.message : event.note || event.reason;
-  const word = TOLD[event.type] || event.type.replace(/^(Node|Approval|Run)/, "").toLowerCase();
+  const word = type.replace(/^(Node|Approval|Run)/, "").replace(/\B[A-Z]/g, " $&").toLowerCase();
   const text = [!nodeId && "The run", word, by && "by " + by, why && "· " + why].filter(Boolean);
   return { ...line, text: text.join(" ").replace(/\s+/g, " "), isWord: true, isBad: error };
+}
+
+// --- All runs of a server: asked for now and then, without a stream. Where somebody must decide
+// comes first, then what has failed within a day or is silent, what is under way, what has ended.
+async function readRuns(control) {
+  const began = Date.now(), found = await read("v1/runs?limit=1000");
+  const { approvals } = await read("v1/approvals?limit=1000");
+  if (stream !== control) return 0;
+  const runs = new Map(found.map((run) => [run.runId, { ...run, gates: [] }]));
+  for (const gate of approvals) {
+    if (!runs.has(gate.runId)) runs.set(gate.runId,  // older than the newest thousand
+      { ...gate, status: gate.runStatus, createdAtMs: gate.requestedAtMs, gates: [] });
+    runs.get(gate.runId).gates.push(gate);
+  }
+  for (const run of runs.values()) {
+    const isWaiting = run.gates.length > 0;
+    run.isSilent = run.status === "running" && now() - (run.heartbeatAtMs || now()) > 60000;
+    const isBad = run.isSilent || run.status === "failed" && now() - run.finishedAtMs < 86400000;
+    run.shown = isWaiting ? "waiting-approval" : run.status;
+    run.rank = isWaiting ? 0 : isBad ? 1 : ENDED.includes(run.status) ? 3 : 2;
+  }
+  state.order = Array.from(runs.values()).sort((one, other) => one.rank - other.rank);
+  state.gates = new Map(approvals.map((gate) => [gate.runId + "/" + keyOf(gate), gate]));
+  state.isWhole = true;
+  [allRuns, phase, tries] = [state, "live", 0];
+  changed();
+  if (!isServer) {
+    isServer = true;
+    openView();
+  }
+  return Math.max(3000, 20 * (Date.now() - began));
+}
+function describeRun(run) {
+  const [gate, ...rest] = run.gates;
+  let error = run.isSilent && "No sign of life";
+  try { error = JSON.parse(run.errorJson).message; } catch (notJson) { /* none, or not ours */ }
+  return { key: run.runId, title: run.workflowName, id: run.runId, state: run.shown,
+    href: "#/runs/" + encode(run.runId), isBad: !gate && error,
+    more: gate ? (gate.requestTitle || gate.nodeId) + (rest.length ? ` and ${rest.length} more`
+      : "") : error, took: ago(run.createdAtMs, 1) };
+}
+function runsView() {
+  const list = makeList("run", (run) => run.shown, describeRun);
+  return { name: "all runs", draw() {
+    const waiting = state.gates.size, total = state.order.length;
+    const active = state.order.filter((run) => /running|queued/.test(run.shown)).length;
+    if (!total) return [lead(state.isWhole ? "No runs yet" : "Loading…",
+      state.isWhole && quiet("POST v1/runs starts one. It shows here at once."))];
+    return [lead(waiting ? waitingText(waiting) : active
+      ? many(active, "run", " under way") : "Nothing waits for you",
+    quiet(total < 1000 ? many(total, "run") : "The newest 1000 runs, and all that wait")),
+    list(state.order)];
+  } };
 }
 
 // --- Drawing: a view says what should be there, and the document is made like it.
@@ -8255,7 +8280,7 @@ function draw() {
   isDirty = false;
   if ((view.name === "token") !== isLocked()) { openView(); return; }
   const run = state.run, waiting = state.gates.size;
-  document.title = (waiting ? "(" + waiting + ") " : "") +
+  document.title = (waiting ? `(${waiting}) ` : "") +
     (run ? run.workflowName + " · " + wordOf(run.status) : "Smithers");
   morph(byId("top"), drawTop(run, waiting));
   morph(byId("notice"), drawNotice());
@@ -8264,73 +8289,129 @@ function draw() {
   tellGates();
 }
 function drawTop(run, waiting) {
-  const tab = (name, at, ...more) => el("a", { href: link(at),
-    "aria-current": name === view.name && "page" }, capital(name), more);
+  const isOne = runPath || isServer === false;
+  const tab = (name, href, isHome) => el("a", { href, "aria-current": name === view.name &&
+    "page" }, capital(name), isHome && waiting > 0 && el("span.pill.waiting", String(waiting),
+    el("span.hidden", " waiting")));
   return [
     el("div.bar", el("strong", run ? run.workflowName : "Smithers"), run && pill(run.status),
       el("span", { class: "phase " + phase }, capital(phase))),
     el("nav", { "aria-label": "Views", hidden: isLocked() },
-      tab("run", "", waiting > 0 && el("span.badge.waiting", String(waiting),
-        el("span.hidden", " waiting"))), tab("log", "log"), tab("timeline", "timeline")),
+      isServer && tab("all runs", "#/", !isOne), isOne && [tab("run", link(""), true),
+        tab("log", link("log")), tab("timeline", link("timeline"))]),
   ];
 }
 function drawNotice() {
-  if (phase === "offline") return [el("p.notice.bad", "The server does not answer. This is what " +
-    "was last known; decisions are off until it is back.")];
-  if (!hasNoEngine() || isLocked()) return [];
-  return [el("div.notice.waiting", el("p", "No engine drives this run. A decision is kept, and " +
-    "counts when somebody resumes the run:"),
-  pre("python3 -m smithers_serve up FILE --serve --resume --run-id " + state.run.runId))];
+  if (isLocked()) return [];
+  if (phase === "offline") return [el("p.notice.bad", (trouble || "The server does not answer.") +
+    " This is what was last known; decisions are off until it is back.")];
+  if (!hasNoEngine()) return [];
+  const { runId } = state.run;
+  return [el("div.notice.waiting", el("p", (state.why.state === "stale"
+    ? "The engine of this run gives no sign of life." : "No engine drives this run.") +
+    " A decision is kept, and counts when somebody resumes the run. Beside its database, this " +
+    "prints the line that does:"),
+  pre("python3 -m smithers_serve status " + (/^[\w.:-]+$/.test(runId) ? runId : "")))];
 }
-let toldOf = new Set();
-function tellGates() {  // to a screen reader: gates that come up, politely; never log lines
-  const gates = Array.from(state.gates.values()).filter((gate) => gate.status);
-  const fresh = gates.filter((gate) => !toldOf.has(keyOf(gate)));
-  if (fresh.length) byId("news").textContent = "Waiting for a decision: " +
-    (fresh.length > 1 ? fresh.length + " more" : fresh[0].requestTitle || nameOf(fresh[0]));
-  toldOf = new Set(gates.map(keyOf));
+let toldCount = 0;
+function tellGates() {  // to a screen reader: when more wait, politely; never log lines
+  const count = state.gates.size;
+  if (count > toldCount) byId("news").textContent = waitingText(count);
+  toldCount = count;
 }
 
-// Return which rows of a long list are in sight, or nearly so, and how high it is.
-function rowsInSight(id, total, height, scroller) {
-  const box = byId(id);
+// Return a long list's style, and the rows of it that are in sight or nearly so.
+function rowsInSight(id, total, height, row) {
+  const box = byId(id), above = box ? -box.getBoundingClientRect().top : 0, rows = [];
   const one = box && box.firstElementChild && box.firstElementChild.offsetHeight || height;
-  const above = !box ? 0 : scroller ? scroller.scrollTop : -box.getBoundingClientRect().top;
-  const seen = scroller ? scroller.clientHeight : window.innerHeight;
-  const first = Math.max(0, Math.min(total - 1, Math.floor(above / one) - 8));
-  const end = Math.min(total, Math.max(0, Math.ceil((above + seen) / one)) + 8);
-  const rows = [];
-  for (let at = first; at < end; at++) rows.push(at);
-  return { rows, height: one, style: "height: " + total * one + "px",
-    at: (row) => "transform: translateY(" + row * one + "px)" };
+  const end = Math.min(total, Math.ceil((above + window.innerHeight) / one) + 8);
+  for (let at = Math.max(0, Math.min(total - 1, Math.floor(above / one) - 8)); at < end; at++)
+    rows.push(row(at, `transform: translateY(${at * one}px)`));
+  return { style: `height: ${total * one}px`, rows, height: one };
+}
+
+// Return what draws a long list, with a search and its counts as filters; `describe` says what the
+// row of an item shows.
+const SHOWN = ["waiting-approval", "running", "in-progress", "queued", "pending"].concat(ENDED);
+function countBy(items, stateOf) {
+  const found = {};
+  for (const item of items) found[stateOf(item)] = (found[stateOf(item)] || 0) + 1;
+  return found;
+}
+function makeList(noun, stateOf, describe) {
+  let filter = "", wanted = "", made = "", items = [], found = {};
+  const chip = (name, count) => el("button", { type: "button", "data-key": name,
+    "aria-pressed": String(name === filter), onclick() { filter = name; dirty(); } },
+  name ? wordOf(name) : "All", el("span.quiet", String(count)));
+  function row(at, style) {
+    const { key, href, state: name, title, id, more, isBad, bar, took } = describe(items[at]);
+    return el("div", { role: "listitem", "data-key": key, style, "aria-setsize": items.length,
+      "aria-posinset": at + 1 }, el("a.node", { href }, pill(name), el("span.what",
+      el("span.name", title && title + " ", el("span.mono", id)), bar
+        ? el("span.meter", el("span", { class: kindOf(name), style: bar }))
+        : el("span", { class: "more " + (isBad ? "bad" : "quiet") }, more)),
+    el("span.took.quiet.small", took)));
+  }
+  return (all) => {
+    const want = [filter, wanted, state.version, all.length].join();
+    if (want !== made) {
+      found = countBy(all, stateOf);
+      items = !filter && !wanted ? all : all.filter((item) => {
+        const { title, id, more } = wanted && describe(item);
+        return (!filter || stateOf(item) === filter) && (!wanted ||
+          [title, id, more].join(" ").toLowerCase().includes(wanted));
+      });
+    }
+    made = want;
+    const { style, rows } = rowsInSight("list", items.length, 60, row), find = "Find a " + noun;
+    return el("section.card", el("div.split", el("h2", capital(noun) + "s"),
+      el("input", { type: "search", "aria-label": find, placeholder: find,
+        oninput(event) { wanted = event.target.value.toLowerCase(); dirty(); } })),
+    el("div.chips", { role: "group", "aria-label": "Show only" }, chip("", all.length),
+      SHOWN.filter((name) => found[name] || name === filter)
+        .map((name) => chip(name, found[name] || 0))),
+    items.length ? el("div.list", { id: "list", role: "list", "aria-label": capital(noun) + "s",
+      style }, rows)
+      : quiet(!state.isWhole ? "Loading…" : all.length ? `No ${noun} matches.` : "None yet."));
+  };
 }
 
 // --- The run
-const SHOWN = ["waiting-approval", "failed", "in-progress", "pending", "finished", "skipped",
-  "cancelled"];
+const stateOfNode = (key) => state.nodes.get(key).state;
+function describeNode(key) {
+  const node = state.nodes.get(key), gate = state.gates.get(key), { label, error } = node;
+  const from = gate ? gate.requestedAtMs : node.startedAtMs;
+  const to = node.state === "in-progress" || gate ? now() : node.finishedAtMs;
+  return { key, id: nameOf(node), href: hrefOf(node), state: node.state, isBad: error,
+    more: error ? jsonText(error.message).split("\n")[0] : [label !== node.nodeId && label,
+      node.attempts > 1 && node.attempts + " attempts"].filter(Boolean).join(" · "),
+    took: from && to ? span(to - from) : "" };
+}
+function askToRetry(nodes, name) {
+  openDialog(`Retry ${name}?`, [el("p", "What has failed or was cancelled gets a " +
+    "fresh try. What is finished stays.")], "Leave it", "Yes, retry " + name, "yes", async () => {
+    await act("retry", { nodes }, "The retry", () => "The run goes on.");
+    eagerUntil = Date.now() + 30000;
+    connect();
+  });
+}
 function runView() {
-  let filter = "", wanted = "", keys = [], listed = "", said = "";
+  const list = makeList("step", stateOfNode, describeNode);
   function headline() {
     const waiting = state.gates.size, status = state.run.status;
     if (status === "cancelled") return "The run was cancelled";
     if (isOver()) return status === "failed" ? "The run has failed" : "The run has finished";
-    if (waiting) return many(waiting, "decision is", "decisions are") + " waiting";
-    return hasNoEngine() ? "The run stands still" : "The run is under way";
+    if (waiting) return waitingText(waiting);
+    return hasNoEngine() ? "The run stands still" : status === "queued"
+      ? "The run waits for its turn" : "The run is under way";
   }
   function askToCancel() {
-    const by = nameField();
-    const why = el("textarea", { maxlength: 10000 });
+    const by = nameField(), why = noteField(runPath);
     openDialog("Cancel this run?", [el("p", "What runs is stopped, what waits is closed, " +
-      "nothing new begins."),
-    el("label", "Your name", by), el("label", "Why", why)],
-    "Keep it running", "Yes, cancel the run", "no", async () => {
-      try {
-        await post("cancel",
-          { decidedBy: by.value.trim() || null, reason: why.value.trim() || null });
-        said = "The run is being cancelled.";
-      } catch (error) { said = tellFailure(error, "The cancel"); }
-      dirty();
-    });
+      "nothing new begins."), el("label", "Your name", by), el("label", "Why", why)],
+    "Keep it running", "Yes, cancel the run", "no", () => act("cancel",
+      { decidedBy: by.value.trim() || null, reason: why.value.trim() || null },
+      "The cancel", () => "The run is being cancelled."));
   }
   function gateCard(gate) {
     const title = gate.requestTitle || nameOf(gate);
@@ -8343,107 +8424,58 @@ function runView() {
     const error = isOver() && state.why && state.why.error;
     const failed = state.order.map((key) => state.nodes.get(key))
       .filter((node) => node.state === "failed");
-    const more = (count) => count > 0 && quiet("and " + count + " more, in the list of steps");
+    const more = (count) => count > 0 && quiet(`and ${count} more, in the list of steps`);
     return [Array.from(state.gates.values()).slice(0, 50).map(gateCard),
       more(state.gates.size - 50),
       error && el("div.card.fail", el("h2", "Why it failed"),
-        el("p.text", jsonText(error.message))),
+        problem(error)),
       failed.slice(0, 5).map((node) => el("div.card.fail", el("div.facts", pill("failed"),
         el("a.mono", { href: hrefOf(node) }, nameOf(node))),
-      el("p.text", node.error ? jsonText(node.error.message) : "It failed."))),
+      problem(node.error))),
       more(failed.length - 5)];
-  }
-  function row(at, style) {
-    const node = state.nodes.get(keys[at]), gate = state.gates.get(keys[at]);
-    const from = gate ? gate.requestedAtMs : node.startedAtMs;
-    const to = node.state === "in-progress" || gate ? now() : node.finishedAtMs;
-    const label = node.label !== node.nodeId && node.label;
-    const more = [label, node.attempts > 1 && node.attempts + " attempts"].filter(Boolean);
-    return el("div", { role: "listitem", "data-key": keys[at], style,
-      "aria-setsize": keys.length, "aria-posinset": at + 1 },
-    el("a.node", { href: hrefOf(node) }, pill(node.state), el("span.what",
-      el("span.name.mono", nameOf(node)), node.error
-        ? el("span.more.bad", jsonText(node.error.message).split("\n")[0]) : el("span.more.quiet",
-          more.join(" · "))), el("span.took.quiet.small", from && to ? span(to - from) : "")));
-  }
-  function choose(event) {
-    const chosen = event.target.closest("button");
-    if (chosen) filter = chosen.dataset.state;
-    dirty();
-  }
-  function list() {
-    const made = [filter, wanted, state.version, state.order.length].join();
-    if (made !== listed) keys = !filter && !wanted ? state.order : state.order.filter((key) => {
-      const node = state.nodes.get(key);
-      const text = (nameOf(node) + " " + (node.label || "")).toLowerCase();
-      return (!filter || node.state === filter) && text.includes(wanted);
-    });
-    listed = made;
-    if (!keys.length) return quiet(!state.isWhole ? "Loading the steps…" : state.nodes.size
-      ? "No step matches." : "No steps yet.");
-    const sight = rowsInSight("list", keys.length, 60);
-    return el("div.list", { id: "list", role: "list", "aria-label": "Steps", style: sight.style },
-      sight.rows.map((at) => row(at, sight.at(at))));
   }
   return { name: "run", draw() {
     const run = state.run;
-    if (!run) return [heading(phase === "missing" ? "There is no run here yet"
-      : "Loading…")];
-    const found = state.isWhole ? {} : run.summary;
-    if (state.isWhole) for (const { state: name } of state.nodes.values())
-      found[name] = (found[name] || 0) + 1;
+    if (!run) return [lead(phase === "missing" ? "There is no such run here" : "Loading…")];
+    const found = state.isWhole ? countBy(state.order, stateOfNode) : run.summary;
     const sum = (names) => names.reduce((total, name) => total + (found[name] || 0), 0);
     const total = sum(Object.keys(found)), done = sum(OVER);
     const took = span((isOver() ? run.finishedAtMs : now()) - run.startedAtMs);
-    const chip = (name) => el("button", { type: "button", "data-state": name || "",
-      "data-key": name, "aria-pressed": String(name === filter) }, name ? wordOf(name) : "All",
-    el("span.quiet", String(name ? found[name] || 0 : total)));
     return [
       el("section.card", el("div.split", el("div", heading(headline()),
-        quiet(done + " of " + many(total, "step", "steps") + " done" + (run.startedAtMs
+        quiet(done + " of " + many(total, "step", " done") + (run.startedAtMs
           ? (isOver() ? " · took " : " · for ") + took : "") + " · ",
         el("span.mono", run.runId))),
-      !isOver() && button("Cancel run…", "", askToCancel, { disabled: phase !== "live" })),
+      !isOver() && button("Cancel run…", "", askToCancel, { "data-key": "cancel",
+        disabled: phase !== "live" }),
+      /failed|cancelled/.test(run.status) && button("Retry run…", "",
+        () => askToRetry(undefined, "the run"), { "data-key": "retry" })),
       el("div.meter", { "aria-hidden": "true" },
-        el("div", { style: "width: " + (total ? (100 * done) / total : 0) + "%" })),
-      el("p", { role: "status" }, said)),
-      el("div.stack", attention()),
-      el("section.card", el("div.split", el("h2", "Steps"),
-        el("input", { type: "search", "aria-label": "Find a step", placeholder: "Find a step",
-          oninput: (event) => { wanted = event.target.value.toLowerCase(); dirty(); } })),
-      el("div.chips", { role: "group", "aria-label": "Show only", onclick: choose },
-        [""].concat(SHOWN.filter((name) => found[name] || name === filter)).map(chip)),
-      list()),
+        el("span.running", { style: `width: ${100 * done / (total || 1)}%` })),
+      told()),
+      el("div.stack", attention()), list(state.order),
     ];
   } };
 }
 
+// --- A node, which may be a gate
 const TIMED = { approve: "it is approved", deny: "it is denied" };
 const dueText = (gate) => (now() >= gate.deadlineAtMs ? "its time is up"
-  : (TIMED[gate.onTimeout] || "it fails") + " in " + seconds(gate.deadlineAtMs - now()));
+  : (TIMED[gate.onTimeout] || "it fails") + " in " + span(gate.deadlineAtMs - now()));
 const DENIED = {
   continue: "The run goes on, and later steps are told that it was denied.",
   skip: "This step is skipped, and the run goes on.",
   fail: "This step fails, and the run with it, unless the workflow provides for that.",
 };
-function tellFailure(error, what) {
-  if (error.status === undefined) return what + " may have arrived or not: the " +
-    "connection was lost. It shows here once the server is back.";
-  const heads = { 403: "You may not do this",
-    404: "This is no longer there", 409: "Nothing was changed", 413: "The text is too long" };
-  return (heads[error.status] || "It did not work") + ": " + error.message + ".";
-}
-
-// --- A node, which may be a gate
 function nodeView(nodeId, iteration) {
-  const me = { nodeId, iteration }, key = keyOf(me);
-  let detail = null, earlier = [], said = ["", ""], missing = "";
+  const me = { nodeId, iteration }, key = runPath + keyOf(me);
+  let detail = null, earlier = [], missing = "";
   const reload = soon(100, async () => {
     try {
-      detail = await read(nodePath(me));
+      detail = await read(`nodes/${encode(nodeId)}?iteration=${iteration}`);
       if (detail.gate && iteration > 0) earlier = (await read("approvals?status=all"))
         .filter((gate) => gate.nodeId === nodeId && gate.iteration < iteration);
-    } catch (error) { if (error.status === 404) missing = error.message; }
+    } catch (error) { missing = error.status && tellFailure(error); }
     dirty();
   });
   const lines = (found) => found.length ? pre(found.map((line) => plain(line.text)).join("\n"))
@@ -8456,58 +8488,43 @@ function nodeView(nodeId, iteration) {
       el("p", (isKnown ? wordOf(gate.status) + by : "No longer asked") + at),
       gate.note && el("p.text", gate.note));
   }
-  function evidence(found) {
-    return el("div.item", el("div.facts", pill(found.state),
-      el("a.mono", { href: hrefOf(found) }, nameOf(found))),
-    problem(found),
+  const item = (one, name, ...more) =>
+    el("div.item", el("div.facts", pill(one.state), name), problem(one.error), more);
+  const evidence = (found) => item(found, el("a.mono", { href: hrefOf(found) }, nameOf(found)),
     found.output !== null && [el("p.quiet.small", found.isCut ? "Output, cut" : "Output"),
       pre(jsonText(found.output))],
     found.log.length > 0 && [el("p.quiet.small", "Last lines"), lines(found.log)]);
-  }
-  const problem = (one) => one.error && el("p.notice.failed.text", jsonText(one.error.message));
-  const attempt = (one) => el("div.item", el("div.facts", pill(one.state),
-    "Attempt " + (one.attempt + 1), el("span.quiet.small", clock(one.startedAtMs) +
-      (one.finishedAtMs ? " · " + span(one.finishedAtMs - one.startedAtMs) : ""))), problem(one));
+  const attempt = (one) => item(one, ["Attempt " + (one.attempt + 1), el("span.quiet.small",
+    clock(one.startedAtMs) + (one.finishedAtMs ? " · " + span(one.finishedAtMs -
+    one.startedAtMs) : ""))]);
   function ask(verb) {
-    const words = (verb === "approve" ? "Approve " : "Deny ") + nodeId;
+    const words = verb + " " + nodeId, isYes = verb === "approve";
     const note = (notes.get(key) || "").trim(), by = myName.trim();
-    openDialog(words + "?", [el("p", detail.gate.requestTitle || nodeId),
-      el("p", verb === "deny" ? DENIED[detail.gate.onDeny] || DENIED.fail : "The run goes on."),
+    openDialog(capital(words) + "?", [el("p", detail.gate.requestTitle || nodeId),
+      el("p", isYes ? "The run goes on." : DENIED[detail.gate.onDeny] || DENIED.fail),
       el("p.quiet.text", (by ? "As " + by : "Without a name") +
         (note ? ", with the note: " + note : ", without a note"))],
-    "Go back", "Yes, " + verb + " " + nodeId, verb === "approve" ? "yes" : "no", async () => {
-      const body = { iteration, requestedAtMs: detail.gate.requestedAtMs, note: note || null,
-        decidedBy: by || null };
-      said = ["", "Sending…"];
-      dirty();
-      try {
-        await post(verb + "/" + encodeURIComponent(nodeId), body);
+    "Go back", "Yes, " + words, isYes ? "yes" : "no", () => act(
+      verb + "/" + encode(nodeId), { iteration, note: note || null,
+        decidedBy: by || null, requestedAtMs: detail.gate.requestedAtMs }, "Your decision", () => {
         notes.delete(key);
-        said = ["finished", (verb === "approve" ? "Approved." : "Denied.") +
-          (hasNoEngine() ? " It counts when somebody resumes the run." : "")];
-      } catch (error) {
-        said = ["failed", tellFailure(error, "Your decision") + " Your note is kept."];
-      }
-      reload();
-    });
+        return (isYes ? "Approved." : "Denied.") +
+          (hasNoEngine() ? " It counts when somebody resumes the run." : "");
+      }));
   }
   function decision(gate) {
     const isOff = phase !== "live" || isOver();
-    const answer = (text, kind, verb) => button(text + nodeId, kind, () => ask(verb),
-      { disabled: isOff });
-    const note = el("textarea", { maxlength: 10000,
-      oninput: (event) => notes.set(key, event.target.value) });
-    note.value = notes.get(key) || "";
+    const answer = (word, kind) => button(word + " " + nodeId, kind,
+      () => ask(word.toLowerCase()), { disabled: isOff });
     return el("section.card", { "data-key": "decision" }, el("h2", "Your decision"),
-      el("dl", el("dt", "Approve"), el("dd", "The run goes on."), el("dt", "Deny"),
-        el("dd", DENIED[gate.onDeny] || DENIED.fail)),
-      gate.approvers && el("p", "May be decided by " + gate.approvers.join(", ") + "."),
-      el("label", "Your name ", el("span.quiet", "(shown with the decision)"),
-        nameField()),
-      el("label", "Note ", el("span.quiet", "(optional)"), note),
+      el("p", el("strong", "Approve: "), "The run goes on."),
+      el("p", el("strong", "Deny: "), DENIED[gate.onDeny] || DENIED.fail),
+      gate.approvers && el("p", `May be decided by ${gate.approvers.join(", ")}.`),
+      el("label", "Your name ", el("span.quiet", "(shown with the decision)"), nameField()),
+      el("label", "Note ", el("span.quiet", "(optional)"), noteField(key)),
       isOff && el("p.quiet", { "data-key": "off" }, "Decisions are off " + (isOver()
         ? "after the end." : "until the connection is back. Your note stays.")),
-      el("div.answers", answer("Deny ", "no", "deny"), answer("Approve ", "yes", "approve")));
+      el("div.answers", answer("Deny", "no"), answer("Approve", "yes")));
   }
   function gateCards(gate, isOpen) {
     const facts = Object.entries(gate.metadata || {}), note = notes.get(key);
@@ -8526,21 +8543,20 @@ function nodeView(nodeId, iteration) {
   return { name: "node", reload, draw() {
     const gate = detail && detail.gate, back = el("p", el("a.back", { href: link("") }, "← Run"));
     const title = jsonText(gate && gate.requestTitle || nodeId);
-    const head = heading(title);
-    if (!detail) return [back, el("section.card", head, quiet(missing ? "Not found: " + missing
-      : "Loading…"))];
+    if (!detail) return [back, lead(title, quiet(missing || "Loading…"))];
     const isOpen = gate && gate.status === "requested" && !OVER.includes(detail.state);
     const { label, attempts, needs, output, log } = detail;
     return [back,
       el("section.card", el("div.facts", pill(isOpen ? "requested" : detail.state),
         title !== nodeId && el("span.mono", nodeId), iteration > 0 && "turn " + (iteration + 1)),
-      head, label && label !== title && quiet(label),
+      heading(title), label && label !== title && quiet(label),
       gate && gate.requestSummary && el("p.text", jsonText(gate.requestSummary)),
       isOpen && quiet("Asked " + ago(gate.requestedAtMs) + (gate.deadlineAtMs
         ? ". Without an answer " + dueText(gate) : "") + "."),
-      gate && !isOpen && decided(gate)),
-      gate && gateCards(gate, isOpen),
-      el("p", { role: "status", class: said[1] && "notice " + said[0] }, said[1]),
+      gate && !isOpen && decided(gate),
+      isOver() && detail.state === "failed" && button("Retry this step…", "",
+        () => askToRetry([nodeId], nodeId), { "data-key": "retry" })),
+      gate && gateCards(gate, isOpen), told(),
       (!gate || attempts.length > 0) && [
         card("Attempts", attempts.length ? attempts.map(attempt) : quiet("It has not run yet."),
           needs.length > 0 && quiet("Needs " + needs.join(", "))),
@@ -8556,14 +8572,10 @@ function nodeView(nodeId, iteration) {
 
 // --- The log
 function logView() {
-  let follows = true, isLoading = false, top = 0, first = null;
-  async function more() {
-    isLoading = true;
+  let follows = true, top = 0, first = null;
+  function more() {
     follows = false;
-    dirty();
-    try { await loadOlder(); } catch (error) { /* the notice tells */ }
-    isLoading = false;
-    dirty();
+    loadOlder().catch(() => 0);  // the notice tells
   }
   function scrolled({ target }) {  // who scrolls up wants to read
     const below = target.scrollHeight - target.clientHeight - target.scrollTop;
@@ -8571,7 +8583,8 @@ function logView() {
     top = target.scrollTop;
     dirty();
   }
-  function row(line, style) {
+  function row(at, style) {
+    const line = state.lines[at];
     return el("div", { style, "data-key": line.seq }, el("time", clock(line.at)),
       line.nodeId !== undefined && el("a", { href: hrefOf(line) }, nameOf(line)),
       el("span", { class: line.isBad ? "bad" : line.isWord && "word" }, line.text));
@@ -8581,23 +8594,22 @@ function logView() {
     // What was in sight stays there when lines come in above it.
     const moved = first === null ? 0 : lines.indexOf(first);
     first = lines[0] || null;
-    const sight = rowsInSight("lines", lines.length, 24, panel);
+    const { style, rows, height } = rowsInSight("lines", lines.length, 24, row);
     if (moved > 0 && panel) {
-      byId("lines").style.cssText = sight.style;
-      panel.scrollTop += moved * sight.height;
+      byId("lines").style.cssText = style;
+      panel.scrollTop += moved * height;
       return this.draw();
     }
     return [el("section.card", el("div.split",
-      el("div", heading("Log"), quiet(many(lines.length, "line", "lines") +
+      el("div", heading("Log"), quiet(many(lines.length, "line") +
         (state.first > 0 ? ", and older ones" : ""))),
-      state.first > 0 && el("button", { type: "button", "data-key": "older", onclick: more,
-        disabled: isLoading || phase === "offline" }, isLoading ? "Loading…" : "Older lines"),
+      state.first > 0 && button("Older lines", "", more,
+        { "data-key": "older", disabled: phase === "offline" }),
       el("label.tick", { "data-key": "follow" }, el("input", { type: "checkbox", checked: follows,
         onchange: (event) => { follows = event.target.checked; dirty(); } }), "Follow")),
     lines.length === 0 && quiet("Nothing has been printed yet."),
     el("div.log", { id: "log", tabindex: 0, role: "region", "aria-label": "Log lines",
-      hidden: !lines.length, onscroll: scrolled }, el("div", { id: "lines", style: sight.style },
-      sight.rows.map((at) => row(lines[at], sight.at(at)))))),
+      hidden: !lines.length, onscroll: scrolled }, el("div.lines", { id: "lines", style }, rows))),
     ];
   }, drawn() {
     const panel = byId("log"), end = panel.scrollHeight - panel.clientHeight;
@@ -8608,87 +8620,70 @@ function logView() {
   } };
 }
 
-// --- The timeline
+// --- The timeline: when each step began, oldest first, and how long it took
 function timelineView() {
-  const HEIGHT = 44;
-  let bars = [], made = -1, madeAt = 0;
   const asked = new Map();
+  let bars = [], made = -1, begin = 0, end = 0;
   const reload = soon(300, async () => {
     for (const gate of await read("approvals?status=all")) asked.set(keyOf(gate), gate);
     made = -1;
     dirty();
   });
-  function gather() {  // of 10,000 nodes it takes some milliseconds: at most once a second
-    if (made === state.version || made >= 0 && Date.now() - madeAt < 1000) return;
-    [made, madeAt, bars] = [state.version, Date.now(), []];
+  function gather() {
+    if (made === state.version) return;
+    [made, bars] = [state.version, []];
     for (const [key, node] of state.nodes) {
       const gate = asked.get(key) || state.gates.get(key);
       const from = node.startedAtMs || gate && gate.requestedAtMs;
       const to = node.finishedAtMs || !node.startedAtMs && gate && gate.decidedAtMs;
-      if (from) bars.push({ key, node, from, to });
+      if (from) bars.push({ key, from, to });
     }
     bars.sort((one, other) => one.from - other.from);
   }
-  function picture() {
-    const begin = Math.min(state.run.startedAtMs || Infinity, bars[0].from);
-    const last = isOver() ? state.run.finishedAtMs : now();
-    const x = (at) => 100 * Math.min(1, Math.max(0, (at - begin) / Math.max(1, last - begin)));
-    const { rows, style } = rowsInSight("times", bars.length, HEIGHT);
-    const bar = ({ node, key, from, to }, y) => {
-      const took = span((to || last) - from);
-      const label = nameOf(node) + " · " + wordOf(node.state) + " · " + took;
-      return svg("a", { href: hrefOf(node), "data-key": key, "aria-label": label },
-        svg("rect", { class: "lane", x: 0, y: y + 24, width: "100%", height: 10, rx: 3 }),
-        svg("rect", { class: kindOf(node.state), x: x(from) + "%", y: y + 24, height: 10, rx: 3,
-          width: Math.max(0.6, x(to || last) - x(from)) + "%" }),
-        svg("text", { x: 0, y: y + 17 }, label));
-    };
-    return [el("div.axis.quiet.small", el("span", clock(begin)),
-      el("span", span(last - begin) + " · " + (isOver() ? clock(last) : "now"))),
-    el("div.times", { id: "times", style }, svg("svg", { role: "group", "aria-label":
-      "What ran when", height: rows.length * HEIGHT, style: "top: " + rows[0] * HEIGHT + "px" },
-    rows.map((at) => bar(bars[at], (at - rows[0]) * HEIGHT))))];
-  }
+  const list = makeList("step", (bar) => stateOfNode(bar.key), ({ key, from, to }) => {
+    const share = (ms) => Math.min(98, Math.max(0, 100 * ms / Math.max(1, end - begin)));
+    return { ...describeNode(key), took: span((to || end) - from),
+      bar: `margin-left: ${share(from - begin)}%; width: ${share((to || end) - from)}%` };
+  });
   reload();
   return { name: "timeline", reload, draw() {
     gather();
-    return [el("section.card", heading("Timeline"),
-      state.run && bars.length ? picture() : quiet("Nothing has run yet."))];
+    if (!state.run || !bars.length)
+      return [lead("Timeline", quiet("Nothing has run yet."))];
+    begin = Math.min(state.run.startedAtMs || Infinity, bars[0].from);
+    end = isOver() ? state.run.finishedAtMs : now();
+    return [lead("Timeline", quiet(`From ${clock(begin)} to ${
+      isOver() ? clock(end) : "now"}: ${span(end - begin)}`)), list(bars)];
   }, onEvent(event) { if (event.type.startsWith("Approval")) reload(); } };
 }
 
 // --- The token
 function tokenView() {
-  let said = phase === "refused" && "That token was refused. Try another one.";
+  const wrong = phase === "refused" && "That token was refused. Try another one.";
   token = kept("token", "");
   phase = "locked";
   function unlock() {
     const text = byId("token").value.trim();
-    if (/^[!-~]+$/.test(text)) {
-      token = kept("token", text);
-      phase = "loading";
-      return openView();
-    }
-    said = "A token is visible characters without spaces.";
-    dirty();
+    token = kept("token", /^[!-~]+$/.test(text) ? text : "?");
+    phase = "loading";
+    openView();
   }
-  return { name: "token", draw: () => [el("section.card",
-    heading("This run is locked"),
-    quiet("Its server asks for a token. It is kept in this tab only, never in an address."),
+  return { name: "token", draw: () => [lead("A token is needed",
+    quiet("The server asks for one. It is kept in this tab only, never in an address."),
     el("label", "Token", el("input", { type: "password", id: "token", autocomplete: "off",
       onkeydown: (event) => { if (event.key === "Enter") unlock(); } })),
-    el("p", { role: "status", class: said && "notice bad" }, said),
+    el("p", { role: "status", class: wrong && "notice bad" }, wrong),
     button("Unlock", "yes", unlock))] };
 }
 
 // --- A dialog: the browser keeps the keyboard in it, and gives the focus back.
-function openDialog(title, parts, back, go, kind, act) {
+function openDialog(title, parts, back, go, kind, agreed) {
   const box = el("dialog", { "aria-label": title, onclose: () => box.remove() },
     el("h2", title), parts, el("div.answers", button(back, "", () => box.close()),
-      button(go, kind, () => { box.close(); act(); })));
+      button(go, kind, () => { box.close(); agreed(); })));
+  if (!box.showModal) return confirm(title) && agreed();
   document.body.append(box);
-  if (box.showModal) box.showModal();
-  else if (confirm(title)) act();
+  box.showModal();
 }
 
 // --- Addresses
@@ -8699,20 +8694,27 @@ function openView(event) {
   let parts = [""];
   try {
     parts = location.hash.replace(/^#\/?/, "").split("/").map(decodeURIComponent);
-  } catch (error) { }
+  } catch (error) { /* no address of ours */ }
   const oldPath = runPath;
-  runPath = parts[0] === "runs" ? "runs/" + encodeURIComponent(parts[1]) + "/" : "";
-  if (runPath) parts = parts.slice(2);
+  runPath = "";
+  if (parts[0] === "runs" && parts[1]) {
+    runPath = `runs/${encode(parts[1])}/`;
+    parts = parts.slice(2);
+    isServer = true;
+  }
   if (oldPath !== runPath) {
     hangUp();
     forget();
-    toldOf.clear();
+    if (!runPath && allRuns) state = allRuns;
+    toldCount = state.gates.size;
     phase = "loading";
   }
+  if (event) said = ["", ""];
   if (here !== null) places.set(here, window.scrollY);
   here = location.hash;
-  view = isLocked() ? tokenView() : parts[0] === "node" ? nodeView(parts[1], Number(parts[2]) || 0)
-    : parts[0] === "log" ? logView() : parts[0] === "timeline" ? timelineView() : runView();
+  view = isLocked() ? tokenView() : isServer && !runPath ? runsView()
+    : parts[0] === "node" ? nodeView(parts[1], Number(parts[2]) || 0)
+      : parts[0] === "log" ? logView() : parts[0] === "timeline" ? timelineView() : runView();
   byId("main").textContent = "";
   draw();
   window.scrollTo(0, places.get(here) || 0);
@@ -8734,7 +8736,7 @@ document.addEventListener("visibilitychange", () => {
   }
 });
 setInterval(() => { if (!document.hidden) dirty(); }, 1000);
-setInterval(() => { if (phase === "live" && !document.hidden) refreshWhy(); }, 15000);
+setInterval(() => { if (phase === "live" && state.run && !document.hidden) refreshWhy(); }, 15000);
 openView();
 """
 
