@@ -5327,6 +5327,7 @@ class Browser:
         return list(self.ask("POST", "/se/log", {"type": kind}))
 
 
+GATE_AT = "#/node/deploy/0"
 TAB, ENTER, ESCAPE = "\ue004", "\ue007", "\ue00c"
 FOCUSED = "return document.activeElement.innerText"
 MARKUP = "<img src=x onerror=document.title='hit'><b>bold</b>"
@@ -5339,6 +5340,19 @@ def speak(text: str) -> dict[str, str]:
 
 def fail_with(text: str) -> None:
     raise ValueError(text)
+
+
+FLAKY_FLOW = """
+import os
+from smithers_serve import Task, Workflow
+
+def twice():
+    if not os.path.exists(os.path.join(os.path.dirname(__file__), "ok")):
+        raise ValueError("not yet")
+    return True
+
+workflow = Workflow("flaky", Task("twice", twice))
+"""
 
 
 @unittest.skipUnless(shutil.which("chromedriver"), "chromedriver is not installed")
@@ -5373,7 +5387,7 @@ class BrowserTest(ServerCase):
         own = tuple(f"http://127.0.0.1:{port}/" for port in self.ports)
         self.assertEqual([url for url in asked if not url.startswith((*own, "data:"))], [])
 
-    def open(self, served: RunServer | None = None, at: str = "#/") -> RunServer:
+    def open(self, served: Any = None, at: str = "#/") -> Any:
         served = served or self.served
         self.ports.add(served.port)
         self.browser.ask("POST", "/url", {"url": f"http://127.0.0.1:{served.port}/ui{at}"})
@@ -5387,6 +5401,38 @@ class BrowserTest(ServerCase):
         served = self.fresh()
         served.start(list(tree) or release, "NodeWaitingApproval deploy")
         return served
+
+    def serve_all(self, db: ss.SmithersDb | None = None, **options: Any) -> Any:
+        """Serve all runs of this test's database."""
+        app = ss.create_server_app(adapter=db or self.adapter(), **options)
+        self.addCleanup(app.close)
+        server = ss.make_server(app, LOOPBACK, 0)
+        server.start()
+        self.addCleanup(server.stop)
+        return types.SimpleNamespace(app=app, port=server.server_port, stop=server.stop)
+
+    def restart(self, served: Any) -> None:
+        again = ss.make_server(served.app, LOOPBACK, served.port)
+        again.start()
+        self.addCleanup(again.stop)
+
+    def add_runs(self, count: int, status: str = "queued") -> None:
+        """Add older runs, `old-1` the newest of them."""
+        change(
+            self.path,
+            f"""with recursive numbers(n) as (select 1 union all select n + 1
+            from numbers where n < {count}) insert into _smithers_runs
+            (run_id, workflow_name, status, created_at_ms)
+            select 'old-' || n, 'nightly', '{status}', {ss.now_ms()} - 60000 * n from numbers""",
+        )
+
+    def see_rows(self, text: str) -> None:
+        """See just these rows of a list, by the ids in them."""
+        names = "return Array.from(document.querySelectorAll('.name .mono')).map((one) =>"
+        self.browser.wait(f"{names} one.innerText).join(' ') === arguments[0]", text)
+
+    def count_elements(self) -> int:
+        return int(self.browser.run("return document.querySelectorAll('*').length"))
 
     def test_a_stranger_approves_on_a_phone(self) -> None:
         self.browser.show(360, 740)
@@ -5435,6 +5481,14 @@ class BrowserTest(ServerCase):
                 self.browser.see(MARKUP)
             self.assertIsNone(self.browser.run("return document.querySelector('main img, main b')"))
         self.assertIn("<img", self.browser.run("return document.title"))
+        self.add_runs(1)
+        run_id = MARKUP.replace("'", "''")
+        change(self.path, f"update _smithers_runs set run_id = '{run_id}' where run_id = 'old-1'")
+        self.open(self.serve_all())
+        self.browser.see(f"{MARKUP} {served.run_id}\n{MARKUP}\n", f"nightly {MARKUP}")
+        self.go("#/runs/" + urllib.parse.quote(MARKUP, safe=""))
+        self.browser.see("waits for its turn", MARKUP)
+        self.assertIsNone(self.browser.run("return document.querySelector('main img, main b')"))
 
     def test_a_second_decider_is_told_who_was_first(self) -> None:
         served = self.open(self.live(), "#/node/deploy/0")
@@ -5461,9 +5515,7 @@ class BrowserTest(ServerCase):
         served.stop()
         self.browser.see("The server does not answer", "Decisions are off", "Offline")
         self.assertTrue(self.browser.run("return document.querySelector('.yes').disabled"))
-        again = ss.make_server(served.app, LOOPBACK, served.port)
-        again.start()
-        self.addCleanup(again.stop)
+        self.restart(served)
         self.browser.click("Approve deploy", "Yes, approve deploy")
         self.browser.see("Approved", "kept")
         self.go("#/log")
@@ -5583,6 +5635,124 @@ class BrowserTest(ServerCase):
         eventually(lambda: served.streams() == "1")
         self.browser.see("Live")
 
+    def test_of_all_runs_those_come_first_that_need_somebody(self) -> None:
+        self.add_runs(2)
+        with self.assertLogs("smithers_serve"):
+            self.drive([Task("fails", fail_with, args=["disk full"])], "broken")
+        self.drive([Task("fine", answer)], "fine")
+        self.open(self.serve_all())
+        self.browser.see("1 decision is waiting", "5 runs", "Deploy?", "Task(s) failed: fails")
+        self.assertEqual(self.browser.run("return document.title"), "(1) Smithers")
+        self.see_rows(f"{RUN} broken old-1 old-2 fine")
+        self.browser.click("Queued\n2")
+        self.see_rows("old-1 old-2")
+        self.browser.click("All\n5")
+        search = self.browser.run("return document.querySelector('[type=search]')")
+        path = f"/element/{search[self.browser.ELEMENT]}/value"
+        self.browser.ask("POST", path, {"text": "DEPLOY"})
+        self.see_rows(RUN)
+        self.browser.ask("POST", path, {"text": "?!"})
+        self.browser.see("No run matches.")
+
+    def test_all_runs_stay_current_without_a_stream(self) -> None:
+        served = self.open(self.serve_all())
+        self.browser.see("1 run\n")
+        self.at_gate()
+        self.browser.see("2 decisions are waiting", "2 runs", "fresh-1")
+        text = served.app.request("GET", "/metrics", headers={"Host": "localhost"}).body.decode()
+        self.assertIn("smithers_event_streams_active 0\n", text)
+        served.stop()
+        self.browser.see("The server does not answer", "Offline", "fresh-1")
+        self.restart(served)
+        self.browser.see("Live")
+
+    def test_a_server_without_runs_says_how_one_begins(self) -> None:
+        self.open(self.serve_all(self.foreign_database()))
+        self.browser.see("No runs yet", "POST v1/runs")
+
+    def test_a_thousand_runs_stay_small(self) -> None:
+        self.add_runs(1000)
+        self.open(self.serve_all())
+        self.browser.see("The newest 1000 runs", "old-1", "Queued\n999")
+        self.assertLess(self.count_elements(), 500)
+        end = "scrollTo(0, 1e9); return document.body.innerText.includes('old-999\\n')"
+        self.browser.wait(end)
+        self.assertLess(self.count_elements(), 500)
+
+    def test_a_link_to_a_gate_leads_there_and_back(self) -> None:
+        served = self.serve_all()
+        self.open(served)
+        self.see_rows(RUN)
+        url = ss.page_url(f"http://127.0.0.1:{served.port}/v1/runs/{RUN}", "node", "deploy", "0")
+        self.browser.ask("POST", "/url", {"url": url})
+        self.browser.see("Deploy?", "What led here", "app-1.0")
+        self.browser.click("All runs")
+        self.see_rows(RUN)
+        self.browser.ask("POST", "/back")
+        self.browser.click("Approve deploy", "Yes, approve deploy")
+        self.browser.see("It counts when somebody resumes the run")
+        self.assertEqual(self.gate(RUN).status, "approved")
+
+    def test_a_run_that_waits_for_its_turn_has_not_lost_its_engine(self) -> None:
+        self.add_runs(1)
+        self.open(self.serve_all(), "#/runs/old-1")
+        self.browser.see("The run waits for its turn", "Queued")
+        self.assertNotIn("No engine", self.browser.run("return document.body.innerText"))
+
+    def test_a_failed_run_is_retried_after_asking_twice(self) -> None:
+        self.write("flow.py", FLAKY_FLOW)
+        served = self.serve_all(root=self.folder)
+        order = {"workflowPath": "flow.py", "runId": "flaky"}
+        self.assertEqual(ask(served.port, "POST", "/v1/runs", order).status, 200)
+        self.open(served, "#/runs/flaky")
+        self.browser.see("The run has failed", "not yet")
+        self.write("ok", "")
+        self.browser.click("Retry run…", "Leave it")
+        self.go("#/runs/flaky/node/twice/0")
+        self.browser.click("Retry this step…", "Yes, retry twice")
+        self.browser.see("Attempt 2")
+        self.go("#/runs/flaky")
+        self.browser.see("The run has finished", "Ended")
+
+    def test_a_retry_that_is_refused_is_told_in_words(self) -> None:
+        with self.assertLogs("smithers_serve"):
+            self.drive([Task("fails", fail_with, args=["disk full"])], "broken")
+        served = self.open(self.serve("broken"))
+        self.browser.click("Retry run…", "Yes, retry the run")
+        self.browser.see("Nothing was changed: no engine here")
+        self.browser.click("Retry run…")
+        served.stop()
+        self.browser.click("Yes, retry the run")
+        self.browser.see("The retry may have arrived or not")
+        self.open(self.serve_all(), "#/runs/broken")
+        self.browser.click("Retry run…", "Yes, retry the run")
+        self.browser.see("You may not do this: this server starts no workflows")
+
+    def test_what_is_gone_is_told_in_words(self) -> None:
+        self.add_runs(1, "failed")
+        self.open(self.serve_all(root=self.folder), "#/runs/old-1")
+        self.browser.click("Retry run…")
+        change(self.path, "delete from _smithers_runs where run_id = 'old-1'")
+        self.browser.click("Yes, retry the run")
+        self.browser.see("This is no longer there: there is no run old-1")
+        self.go("#/runs/never")
+        self.browser.see("There is no such run here")
+
+    def test_what_is_too_large_is_told_in_words(self) -> None:
+        self.open(self.live(), "#/node/deploy/0")
+        self.browser.find("Approve deploy")
+        self.browser.run("""const area = document.querySelector("textarea");
+            area.value = "x".repeat(1 << 20); area.dispatchEvent(new Event("input"))""")
+        self.browser.click("Approve deploy", "Yes, approve deploy")
+        self.browser.see("The text is too long", "Your note is kept")
+        self.go("#/node/" + "x" * 8500 + "/0")
+        self.browser.see("The address is too long")
+        crumbs = "for (let n = 0; n < 10; n++) document.cookie = `n${n}=${arguments[0]}`"
+        self.browser.run(crumbs, "x" * 4000 + ";max-age=60")
+        self.addCleanup(self.browser.run, crumbs, ";max-age=0")
+        self.go("#/node/deploy/0")
+        self.browser.see("The browser sends too much with it")
+
     def test_back_returns_to_where_one_was(self) -> None:
         self.open()
         self.browser.click("Review: Deploy?")
@@ -5592,9 +5762,11 @@ class BrowserTest(ServerCase):
 
     def test_a_phone_shows_all_of_it_and_fingers_hit(self) -> None:
         self.browser.show(360, 740)
-        self.open(self.live())
-        for at in "#/ #/node/deploy/0 #/node/build/0 #/log #/timeline".split():
-            self.go(at)
+        served, everything = self.live(), self.serve_all()
+        self.add_runs(3)
+        places = [(served, at) for at in f"{GATE_AT} #/ #/node/build/0 #/log #/timeline".split()]
+        for place, at in (*places, (everything, "#/"), (everything, f"#/runs/{RUN}")):
+            self.open(place, f"?{len(at)}{at}")
             self.browser.wait("return document.querySelector('h2, .log, .list')")
             with self.subTest(at=at):
                 self.assertEqual(self.browser.run("return document.body.scrollWidth"), 345)
@@ -5609,27 +5781,37 @@ class BrowserTest(ServerCase):
         with open(os.environ["SMITHERS_AXE"], encoding="utf-8") as file:
             axe = file.read()
         with self.assertLogs("smithers_serve"):
+            self.drive([Task("fails", fail_with, args=["disk full"])], "broken")
             served = self.live(
                 Task("fails", fail_with, args=["no luck"], continue_on_fail=True),
                 Approval("deploy", metadata={"to": "all"}, needs=["fails"]),
             )
         places = [
-            (served, "#/node/deploy/0"),
-            (served, "#/node/fails/0"),
-            (served, "#/log"),
-            (served, "#/timeline"),
-            (served, "#/"),
-            (self.served, "#/node/deploy/0"),
-            (self.at_gate(token="tok"), "#/"),
+            (served, GATE_AT, ""),
+            (served, GATE_AT, "Approve deploy"),
+            (served, "#/node/fails/0", ""),
+            (served, "#/log", ""),
+            (served, "#/timeline", ""),
+            (served, "#/", ""),
+            (served, "#/", "Cancel run…"),
+            (self.served, GATE_AT, ""),
+            (self.at_gate(token="tok"), "#/", ""),
+            (self.serve("broken"), "#/", "Retry run…"),
+            (self.serve("broken"), "#/node/fails/0", ""),
+            (self.serve_all(), "#/", ""),
+            (self.serve_all(), f"#/runs/{RUN}", ""),
+            (self.serve_all(self.foreign_database()), "#/", ""),
         ]
         for is_dark in (False, True):
             for width in (1280, 360):
                 self.browser.show(width, 800, is_dark)
-                for place, at in places:
-                    self.open(place, f"?{width}{is_dark}{at}")
+                for n, (place, at, pressed) in enumerate(places):
+                    self.open(place, f"?{width}{is_dark}{n}{at}")
                     self.browser.wait(
-                        "return document.querySelector('h2, .log, .list, [type=password]')"
+                        "return !/Loading/.test(document.querySelector('main h1').innerText)"
                     )
+                    if pressed:
+                        self.browser.click(pressed)
                     self.browser.run(axe)
                     ran = "const end = arguments[0]; axe.run().then((all) => end(all.violations))"
                     found = self.browser.ask("POST", "/execute/async", {"script": ran, "args": []})
@@ -5638,7 +5820,7 @@ class BrowserTest(ServerCase):
                         for one in found
                         if one["impact"] in ("serious", "critical")
                     ]
-                    self.assertEqual(shown, [], (at, width, is_dark))
+                    self.assertEqual(shown, [], (at, pressed, width, is_dark))
 
 
 # ---------------------------------------------------------------------------
