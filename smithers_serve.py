@@ -12164,9 +12164,10 @@ class Forker:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self.has_forked = True
-            self._report(self, json.loads(line))
+        with self._process.stdout as lines:
+            for line in lines:
+                self.has_forked = True
+                self._report(self, json.loads(line))
         self._process.wait()
         self._report(self, None)
 
