@@ -9259,6 +9259,7 @@ class App:
         self.allowed_hosts: frozenset[str] | None = None
         self.trusted_hosts: frozenset[str] = frozenset()
         self.check_stream_room: Callable[[], None] = lambda: None
+        self.max_body_bytes = MAX_BODY_BYTES
         self._router = Router(routes)
         self._watch = adapter.watch()
         self.metrics.read_at_scrape("smithers_approval_pending", self._count_pending)
@@ -9344,6 +9345,8 @@ class App:
         Every failure is answered in the envelope, the unexpected ones are logged.
         """
         try:
+            if len(body) > self.max_body_bytes:
+                raise PayloadTooLarge(f"the body may have {self.max_body_bytes} bytes")
             view = self.view_of(match.parameters)
             request = Request(view, head, body, match.parameters, match.who)
             return match.route.handler(self, request)
@@ -11930,18 +11933,22 @@ def start_server(
     db: str | os.PathLike[str] = "smithers.db",
     auth_token: str | None = None,
     root_dir: str | os.PathLike[str] | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
     host: str = "127.0.0.1",
     max_runs: int | None = None,
 ) -> ServeServer:
     """Start a multi-workflow server, with the original's options; `stop()` ends it.
 
-    Its `app` has to be closed too: that suspends the runs. Raises OSError when the address cannot
-    be bound.
+    Its `app` has to be closed too: that suspends the runs. `max_body_bytes` may be 1 MiB at most.
+    Raises OSError when the address cannot be bound.
     """
+    if not 0 < max_body_bytes <= MAX_BODY_BYTES:
+        raise ValueError(f"max_body_bytes must be from 1 to {MAX_BODY_BYTES}")
     adapter = SmithersDb(db)
     app = create_server_app(
         adapter=adapter, root=root_dir, auth_token=auth_token, max_runs=max_runs
     )
+    app.max_body_bytes = max_body_bytes
     server = make_server(app, host, port)
     server.start()
     return server

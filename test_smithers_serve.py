@@ -9994,11 +9994,13 @@ class ServerLifeTest(ManyCase):
 
     def test_start_and_stop_in_code(self) -> None:
         self.many.child.finish(signal.SIGTERM)
-        server = ss.start_server(port=0, db=self.path, root_dir=self.many.root)
+        server = ss.start_server(port=0, db=self.path, root_dir=self.many.root, max_body_bytes=100)
         try:
             self.many.port = server.server_port
             self.begin("jobs.py", "a")
             self.assert_ends("a")
+            reply = self.many.post("x" * 100, "b")
+            self.assert_refused(413, "PAYLOAD_TOO_LARGE", "100 bytes", reply)
         finally:
             server.stop()
             server.app.close()
