@@ -11226,12 +11226,16 @@ class Notifier:
             try:
                 item = self._inbox.get(timeout=patience)
             except queue.Empty:
-                for kind, key in self._expiring.take(now_ms()):
-                    self._guarded(kind, key)
+                self._tell_what_expires()
                 continue
             if item is None:
+                self._tell_what_expires()
                 return
             self._guarded(*item)
+
+    def _tell_what_expires(self) -> None:
+        for kind, key in self._expiring.take(now_ms()):
+            self._guarded(kind, key)
 
     def _guarded(self, kind: str, key: Key | None) -> None:
         try:
@@ -11261,11 +11265,8 @@ class Notifier:
             deadline, timeout = gate.deadline_at_ms, request.get("timeoutMs")
             if deadline is not None and timeout is not None:
                 facts["deadlineAtMs"] = deadline
-                soon = deadline - timeout * self.SOON_SHARE
-                if kind == "gate-known" and now_ms() >= soon:
-                    kind = facts["event"] = "gate-expiring"
-                elif kind != "gate-expiring":
-                    self._expiring.set("gate-expiring", key, soon)
+                if kind != "gate-expiring" and deadline > now_ms():
+                    self._expiring.set("gate-expiring", key, deadline - timeout * self.SOON_SHARE)
             if self._url is not None:
                 facts["url"] = page_url(self._url, "node", gate.node_id, str(gate.iteration))
         if kind != "gate-known":
@@ -12468,8 +12469,11 @@ class Supervisor:
     def _tick(self) -> None:
         if self._watch.changed():
             self._look()
-        for _, run_id in self._deadlines.take(now_ms()):
-            self._wanted[run_id] = None
+        for kind, run_id in self._deadlines.take(now_ms()):
+            if kind == "soon":
+                start_thread("soon", functools.partial(self._tell_soon, run_id))
+            else:
+                self._wanted[run_id] = None
         if time.monotonic() >= self._look_at:
             self._look_at = time.monotonic() + 0.5
             bury_orphans()
@@ -12521,6 +12525,7 @@ class Supervisor:
     def _start(self, run: Run) -> None:
         config = run.config
         self._deadlines.cancel("gate", run.run_id)
+        self._deadlines.cancel("soon", run.run_id)  # its process tells
         if self._forker is None:
             try:
                 self._forker = Forker(self._report)
@@ -12644,6 +12649,12 @@ class Supervisor:
         soon = at - (gate.request.get("timeoutMs") or 0) * Notifier.SOON_SHARE
         if self._options.get("notify") and now_ms() < soon < at and not gate.is_pause:
             self._deadlines.set("soon", run_id, soon)
+
+    def _tell_soon(self, run_id: str) -> None:
+        """Tell of the gates of a parked run that are about to expire; takes its time."""
+        url = None if self.url is None else run_url(self.url, run_id)
+        notifier = Notifier(shlex.split(self._options["notify"]), self._db, run_id, url)
+        notifier.close(Notifier.TRIES * Notifier.TRY_SECONDS)
 
     def _take_share(self, run_id: str, worker: Worker, is_last: bool = False) -> None:
         path = self._path(run_id, "metrics")

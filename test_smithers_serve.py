@@ -9282,6 +9282,9 @@ def timed(ctx):
 def held(ctx):
     return Workflow("held", Task("before", step), Task("hold", hold), Task("after", step))
 
+def slowly_timed(ctx):
+    return Workflow("timed", Approval("ok", timeout=1.2, on_timeout="approve"))
+
 def gated_hold(ctx):
     return Workflow("gated", Task("before", step), Approval("ok"), Task("hold", hold))
 
@@ -9960,6 +9963,12 @@ class ServerLifeTest(ManyCase):
         self.assert_ends("a")
         self.assertEqual(self.db.list_gates("a")[0].decided_by, "bob")
 
+    def test_deadline_fires_under_the_next_server(self) -> None:
+        self.begin("jobs.py:slowly_timed", "a")
+        self.many.wait("a", "waiting-approval")
+        self.restart(signal.SIGKILL)
+        self.assert_ends("a")
+
     def test_worker_that_leaves_with_1_counts_as_crashed(self) -> None:
         self.begin("jobs.py:leaving", "a", input={"code": 1})
         self.many.child.wait_for("ended with 1; crash 1 in a row")
@@ -9991,6 +10000,19 @@ class ServerLifeTest(ManyCase):
         for run_id in ids:
             self.many.go(run_id)
             self.assert_ends(run_id)
+
+    def test_somebody_is_told_of_a_parked_gate_that_expires_soon(self) -> None:
+        said = os.path.join(self.folder, "said")
+        self.restart(signal.SIGTERM, "--notify", f"sh -c 'cat >> {said}; echo >> {said}'")
+        self.begin("jobs.py:slowly_timed", "a")
+        self.assert_ends("a")
+
+        def told() -> list[str]:
+            with open(said, encoding="utf-8") as file:
+                return [json.loads(line)["event"] for line in file if line.endswith("}\n")]
+
+        eventually(lambda: "run-ended" in told())
+        self.assertEqual(told(), ["gate-opened", "gate-expiring", "run-ended"])
 
     def test_start_and_stop_in_code(self) -> None:
         self.many.child.finish(signal.SIGTERM)
