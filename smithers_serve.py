@@ -12233,7 +12233,7 @@ def main_forker() -> int:
                 if pid == 0:
                     os.close(wake)
                     os.close(waker)
-                    os._exit(_work(options))
+                    _work_and_leave(options)
                 workers[pid] = options["run_id"]
                 _tell_server({"runId": options["run_id"], "pid": pid})
 
@@ -12241,6 +12241,17 @@ def main_forker() -> int:
 def _tell_server(facts: Mapping[str, Any]) -> None:
     with contextlib.suppress(BrokenPipeError):  # the server has gone: the end of the input follows
         os.write(1, to_json(facts).encode() + b"\n")
+
+
+def _work_and_leave(options: dict[str, Any]) -> None:
+    """Be a worker and end the process: nothing of its parent's is ever gone on with."""
+    code = EXIT_FAILURE
+    try:
+        code = _work(options)
+    except BaseException:  # the outermost call of the process
+        logger.error("the worker failed", exc_info=True)
+    finally:
+        os._exit(code)
 
 
 def _work(options: dict[str, Any]) -> int:
@@ -12253,13 +12264,10 @@ def _work(options: dict[str, Any]) -> int:
     log = os.open(options["log_file"], os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
     for number, descriptor in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
         os.dup2(descriptor, number)
-    code = EXIT_FAILURE
     try:
-        code = run_command_line(argparse.Namespace(**{**options, "run": run_worker}))
-    except BaseException:  # the outermost call of the process
-        logger.error("the worker failed", exc_info=True)
-    drain(sys.stderr, 2)
-    return code
+        return run_command_line(argparse.Namespace(**{**options, "run": run_worker}))
+    finally:
+        drain(sys.stderr, 2)
 
 
 def run_worker(args: argparse.Namespace) -> int:
@@ -12592,7 +12600,7 @@ class Supervisor:
                 self._note_deadline(run_id, gate)
             if run_id in self._db.list_woken():
                 self._wanted[run_id] = None
-        elif run.status == "queued" and code is not None and code > EXIT_FAILURE:
+        elif self._has_refused(run, code):
             self._fail(run, f"its worker ended with {code} before it had begun")
         else:
             self._crashed(run, code)
@@ -12602,6 +12610,13 @@ class Supervisor:
         """Return whether a worker has left its run as it should: parked or suspended."""
         is_free = run.runtime_owner_id is None and run.status != "queued"
         return is_free and code in (None, EXIT_SUSPENDED)
+
+    @staticmethod
+    def _has_refused(run: Run, code: int | None) -> bool:
+        """Return whether a worker has left before it had claimed its run, and would again."""
+        if run.status == "queued":
+            return code is not None and code > EXIT_FAILURE
+        return code == EXIT_USAGE and run.runtime_owner_id is None
 
     def _crashed(self, run: Run, code: int | None) -> None:
         """Begin a run again whose process has died, unless it dies again and again.

@@ -9604,6 +9604,17 @@ class ServerTest(ManyCase):
         reply = self.many.ask("POST", f"/v1/runs/{run_id}/resume", {"workflowPath": "other.py"})
         self.assert_refused(400, "WORKFLOW_MISMATCH", run_id, reply)
 
+    def test_run_of_a_renamed_workflow_fails(self) -> None:
+        self.many.write("renamed.py", MANY_FLOWS)
+        run_id = self.begin("renamed.py:gated")
+        self.many.wait(run_id, "waiting-approval")
+        text = MANY_FLOWS.replace('Workflow("gated", Task', 'Workflow("something else", Task')
+        self.many.write("renamed.py", text)
+        self.many.ask("POST", f"/v1/runs/{run_id}/nodes/ok/approve")
+        self.assert_ends(run_id, "failed")
+        message = self.error_of_run(run_id)["message"]
+        self.assertEqual(message.count("is of workflow 'gated', not of 'something else'"), 1)
+
     def test_run_of_a_command_is_adopted_at_resume(self) -> None:
         words = ("up", "flows/jobs.py:gated", "-r", self.run_id)
         self.assertEqual(self.tell(*words)[0], 3)
