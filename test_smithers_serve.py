@@ -12071,6 +12071,32 @@ def bench_big(options: Options) -> list[Measure]:
             Measure(f"first GET / of {what}", "ms", answered, 50)]  # fmt: skip
 
 
+PAINTED = """new MutationObserver((changes, observer) => {
+    if (!document.querySelector(".gate") || !document.querySelector(".list")) return;
+    observer.disconnect();
+    requestAnimationFrame(() => setTimeout(() => { window.painted = performance.now(); }));
+}).observe(document, { childList: true, subtree: true })"""
+
+
+@bench("page")
+def bench_page(options: Options) -> list[Measure]:
+    """From the address to the gate and the steps on the screen; no row without a browser."""
+    if not shutil.which("chromedriver"):
+        return []
+    with tempfile.TemporaryDirectory(prefix="smithers-bench-") as folder:
+        fill_nodes(os.path.join(folder, "smithers.db"), 10_000, 2)
+        with serve_child(folder, GATE_FLOW, "--resume") as run:
+            run.wait_for_status("waiting-approval")
+            with contextlib.closing(Browser()) as browser:
+                browser.tell("Page.addScriptToEvaluateOnNewDocument", source=PAINTED)
+                times = []
+                for n in range(max(3, options.rounds)):
+                    url = f"http://127.0.0.1:{run.port}/ui?{n}"
+                    browser.ask("POST", "/url", {"url": url})
+                    times.append(browser.wait("return window.painted"))
+    return [Measure("first paint of the page of 10,000 nodes", "ms", times, 1000)]
+
+
 # Peers
 
 
