@@ -4597,9 +4597,10 @@ def _stop_when_told(task: CurrentTask, path: str, engine: str, ended: threading.
         return
     with contextlib.suppress(SmithersError), SmithersDb(path, create=False) as db:
         while not ended.is_set():
-            if _must_stop(db, task, engine):
-                task.stop()
-                return
+            with contextlib.suppress(Unavailable):  # locked: look again
+                if _must_stop(db, task, engine):
+                    task.stop()
+                    return
             ended.wait(REMOTE_POLL_SECONDS)
 
 
