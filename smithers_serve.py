@@ -7795,6 +7795,7 @@ button.no { color: var(--failed); border-color: currentColor; }
   box-shadow: inset 0 0 0 1px var(--accent); }
 .answers { justify-content: space-between; gap: 1.5rem; }
 label { display: block; font-weight: 600; }
+label .quiet { font-weight: 400; }
 input, textarea { display: block; width: 100%; min-height: 2.75rem; margin-top: .3rem;
   padding: .55rem .75rem; border: 1px solid var(--edge); border-radius: .5rem; font: inherit;
   font-weight: 400; color: inherit; background: var(--page); }
@@ -7820,7 +7821,6 @@ pre { padding: .75rem 1rem; max-height: 22rem; white-space: pre-wrap; }
 .lines > div { position: absolute; min-width: 100%; padding: 0 1rem; line-height: 1.5rem;
   white-space: pre; }
 .log time, .log a { margin-right: 1rem; color: var(--quiet); }
-.log .word { color: var(--accent); }
 dialog { width: 32rem; max-width: calc(100% - 2rem); color: inherit; }
 dialog::backdrop { background: #0009; }
 @media (max-width: 40rem) {
@@ -7871,10 +7871,9 @@ const keyOf = (node) => node.nodeId + "::" + node.iteration;
 function kept(name, value) {  // for this tab only
   const key = `smithers.${name}@${location.pathname}`;
   try {
-    if (value === undefined) return sessionStorage.getItem(key) || "";
-    sessionStorage.setItem(key, value);
-  } catch (error) { /* forbidden here */ }
-  return value || "";
+    if (value !== undefined) sessionStorage.setItem(key, value);
+    return sessionStorage.getItem(key) || "";
+  } catch (error) { return value || ""; }  // it is forbidden here
 }
 let token = kept("token"), myName = kept("name");
 
@@ -7929,7 +7928,7 @@ function morph(old, fresh) {
 
 const capital = (text) => text[0].toUpperCase() + text.slice(1);
 const kindOf = (name) => KINDS[name] || name;
-const wordOf = (name) => capital(/^(approved|denied)$/.test(name) ? name : kindOf(name));
+const wordOf = (name) => capital(/approved|denied/.test(name) ? name : kindOf(name));
 const pill = (name) => el("span", { class: "pill " + kindOf(name) }, wordOf(name));
 const nameOf = (node) => node.nodeId + (node.iteration ? " · turn " + (node.iteration + 1) : "");
 const hrefOf = (node) => link("node", node.nodeId, node.iteration);
@@ -7965,8 +7964,8 @@ function span(ms, most = 2) {
     rest %= size;
     return count + unit;
   });
-  const first = parts.findIndex((part) => part[0] !== "0");
-  return parts.slice(first, first + most).filter((part) => part[0] !== "0").join(" ");
+  const isSome = (part) => part[0] !== "0", first = parts.findIndex(isSome);
+  return parts.slice(first, first + most).filter(isSome).join(" ");
 }
 
 // --- Questions
@@ -8039,8 +8038,7 @@ function apply(event) {
   const { type, nodeId, iteration, timestampMs } = event, key = keyOf(event), move = MOVES[type];
   if (type === "RunStatusChanged") state.run.status = event.status;
   if (isOver()) state.run.finishedAtMs = state.run.finishedAtMs || timestampMs;
-  if (type === "ApprovalGranted" || type === "ApprovalDenied" || OVER.includes(move))
-    state.gates.delete(key);
+  if (/Granted|Denied/.test(type) || OVER.includes(move)) state.gates.delete(key);
   if (/Approval/.test(type)) refreshGates();
   if (move === undefined) return;
   let node = state.nodes.get(key);
@@ -8128,7 +8126,7 @@ async function connect() {
     pause = state.isWhole && Date.now() > eagerUntil ? 15000 : 500;
   } else if (!pause) {
     if (phase !== "missing") phase = "offline";
-    pause = Math.min(15000, 500 * Math.pow(2, tries++)) * (0.75 + Math.random() / 2);
+    pause = Math.min(15000, 500 * 2 ** tries++) * (0.75 + Math.random() / 2);
   }
   redial = setTimeout(connect, pause);
   if (state.run) refreshWhy();
@@ -8136,7 +8134,7 @@ async function connect() {
 }
 async function followRun(control, alive) {
   const run = await read(""), old = state.run;
-  if (stream !== control) return;
+  if (stream !== control || state.isRead && old.finishedAtMs === run.finishedAtMs) return;
   if (old && (old.runId !== run.runId || old.startedAtMs !== run.startedAtMs)) forget();
   state.run = run;
   const isFirst = state.last < 0;
@@ -8152,6 +8150,7 @@ async function followRun(control, alive) {
   if (view.reload) view.reload();
   changed();
   if (response.status !== 204) await follow(response, alive, takeEvent);
+  state.isRead = isOver();
   if (isOver()) phase = "ended";
 }
 
@@ -8396,15 +8395,14 @@ function askToRetry(nodes, name) {
     connect();
   });
 }
+const HEADLINES = { cancelled: "The run was cancelled", failed: "The run has failed",
+  queued: "The run waits for its turn" };
 function runView() {
   const list = makeList("step", stateOfNode, describeNode);
   function headline() {
-    const waiting = state.gates.size, status = state.run.status;
-    if (status === "cancelled") return "The run was cancelled";
-    if (isOver()) return status === "failed" ? "The run has failed" : "The run has finished";
-    if (waiting) return waitingText(waiting);
-    return hasNoEngine() ? "The run stands still" : status === "queued"
-      ? "The run waits for its turn" : "The run is under way";
+    const waiting = state.gates.size, ended = isOver() && "The run has finished";
+    return HEADLINES[state.run.status] || ended || waiting && waitingText(waiting) ||
+      (hasNoEngine() ? "The run stands still" : "The run is under way");
   }
   function askToCancel() {
     const by = nameField(), why = noteField(runPath);
@@ -8437,7 +8435,8 @@ function runView() {
   }
   return { name: "run", draw() {
     const run = state.run;
-    if (!run) return [lead(phase === "missing" ? "There is no such run here" : "Loading…")];
+    if (!run) return [el("section.card", el("div.split", el("div",  // as below: focus stays
+      heading(phase === "missing" ? "There is no such run here" : "Loading…"))))];
     const found = state.isWhole ? countBy(state.order, stateOfNode) : run.summary;
     const sum = (names) => names.reduce((total, name) => total + (found[name] || 0), 0);
     const total = sum(Object.keys(found)), done = sum(OVER);
@@ -8468,6 +8467,7 @@ const DENIED = {
   skip: "This step is skipped, and the run goes on.",
   fail: "This step fails, and the run with it, unless the workflow provides for that.",
 };
+const denyText = (gate) => DENIED[gate.onDeny] || DENIED.fail;
 function nodeView(nodeId, iteration) {
   const me = { nodeId, iteration }, key = runPath + keyOf(me);
   let detail = null, earlier = [], missing = "";
@@ -8482,7 +8482,7 @@ function nodeView(nodeId, iteration) {
   const lines = (found) => found.length ? pre(found.map((line) => plain(line.text)).join("\n"))
     : quiet("Nothing.");
   function decided(gate) {
-    const isKnown = gate.status === "approved" || gate.status === "denied";
+    const isKnown = /approved|denied/.test(gate.status);
     const by = gate.decidedBy ? " by " + gate.decidedBy : "";
     const at = gate.decidedAtMs ? ", " + new Date(gate.decidedAtMs).toLocaleString() : "";
     return el("div", { class: "notice " + (isKnown ? kindOf(gate.status) : "") },
@@ -8502,7 +8502,7 @@ function nodeView(nodeId, iteration) {
     const words = verb + " " + nodeId, isYes = verb === "approve";
     const note = (notes.get(key) || "").trim(), by = myName.trim();
     openDialog(capital(words) + "?", [el("p", detail.gate.requestTitle || nodeId),
-      el("p", isYes ? "The run goes on." : DENIED[detail.gate.onDeny] || DENIED.fail),
+      el("p", isYes ? "The run goes on." : denyText(detail.gate)),
       el("p.quiet.text", (by ? "As " + by : "Without a name") +
         (note ? ", with the note: " + note : ", without a note"))],
     "Go back", "Yes, " + words, isYes ? "yes" : "no", () => act(
@@ -8519,7 +8519,7 @@ function nodeView(nodeId, iteration) {
       () => ask(word.toLowerCase()), { disabled: isOff });
     return el("section.card", { "data-key": "decision" }, el("h2", "Your decision"),
       el("p", el("strong", "Approve: "), "The run goes on."),
-      el("p", el("strong", "Deny: "), DENIED[gate.onDeny] || DENIED.fail),
+      el("p", el("strong", "Deny: "), denyText(gate)),
       gate.approvers && el("p", `May be decided by ${gate.approvers.join(", ")}.`),
       el("label", "Your name ", el("span.quiet", "(shown with the decision)"), nameField()),
       el("label", "Note ", el("span.quiet", "(optional)"), noteField(key)),
@@ -8574,10 +8574,7 @@ function nodeView(nodeId, iteration) {
 // --- The log
 function logView() {
   let follows = true, top = 0, first = null;
-  function more() {
-    follows = false;
-    loadOlder().catch(() => 0);  // the notice tells
-  }
+  const more = () => { follows = false; loadOlder().catch(() => 0); };  // the notice tells
   function scrolled({ target }) {  // who scrolls up wants to read
     const below = target.scrollHeight - target.clientHeight - target.scrollTop;
     if (target.scrollTop < top - 2 && below > 30) follows = false;
@@ -8588,7 +8585,7 @@ function logView() {
     const line = state.lines[at];
     return el("div", { style, "data-key": line.seq }, el("time", clock(line.at)),
       line.nodeId !== undefined && el("a", { href: hrefOf(line) }, nameOf(line)),
-      el("span", { class: line.isBad ? "bad" : line.isWord && "word" }, line.text));
+      el("span", { class: line.isBad ? "bad" : line.isWord && "running" }, line.text));
   }
   return { name: "log", draw() {
     const lines = state.lines, panel = byId("log");
@@ -8718,8 +8715,8 @@ function openView(event) {
       : parts[0] === "log" ? logView() : parts[0] === "timeline" ? timelineView() : runView();
   byId("main").textContent = "";
   draw();
+  if (event) document.querySelector("h1").focus();
   window.scrollTo(0, places.get(here) || 0);
-  if (event) document.querySelector("h1").focus({ preventScroll: true });
   dirty();
   connect();
 }

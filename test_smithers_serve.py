@@ -5533,13 +5533,32 @@ class BrowserTest(ServerCase):
         note = self.browser.run("return document.querySelector('textarea').value")
         self.assertEqual(note, "half said")
 
+    def tab_to(self, text: str) -> None:
+        for _ in range(30):
+            self.browser.press(TAB)
+            if text in self.browser.run(FOCUSED):
+                return
+        self.fail(f"{text} is not reached")
+
+    def test_the_keyboard_opens_a_run_of_the_list(self) -> None:
+        self.open(self.serve_all())
+        self.see_rows(RUN)
+        self.tab_to("Deploy?")
+        self.browser.press(ENTER)
+        self.browser.find("Review: Deploy?")
+        self.assertEqual(self.browser.run("return document.activeElement.tagName"), "H1")
+
+    def test_the_timeline_shows_steps_and_gates_in_order_of_their_begin(self) -> None:
+        served = self.open(self.live(), "#/timeline")
+        self.see_rows("build deploy")
+        self.browser.see("From ", " to now")
+        served.ask("POST", "/approve/deploy")
+        self.see_rows("build deploy announce")
+
     def test_the_keyboard_is_enough(self) -> None:
         served = self.open(self.live(), "#/node/deploy/0")
         self.browser.find("Deny deploy")
-        for _ in range(30):
-            self.browser.press(TAB)
-            if self.browser.run(FOCUSED) == "Deny deploy":
-                break
+        self.tab_to("Deny deploy")
         self.browser.press(ENTER)
         self.assertEqual(self.browser.wait(FOCUSED), "Go back")
         self.browser.press(TAB)
