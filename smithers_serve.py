@@ -12208,6 +12208,7 @@ def main_forker() -> int:
     _host(), _wanted_columns()  # computed once, too
     workers: dict[int, str] = {}
     pending = b""
+    _host()  # the same for all of them
     gc.collect()
     gc.freeze()
     while True:
