@@ -13341,7 +13341,7 @@ class ServerCrash:
                 if self._post(f"/v1/runs/{run_id}/cancel", {}).status == 200:
                     self.cancelled.add(run_id)
             time.sleep(self.chance.uniform(0, 0.6))
-            self._kill(self.chance.choice(("worker", "forker", "server")))
+            self._kill(self.chance.choice(("worker", "forker", "server", "server and worker")))
             self._wait_for_ends(ids)
         finally:
             stop.set()
@@ -13380,15 +13380,19 @@ class ServerCrash:
 
     def _kill(self, what: str) -> None:
         self.kills[what] += 1
-        if what == "server":
+        if what.startswith("server"):
             self.many.child.process.kill()
             self.many.child.close()
+        if what != "server":
+            is_forker = what == "forker"
+            self._kill_one(children_of(self.many.child.pid) if is_forker else self._workers())
+        if what.startswith("server"):
             self.many.start("--max-runs", "4")
-            return
-        victims = self._workers() if what == "worker" else children_of(self.many.child.pid)
-        if victims:
+
+    def _kill_one(self, pids: list[int]) -> None:
+        if pids:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.chance.choice(victims), signal.SIGKILL)
+                os.kill(self.chance.choice(pids), signal.SIGKILL)
 
     def _workers(self) -> list[int]:
         owners = self.many.read("select runtime_owner_id from _smithers_runs where status = "
