@@ -7729,8 +7729,7 @@ html { scroll-padding: 7rem 0 2rem; overflow-y: scroll; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif; }
 h1, h2, p, pre { margin: 0; }
-h1 { font-size: 1.5rem; line-height: 1.3; }
-h2 { font-size: 1.05rem; }
+h1 { font-size: 1.5rem; line-height: 1.3; } h2 { font-size: 1.05rem; }
 h1:focus { outline: none; }
 a { color: var(--accent); }
 .mono, pre, .log { font-family: ui-monospace, monospace; }
@@ -7747,8 +7746,7 @@ header { position: sticky; top: 0; z-index: 3; background: var(--card);
 .bar strong, .what > span { display: block; overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap; }
 .phase { margin-left: auto; flex: none; color: var(--quiet); }
-.phase::before { content: "● "; }
-.phase.live::before { color: var(--finished); }
+.phase::before { content: "● "; } .phase.live::before { color: var(--finished); }
 .phase.offline { color: var(--failed); font-weight: 600; }
 nav { display: flex; gap: 1.25rem; min-height: 2.75rem; }
 nav a, .back, .tick { display: flex; align-items: center; gap: .4rem; min-height: 2.75rem; }
@@ -7768,18 +7766,15 @@ dialog > * + * { margin-top: .75rem; }
   background: var(--card); }
 .item + .item { padding-top: 1rem; border-top: 1px solid var(--line); }
 .notice { border-color: currentColor; }
-.waiting { color: var(--waiting); }
-.running { color: var(--running); }
-.finished { color: var(--finished); }
-.failed, .bad { color: var(--failed); }
+.waiting { color: var(--waiting); } .running { color: var(--running); }
+.finished { color: var(--finished); } .failed, .bad { color: var(--failed); }
 .split, .facts, .chips, .answers { display: flex; flex-wrap: wrap; gap: .5rem 1rem;
   align-items: center; }
 .split > :first-child { flex: 1 1 14rem; min-width: 0; }
 .split > input { flex: 0 1 16rem; margin: 0; }
 .meter { height: .375rem; border-radius: 1rem; background: var(--line); overflow: hidden; }
 .meter span { display: block; height: 100%; min-width: 3px; background: currentColor; }
-.gate { border-left: .3rem solid var(--waiting); }
-.gate > * { margin: 0; }
+.gate { border-left: .3rem solid var(--waiting); } .gate > * { margin: 0; }
 .fail { border-left: .3rem solid var(--failed); }
 
 button, .button { display: inline-flex; align-items: center; justify-content: center; gap: .4rem;
@@ -7794,8 +7789,7 @@ button.no { color: var(--failed); border-color: currentColor; }
 .chips [aria-pressed=true] { color: var(--accent); border-color: var(--accent);
   box-shadow: inset 0 0 0 1px var(--accent); }
 .answers { justify-content: space-between; gap: 1.5rem; }
-label { display: block; font-weight: 600; }
-label .quiet { font-weight: 400; }
+label { display: block; font-weight: 600; } label .quiet { font-weight: 400; }
 input, textarea { display: block; width: 100%; min-height: 2.75rem; margin-top: .3rem;
   padding: .55rem .75rem; border: 1px solid var(--edge); border-radius: .5rem; font: inherit;
   font-weight: 400; color: inherit; background: var(--page); }
@@ -7807,8 +7801,7 @@ textarea { min-height: 5.5rem; }
   border-top: 1px solid var(--line); }
 .node { display: grid; grid-template-columns: 6.5rem 1fr 6.5rem; gap: 0 1rem; align-items: center;
   height: 100%; padding: 0 .5rem; color: inherit; text-decoration: none; }
-.took { justify-self: end; }
-.what { min-width: 0; }
+.took { justify-self: end; } .what { min-width: 0; }
 .more { line-height: 1.25; }
 table { border-collapse: collapse; width: 100%; table-layout: fixed; }
 th, td { padding: .5rem .75rem .5rem 0; text-align: left; vertical-align: top;
@@ -8140,7 +8133,7 @@ async function followRun(control, alive) {
   const isFirst = state.last < 0;
   changed();
   const response = await send(isFirst ? "events?last=500" : "events", {
-    headers: isFirst ? {} : { "Last-Event-ID": String(state.last) }, signal: control.signal });
+    headers: isFirst ? {} : { "Last-Event-ID": state.last }, signal: control.signal });
   if (stream !== control) return;
   tries = 0;
   phase = isOver() ? "ended" : "live";
@@ -8252,19 +8245,17 @@ function describeRun(run) {
     more: gate ? (gate.requestTitle || gate.nodeId) + (rest.length ? ` and ${rest.length} more`
       : "") : error, took: ago(run.createdAtMs, 1) };
 }
-function runsView() {
-  const list = makeList("run", (run) => run.shown, describeRun);
-  return { name: "all runs", draw() {
-    const waiting = state.gates.size, total = state.order.length;
-    const active = state.order.filter((run) => /running|queued/.test(run.shown)).length;
-    if (!total) return [lead(state.isWhole ? "No runs yet" : "Loading…",
-      state.isWhole && quiet("POST v1/runs starts one. It shows here at once."))];
-    return [lead(waiting ? waitingText(waiting) : active
-      ? many(active, "run", " under way") : "Nothing waits for you",
-    quiet(total < 1000 ? many(total, "run") : "The newest 1000 runs, and all that wait")),
-    list(state.order)];
-  } };
-}
+const listOfRuns = makeList("run", (run) => run.shown, describeRun);
+const runsView = { name: "all runs", draw() {
+  const waiting = state.gates.size, total = state.order.length;
+  const active = state.order.filter((run) => /running|queued/.test(run.shown)).length;
+  if (!total) return [lead(state.isWhole ? "No runs yet" : "Loading…",
+    state.isWhole && quiet("POST v1/runs starts one. It shows here at once."))];
+  return [lead(waiting ? waitingText(waiting) : active
+    ? many(active, "run", " under way") : "Nothing waits for you",
+  quiet(total < 1000 ? many(total, "run") : "The newest 1000 runs, and all that wait")),
+  listOfRuns(state.order)];
+} };
 
 // --- Drawing: a view says what should be there, and the document is made like it.
 let isDirty = false, drawTimer = 0;
@@ -8291,7 +8282,7 @@ function draw() {
 function drawTop(run, waiting) {
   const isOne = runPath || isServer === false;
   const tab = (name, href, isHome) => el("a", { href, "aria-current": name === view.name &&
-    "page" }, capital(name), isHome && waiting > 0 && el("span.pill.waiting", String(waiting),
+    "page" }, capital(name), isHome && waiting > 0 && el("span.pill.waiting", waiting,
     el("span.hidden", " waiting")));
   return [
     el("div.bar", el("strong", run ? run.workflowName : "Smithers"), run && pill(run.status),
@@ -8342,7 +8333,7 @@ function makeList(noun, stateOf, describe) {
   let filter = "", wanted = "", made = "", items = [], found = {};
   const chip = (name, count) => el("button", { type: "button", "data-key": name,
     "aria-pressed": String(name === filter), onclick() { filter = name; dirty(); } },
-  name ? wordOf(name) : "All", el("span.quiet", String(count)));
+  name ? wordOf(name) : "All", el("span.quiet", count));
   function row(at, style) {
     const { key, href, state: name, title, id, more, isBad, bar, took } = describe(items[at]);
     return el("div", { role: "listitem", "data-key": key, style, "aria-setsize": items.length,
@@ -8365,7 +8356,7 @@ function makeList(noun, stateOf, describe) {
     made = want;
     const { style, rows } = rowsInSight("list", items.length, 60, row), find = "Find a " + noun;
     return el("section.card", el("div.split", el("h2", capital(noun) + "s"),
-      el("input", { type: "search", "aria-label": find, placeholder: find,
+      el("input", { type: "search", "aria-label": find, placeholder: find, value: wanted,
         oninput(event) { wanted = event.target.value.toLowerCase(); dirty(); } })),
     el("div.chips", { role: "group", "aria-label": "Show only" }, chip("", all.length),
       SHOWN.filter((name) => found[name] || name === filter)
@@ -8405,11 +8396,11 @@ function runView() {
       (hasNoEngine() ? "The run stands still" : "The run is under way");
   }
   function askToCancel() {
-    const by = nameField(), why = noteField(runPath);
+    const why = noteField(runPath);
     openDialog("Cancel this run?", [el("p", "What runs is stopped, what waits is closed, " +
-      "nothing new begins."), el("label", "Your name", by), el("label", "Why", why)],
+      "nothing new begins."), el("label", "Your name", nameField()), el("label", "Why", why)],
     "Keep it running", "Yes, cancel the run", "no", () => act("cancel",
-      { decidedBy: by.value.trim() || null, reason: why.value.trim() || null },
+      { decidedBy: myName.trim() || null, reason: why.value.trim() || null },
       "The cancel", () => "The run is being cancelled."));
   }
   function gateCard(gate) {
@@ -8426,11 +8417,9 @@ function runView() {
     const more = (count) => count > 0 && quiet(`and ${count} more, in the list of steps`);
     return [Array.from(state.gates.values()).slice(0, 50).map(gateCard),
       more(state.gates.size - 50),
-      error && el("div.card.fail", el("h2", "Why it failed"),
-        problem(error)),
+      error && el("div.card.fail", el("h2", "Why it failed"), problem(error)),
       failed.slice(0, 5).map((node) => el("div.card.fail", el("div.facts", pill("failed"),
-        el("a.mono", { href: hrefOf(node) }, nameOf(node))),
-      problem(node.error))),
+        el("a.mono", { href: hrefOf(node) }, nameOf(node))), problem(node.error))),
       more(failed.length - 5)];
   }
   return { name: "run", draw() {
@@ -8710,7 +8699,7 @@ function openView(event) {
   if (event) said = ["", ""];
   if (here !== null) places.set(here, window.scrollY);
   here = location.hash;
-  view = isLocked() ? tokenView() : isServer && !runPath ? runsView()
+  view = isLocked() ? tokenView() : isServer && !runPath ? runsView
     : parts[0] === "node" ? nodeView(parts[1], Number(parts[2]) || 0)
       : parts[0] === "log" ? logView() : parts[0] === "timeline" ? timelineView() : runView();
   byId("main").textContent = "";
