@@ -7821,8 +7821,8 @@ dialog::backdrop { background: #0009; }
   .card { padding: 1rem; }
   .answers { flex-direction: column-reverse; align-items: stretch; }
   .gate .button, .split > input { flex: 1 1 100%; }
-  .list > div { height: 5rem; }
-  .node { grid-template-columns: auto 1fr; align-content: center; gap: .15rem 1rem; padding: 0; }
+  .list > div { height: 5.5rem; }
+  .node { grid-template-columns: auto 1fr; align-content: center; gap: .3rem 1rem; padding: 0; }
   .what { grid-column: 1 / 3; grid-row: 1; }
   .log time { display: none; }
 }

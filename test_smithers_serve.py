@@ -5581,6 +5581,10 @@ class BrowserTest(ServerCase):
         self.assertNotIn("tok", self.browser.run("return location.href + document.cookie"))
         self.open(served, "?again#/")
         self.browser.see("1 decision is waiting")
+        self.open(self.serve_all(auth_token="tok"))
+        self.browser.see("A token is needed")
+        self.browser.type("Token", "tok" + ENTER)
+        self.see_rows(f"{served.run_id} {RUN}")
 
     def test_without_an_engine_it_says_when_a_decision_counts(self) -> None:
         self.open(at="#/node/deploy/0")
