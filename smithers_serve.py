@@ -7831,7 +7831,8 @@ dialog::backdrop { background: #0009; }
 PAGE_SCRIPT = r"""
 "use strict";
 // A run's routes are beside this page, or for an address "#/runs/ID/..." at "./v1/runs/ID".
-let runPath = "", isServer = null;  // whether there are many runs: not known at first
+let runPath = "";
+const isServer = document.documentElement.className === "server";  // of many runs
 const encode = encodeURIComponent;
 const link = (...parts) => "#/" + runPath + parts.map(encode).join("/");
 
@@ -8099,13 +8100,10 @@ async function connect() {
   };
   alive();
   try {
-    if (runPath || isServer === false) await followRun(control, alive);
+    if (runPath || !isServer) await followRun(control, alive);
     else pause = await readRuns(control);
   } catch (error) {
-    if (isServer === null && error.status === 404) {
-      isServer = false;  // one run, whose routes are beside the page
-      pause = 1;
-    } else if (stream === control) {
+    if (stream === control) {
       phase = error.status === 404 ? "missing" : "offline";
       trouble = error.status && tellFailure(error);
     }
@@ -8230,10 +8228,6 @@ async function readRuns(control) {
   state.isWhole = true;
   [allRuns, phase, tries] = [state, "live", 0];
   changed();
-  if (!isServer) {
-    isServer = true;
-    openView();
-  }
   return Math.max(3000, 20 * (Date.now() - began));
 }
 function describeRun(run) {
@@ -8280,7 +8274,7 @@ function draw() {
   tellGates();
 }
 function drawTop(run, waiting) {
-  const isOne = runPath || isServer === false;
+  const isOne = runPath || !isServer;
   const tab = (name, href, isHome) => el("a", { href, "aria-current": name === view.name &&
     "page" }, capital(name), isHome && waiting > 0 && el("span.pill.waiting", waiting,
     el("span.hidden", " waiting")));
@@ -8687,7 +8681,6 @@ function openView(event) {
   if (parts[0] === "runs" && parts[1]) {
     runPath = `runs/${encode(parts[1])}/`;
     parts = parts.slice(2);
-    isServer = true;
   }
   if (oldPath !== runPath) {
     hangUp();
@@ -8771,10 +8764,12 @@ PAGE_HEADERS = (
     ("X-Frame-Options", "DENY"),
 )
 PAGE_RESPONSE = Response(200, PAGE.encode("utf-8"), PAGE_HEADERS)
+SERVER_PAGE = PAGE.replace('<html lang="en">', '<html lang="en" class="server">')
+SERVER_PAGE_RESPONSE = Response(200, SERVER_PAGE.encode("utf-8"), PAGE_HEADERS)
 
 
 def get_page(app: App, request: Request) -> Response:
-    return PAGE_RESPONSE
+    return SERVER_PAGE_RESPONSE if app.has_many_runs else PAGE_RESPONSE
 
 
 # ---------------------------------------------------------------------------
@@ -9226,6 +9221,7 @@ class App:
     """
 
     NOT_JSON_CODE = "INVALID_REQUEST"
+    has_many_runs = False
 
     def __init__(
         self,
@@ -11813,6 +11809,7 @@ class ServerApp(App):
     """
 
     NOT_JSON_CODE = "INVALID_JSON"
+    has_many_runs = True
     MAX_VIEWS = 64  # kept of runs that nobody follows
 
     def __init__(
