@@ -25,7 +25,8 @@ The file reads from top to bottom; nothing is used before it is defined.
     Rehearsal            the same engine in memory: no tasks, no people, a clock that jumps
     HTTP, Event stream   a request's bytes read strictly; a run's log as SSE bytes
     Views                what people ask of a run
-    Page                 one document that asks the routes: style, script, Content-Security-Policy
+    Page, Script         one document that asks the routes: its style, its script
+    Document             the document whole, with its Content-Security-Policy
     Routes               the table of routes, tokens, the app of one run
     Conversation         the protocol of one connection, without a socket
     Network, Server      the thread that owns every socket; the socket that listens
@@ -7704,7 +7705,7 @@ def duration_text(ms: float) -> str:
 
 
 # ---------------------------------------------------------------------------
-# Page: what a browser shows
+# Page: what a browser shows, and how it looks
 # ---------------------------------------------------------------------------
 
 # One document that holds no data: whoever may load it learns nothing. It runs in browsers of 2021,
@@ -7827,6 +7828,11 @@ dialog::backdrop { background: #0009; }
   .log time { display: none; }
 }
 """
+
+
+# ---------------------------------------------------------------------------
+# Script: what the page asks for, draws and sends
+# ---------------------------------------------------------------------------
 
 PAGE_SCRIPT = r"""
 "use strict";
@@ -8719,6 +8725,11 @@ setInterval(() => { if (!document.hidden) dirty(); }, 1000);
 setInterval(() => { if (phase === "live" && state.run && !document.hidden) refreshWhy(); }, 15000);
 openView();
 """
+
+
+# ---------------------------------------------------------------------------
+# Document: the page as it is served
+# ---------------------------------------------------------------------------
 
 PAGE = f"""<!doctype html>
 <html lang="en">

@@ -5541,6 +5541,12 @@ class BrowserTest(ServerCase):
                 return
         self.fail(f"{text} is not reached")
 
+    def test_a_page_that_loads_asks_for_nothing_in_vain(self) -> None:
+        for served in (self.served, self.serve_all()):
+            self.open(served)
+            self.browser.see("Deploy?")
+            self.assertEqual(self.browser.log("browser"), [])
+
     def test_the_keyboard_opens_a_run_of_the_list(self) -> None:
         self.open(self.serve_all())
         self.see_rows(RUN)
