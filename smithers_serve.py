@@ -3842,13 +3842,10 @@ class Progress:
             yield Effect("repeat", key)
         if leaf.skip_if:
             yield self._conclude(slot, "skipped", "skip")
-        elif not leaf.asks_first:
+        elif not leaf.asks_first or record.gate == "approved" and leaf.kind == "task":
             yield from self._enqueue(slot, record, now_ms)
         elif record.gate == "approved":
-            if isinstance(leaf, Approval):
-                yield self._conclude(slot, "finished", "pass")
-            else:
-                yield from self._enqueue(slot, record, now_ms)
+            yield self._conclude(slot, "finished", "pass")
         elif record.gate == "denied":
             yield self._deny(slot)
         else:
@@ -7568,47 +7565,64 @@ def run_state(run: Run) -> str:
     return "stale" if life == "unseen" and is_silent else run.status
 
 
+def blocked_item(kind: str, node: Node | None, since_ms: int | None, detail: str) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "nodeId": None if node is None else node.node_id,
+        "iteration": None if node is None else node.iteration,
+        "sinceMs": since_ms,
+        "detail": detail,
+    }
+
+
 def why_json(reads: Reads, run: Run) -> dict[str, Any]:
     """Return why a run stands where it stands: its state, and everything that it waits for."""
-    blocked: list[dict[str, Any]] = []
-
-    def add(kind: str, node: Node | None, since_ms: int | None, detail: str) -> None:
-        blocked.append(
-            {
-                "kind": kind,
-                "nodeId": None if node is None else node.node_id,
-                "iteration": None if node is None else node.iteration,
-                "sinceMs": since_ms,
-                "detail": detail,
-            }
-        )
-
     error = json.loads(run.error_json) if run.error_json else None
     state = run_state(run)
-    if run.is_terminal:
-        return {"state": state, "blocked": blocked, "error": error}
-    is_parked = run.status == "waiting-approval" and is_attended(run)
-    is_driven = owner_life(run) != "dead" or is_parked
+    blocked: list[dict[str, Any]] = []
+    if not run.is_terminal:
+        is_parked = run.status == "waiting-approval" and is_attended(run)
+        is_driven = owner_life(run) != "dead" or is_parked
+        nodes = {node.key: node for node in reads.list_open_nodes(run.run_id, with_pending=True)}
+        blocked += _why_owner(run, state, is_driven)
+        blocked += _why_gates(reads, run, nodes)
+        blocked += _why_tasks(reads, run, nodes)
+        blocked += _why_pending(reads, run, nodes, is_driven)
+    return {"state": state, "blocked": blocked, "error": error}
+
+
+def _why_owner(run: Run, state: str, is_driven: bool) -> Iterator[dict[str, Any]]:
     if run.status == "queued":
-        add("owner", None, run.created_at_ms, "waits until a worker is free")
+        detail, since = "waits until a worker is free", run.created_at_ms
+        yield blocked_item("owner", None, since, detail)
     elif not is_driven:
-        add("owner", None, run.heartbeat_at_ms, "no engine drives the run: resume it")
+        detail = "no engine drives the run: resume it"
+        yield blocked_item("owner", None, run.heartbeat_at_ms, detail)
     elif state == "stale":
-        add("owner", None, run.heartbeat_at_ms, "its engine gives no sign of life")
-    nodes = {node.key: node for node in reads.list_open_nodes(run.run_id, with_pending=True)}
-    gates = reads.list_gates(run.run_id, "requested")
-    for gate in gates[:MAX_PAGE]:
-        node = nodes.get(gate.key) or reads.get_node(run.run_id, gate.key)
+        detail = "its engine gives no sign of life"
+        yield blocked_item("owner", None, run.heartbeat_at_ms, detail)
+
+
+def _why_gates(reads: Reads, run: Run, nodes: Mapping[Key, Node]) -> Iterator[dict[str, Any]]:
+    for gate in reads.list_gates(run.run_id, "requested")[:MAX_PAGE]:
+        node, since = (
+            nodes.get(gate.key) or reads.get_node(run.run_id, gate.key),
+            gate.requested_at_ms,
+        )
         if gate.is_pause:
             said = f"goes on {due_text(gate.deadline_at_ms or 0)}"
-            add("pause", node, gate.requested_at_ms, said)
+            yield blocked_item("pause", node, since, said)
             continue
         shown = gate_json(reads, run, gate, None if node is None else node.label, 0)
-        add("approval", node, gate.requested_at_ms, shown["requestTitle"] or "waits for a decision")
+        said = shown["requestTitle"] or "waits for a decision"
+        yield blocked_item("approval", node, since, said)
         if shown["deadlineAtMs"] is not None:
             left = duration_text(shown["deadlineAtMs"] - now_ms())
             said = f"without a decision: {shown['onTimeout']} in {left}"
-            add("timeout", node, gate.requested_at_ms, said)
+            yield blocked_item("timeout", node, since, said)
+
+
+def _why_tasks(reads: Reads, run: Run, nodes: Mapping[Key, Node]) -> Iterator[dict[str, Any]]:
     running = [node for node in nodes.values() if node.state == "in-progress"][:MAX_BLOCKED]
     seen_from = reads.get_newest_seq(run.run_id) - RECENT_EVENTS
     spoken = reads.newest_outputs(run.run_id, [node.key for node in running], seen_from)
@@ -7616,7 +7630,13 @@ def why_json(reads: Reads, run: Run) -> dict[str, Any]:
         event = spoken.get(node.key)
         nothing = "no line yet" if seen_from < 0 else "no line of late"
         said = nothing if event is None else f"last line: {event.payload['text']}"
-        add("task", node, node.updated_at_ms, said)
+        yield blocked_item("task", node, node.updated_at_ms, said)
+
+
+def _why_pending(
+    reads: Reads, run: Run, nodes: Mapping[Key, Node], is_driven: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield what waits for its next attempt; then what waits for a place, or for other nodes."""
     tried = {k: n for k, n in nodes.items() if n.state == "pending" and n.last_attempt is not None}
     places = tree_index(reads.get_tree(run.run_id)) if is_driven or tried else {}
     for key, node in itertools.islice(tuple(tried.items()), MAX_BLOCKED):
@@ -7627,15 +7647,15 @@ def why_json(reads: Reads, run: Run) -> dict[str, Any]:
             continue
         place = places.get(plain_id(node.node_id))
         props = {} if place is None else json.loads(place.props)
-        which = attempt_text(last[0].attempt + 1, props)
-        add("retry", node, last[0].finished_at_ms, f"its {which} is due {due_text(due_ms)}")
+        said = f"its {attempt_text(last[0].attempt + 1, props)} is due {due_text(due_ms)}"
+        yield blocked_item("retry", node, last[0].finished_at_ms, said)
     queued = _queued_nodes(reads, run, nodes, places) if is_driven else iter(())
-    told_of = tried.keys() | {gate.key for gate in gates}
+    told_of = tried.keys() | {gate.key for gate in reads.list_gates(run.run_id, "requested")}
     others = (item for item in queued if item[0].key not in told_of)
     for node, needed in itertools.islice(others, MAX_BLOCKED):
         kind = "concurrency" if needed is None else "dependency"
-        add(kind, node, node.updated_at_ms, needed or "ready, and waits for a free place")
-    return {"state": state, "blocked": blocked, "error": error}
+        said = needed or "ready, and waits for a free place"
+        yield blocked_item(kind, node, node.updated_at_ms, said)
 
 
 def _queued_nodes(
@@ -11018,10 +11038,14 @@ def share_import_path(folder: str) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(folders))
 
 
-def load_executor(spec: str) -> Callable[[], Any]:
-    """Return a function that makes the Executor `MODULE:FACTORY` names; the first is made here."""
+def load_executor(spec: str, workflow: str) -> Callable[[], Any]:
+    """Return a function that makes the Executor `MODULE:FACTORY` names; the first is made here.
+
+    Its workers can import what the workflow's file can.
+    """
     import importlib
 
+    share_import_path(os.path.dirname(split_workflow(workflow)[0]))
     module_name, _, factory_name = spec.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), factory_name)
@@ -11371,14 +11395,8 @@ def run_here(
     """
     value = read_input(args.input)
     if not args.resume:
-        try:
-            render_once(workflow, args.workflow, value)
-        except UsageError as error:
-            if not isinstance(error.__cause__, SystemExit):  # to leave so is the run's failure
-                raise
-    if args.executor:
-        share_import_path(os.path.dirname(split_workflow(args.workflow)[0]))
-    executor = load_executor(args.executor) if args.executor else None
+        check_first_tree(workflow, args, value)
+    executor = load_executor(args.executor, args.workflow) if args.executor else None
     process = Process(args)
     server = bind_server(args) if args.serve else None
     db: SmithersDb | None = None
@@ -11408,28 +11426,25 @@ def run_here(
         engine.open(args.resume, args.force, args.retry)
         say(f"Run {run_id} in {db.path}")
         warn_of_idle_flags(args)
-        if args.notify:
-            process.notifier = Notifier(shlex.split(args.notify), db, run_id, url)
-            process.listeners.append(process.notifier)
+        process.notify(db, run_id, url)
         if server is not None:
-            app = process.app = create_serve_app(
-                adapter=db,
-                run_id=run_id,
-                abort=engine.abort,
-                auth_token=token,
-                metrics=args.metrics,
-                tokens=args.tokens,
-            )
+            app = ServeApp(db, run_id, engine.abort, token, args.metrics, args.tokens)
             app.go_on = process.go_on
+            process.app = app
             server.attach(app, args.allowed_host)
     except BaseException:
-        process.restore_signals()
-        if server is not None:
-            server.server_close()
-        if db is not None:
-            db.close()
+        process.let_go(server, db)
         raise
     return process.run(engine, db, server)
+
+
+def check_first_tree(workflow: Any, args: argparse.Namespace, value: Any) -> None:
+    """Refuse a new run whose first tree has a mistake."""
+    try:
+        render_once(workflow, args.workflow, value)
+    except UsageError as error:
+        if not isinstance(error.__cause__, SystemExit):  # to leave so is the run's failure
+            raise
 
 
 def where_served(args: argparse.Namespace, run_id: str, server: ServeServer | None) -> str | None:
@@ -11534,6 +11549,19 @@ class Process:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
             _own_signals.discard(number)
+
+    def notify(self, db: SmithersDb, run_id: str, url: str | None) -> None:
+        if self._args.notify:
+            self.notifier = Notifier(shlex.split(self._args.notify), db, run_id, url)
+            self.listeners.append(self.notifier)
+
+    def let_go(self, server: ServeServer | None, db: SmithersDb | None) -> None:
+        """Leave nothing behind where nothing comes of it."""
+        self.restore_signals()
+        if server is not None:
+            server.server_close()
+        if db is not None:
+            db.close()
 
     def run(self, engine: Engine, db: SmithersDb, server: ServeServer | None) -> int:
         """Drive the run and return the exit code."""
@@ -11728,6 +11756,25 @@ def check_can_begin(args: argparse.Namespace, run_id: str, value: Any) -> None:
                 raise RunOwned(f"run {run_id} is driven by a living process; --force takes it over")
 
 
+def argv_of(function: str) -> list[str]:
+    """Return how to call a function of this module in a process of its own.
+
+    Imported, not run as a script: so its compiled form is cached, which halves start and memory.
+    """
+    folder = os.path.dirname(os.path.abspath(__file__))
+    code = (
+        f"import sys; sys.path.insert(0, {folder!r}); import smithers_serve; "
+        f"sys.exit(smithers_serve.{function}())"
+    )
+    return [sys.executable, "-c", code]
+
+
+def say_end_of_log(path: str, begins_at: int) -> None:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        file.seek(begins_at)
+        say("The run did not start:\n" + "".join(collections.deque(file, maxlen=20)).rstrip())
+
+
 def detach(args: argparse.Namespace, token: str | None) -> int:
     """Start the same run in a session of its own and wait until it serves or has died."""
     import subprocess
@@ -11742,12 +11789,6 @@ def detach(args: argparse.Namespace, token: str | None) -> int:
     environment = {**os.environ, READY_FD: str(writer)}
     if token is not None:
         environment["SMITHERS_API_KEY"] = token
-    # Imported, not run as a script: so its compiled form is cached, which halves start and memory.
-    folder = os.path.dirname(os.path.abspath(__file__))
-    code = (
-        f"import sys; sys.path.insert(0, {folder!r}); import smithers_serve; "
-        "sys.exit(smithers_serve.main_detached())"
-    )
     hidden = dict.fromkeys(("out", "run", "auth_token", "auth_token_file"))
     told = {"input": None if value is None else to_json(value), "log_file": log_path}
     options = {**vars(args), **hidden, **told, "detach": False}
@@ -11755,7 +11796,7 @@ def detach(args: argparse.Namespace, token: str | None) -> int:
         begins_at = log.tell()
         child = subprocess.Popen(
             # What it is told, it reads; the words are for whoever looks at the process list.
-            [sys.executable, "-c", code, "up", args.workflow, "--run-id", run_id],
+            [*argv_of("main_detached"), "up", args.workflow, "--run-id", run_id],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
@@ -11777,9 +11818,7 @@ def detach(args: argparse.Namespace, token: str | None) -> int:
         return EXIT_CANCELLED
     if not ready:
         child.wait()
-        with open(log_path, encoding="utf-8", errors="replace") as file:
-            file.seek(begins_at)
-            say("The run did not start:\n" + "".join(collections.deque(file, maxlen=20)).rstrip())
+        say_end_of_log(log_path, begins_at)
         return EXIT_FAILURE
     facts = json.loads(ready)
     shown = {"runId": facts["runId"], "pid": child.pid, "logFile": log_path, "url": facts["url"]}
@@ -12150,13 +12189,8 @@ class Forker:
     def __init__(self, report: Callable[[Forker, dict[str, Any] | None], None]) -> None:
         import subprocess
 
-        folder = os.path.dirname(os.path.abspath(__file__))
-        code = (
-            f"import sys; sys.path.insert(0, {folder!r}); import smithers_serve; "
-            "sys.exit(smithers_serve.main_forker())"
-        )
         self._process = subprocess.Popen(
-            [sys.executable, "-c", code],
+            argv_of("main_forker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
@@ -12731,10 +12765,7 @@ def run_server(args: argparse.Namespace) -> int:
         server.attach(app, args.allowed_host)
         say(f"Runs of {db.path}" + (f", workflows below {app.root}" if app.root else ""))
     except BaseException:
-        process.restore_signals()
-        server.server_close()
-        if db is not None:
-            db.close()
+        process.let_go(server, db)
         raise
     return process.serve(server, db)
 
