@@ -11527,6 +11527,8 @@ class Process:
         # get.
         self._inbox: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._first_signal: tuple[float, int] | None = None
+        is_worker = hasattr(args, "server_url")  # its server and a service manager may both tell it
+        self._same_signal_seconds = math.inf if is_worker else SAME_SIGNAL_SECONDS
         self._error: SmithersError | None = None
         self._threads_before = set(threading.enumerate())
         self.make_engine: Callable[[], Engine]  # for this run, and once more when it is retried
@@ -11619,7 +11621,7 @@ class Process:
         if self._first_signal is None:
             self._first_signal = (now, number)
             self._inbox.put("cancel" if number == signal.SIGINT else "suspend")
-        elif now - self._first_signal[0] > SAME_SIGNAL_SECONDS:
+        elif now - self._first_signal[0] > self._same_signal_seconds:
             kill_live_commands()
             is_cancel = self._first_signal[1] == signal.SIGINT
             os._exit(EXIT_CANCELLED if is_cancel else EXIT_SUSPENDED)

@@ -9283,7 +9283,7 @@ class MinorFaultTest(FaultCase):
 # ---------------------------------------------------------------------------
 
 MANY_FLOWS = r"""
-import os, signal, sys
+import os, signal, sys, time
 from smithers_serve import Approval, Loop, Parallel, Task, Workflow, current_task
 
 def step():
@@ -9316,6 +9316,15 @@ def held(ctx):
 
 def slowly_timed(ctx):
     return Workflow("timed", Approval("ok", timeout=1.2, on_timeout="approve"))
+
+def finish_slowly():
+    current_task().log("holding")
+    current_task().cancelled.wait(60)
+    current_task().log("leaving")
+    time.sleep(0.5)
+    return {}
+
+slow_to_leave = Workflow("slow", Task("hold", finish_slowly), Task("after", step))
 
 def gated_hold(ctx):
     return Workflow("gated", Task("before", step), Approval("ok"), Task("hold", hold))
@@ -10031,6 +10040,17 @@ class ServerLifeTest(ManyCase):
             self.many.wait_for_lines(run_id, 2)
         self.many.go(run_id)
         self.assert_ends(run_id)
+
+    def test_signal_to_all_processes_of_a_service_suspends_once(self) -> None:
+        """As a service manager sends it: to the workers, and to the server that passes it on."""
+        run_id = self.begin("jobs.py:slow_to_leave", "a")
+        self.many.wait_for_lines(run_id)
+        os.kill(self.many.worker_of(run_id), signal.SIGTERM)
+        self.many.wait_for_lines(run_id, 2)
+        time.sleep(ss.SAME_SIGNAL_SECONDS)
+        self.many.child.finish(signal.SIGTERM)
+        self.assertEqual(self.many.row(run_id), ("running", None))
+        self.assertEqual(self.attempts(run_id), "hold 0 cancelled")
 
     def test_run_that_is_just_starting_is_suspended_too(self) -> None:
         ids = [self.begin("jobs.py:held", f"r{number}") for number in range(4)]
