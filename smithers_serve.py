@@ -31,7 +31,7 @@ The file reads from top to bottom; nothing is used before it is defined.
     Conversation         the protocol of one connection, without a socket
     Network, Server      the thread that owns every socket; the socket that listens
     Command line, Up     flags, and what they name; the process of one run
-    Many runs, Workers   the app of all runs; the processes that drive them, and who starts those
+    Workers, Many runs   the processes that drive runs, and who starts them; the app of all runs
     Operator's commands  what is told and done from a terminal; the table of commands
 
 Threads. The engine's drives one run and is the only one to change what is known of it; heartbeat
@@ -11840,197 +11840,8 @@ def main_detached() -> int:
 
 
 # ---------------------------------------------------------------------------
-# Many runs: one app for all runs of a database, /v1/runs
+# Workers: a process for each run that can go on, and who starts and watches them
 # ---------------------------------------------------------------------------
-
-
-WORKER_COUNTERS = {
-    "smithers_workers_started_total": "Processes started to drive a run.",
-    "smithers_workers_crashed_total": "Processes that died while they drove a run.",
-}
-WORKER_GAUGES = {
-    "smithers_runs_queued": "Runs that wait for a process.",
-    "smithers_workers_active": "Processes that drive a run now.",
-}
-
-
-class ServerApp(App):
-    """All runs of a database; with a root it starts workflow files below that folder.
-
-    Its supervisor gives each run that can go on a process. `close` suspends what runs.
-    """
-
-    NOT_JSON_CODE = "INVALID_JSON"
-    has_many_runs = True
-    MAX_VIEWS = 64  # kept of runs that nobody follows
-
-    def __init__(
-        self,
-        adapter: SmithersDb,
-        root: str | None,
-        auth_token: str | None,
-        metrics: bool,
-        tokens: str | os.PathLike[str] | None,
-        max_runs: int | None,
-        options: Mapping[str, Any],
-    ) -> None:
-        super().__init__(adapter, SERVER_ROUTES, auth_token, metrics, tokens)
-        self.root = None if root is None else os.path.realpath(root)
-        self.answers = Answers(self._watch, 16 << 20)
-        self.metrics.add_families("counter", WORKER_COUNTERS)
-        self.metrics.add_families("gauge", WORKER_GAUGES)
-        self.metrics.read_at_scrape("smithers_runs_queued", self._count_queued)
-        # Guards _views. Held for look-ups only.
-        self._lock = threading.Lock()
-        self._views: collections.OrderedDict[str, RunView] = collections.OrderedDict()
-        self.supervisor: Supervisor | None = None
-        if self.root is not None:
-            if not os.path.isdir(self.root):
-                raise ValueError(f"the root {self.root} is not a folder")
-            self.supervisor = Supervisor(
-                adapter, self.root, max_runs or default_max_runs(), options
-            )
-            self.metrics.read_before_scrape(self.supervisor.take_shares)
-            self.metrics.read_at_scrape("smithers_workers_active", self.supervisor.count_live)
-
-    def close(self) -> None:
-        self.metrics.stop_reading("smithers_runs_queued", self._count_queued)
-        if self.supervisor is not None:
-            self.supervisor.stop()
-        super().close()
-
-    def retry(self, run_id: str, retry: bool | list[str]) -> None:
-        self.may_start().adopt(run_id, None, None)
-        request_retry(self.adapter, run_id, retry)
-
-    def may_start(self) -> Supervisor:
-        """Return who starts runs. Raises Forbidden where there is no root."""
-        if self.supervisor is None:
-            raise Forbidden("this server starts no workflows: it was given no root")
-        return self.supervisor
-
-    def view_of(self, parameters: Mapping[str, str]) -> RunView | None:
-        run_id = parameters.get("runId")
-        if run_id is None:
-            return None
-        with self._lock:
-            view = self._views.get(run_id)
-            if view is not None:
-                self._views.move_to_end(run_id)
-                return view
-        if self.adapter.get_run(run_id) is None:
-            raise NotFound(f"there is no run {log_safe(run_id)[:MAX_NAME_CHARS]}")
-        view = RunView(self.adapter, self._watch, run_id, 1 << 20)
-        with self._lock:
-            view = self._views.setdefault(run_id, view)
-            while len(self._views) > self.MAX_VIEWS:
-                self._views.popitem(last=False)
-        return view
-
-    def forget_view(self, run_id: str) -> None:
-        """Let go what was kept of an earlier run with this id, that was removed."""
-        with self._lock:
-            self._views.pop(run_id, None)
-
-    def _count_pending(self) -> float:
-        return float(self.adapter.count_all_open_gates())
-
-    def _count_queued(self) -> float:
-        return float(self.adapter.count_runs("queued"))
-
-
-def default_max_runs() -> int:
-    return max(8, 4 * (os.cpu_count() or 1))
-
-
-def create_server_app(
-    *,
-    adapter: SmithersDb,
-    root: str | os.PathLike[str] | None = None,
-    auth_token: str | None = None,
-    metrics: bool = True,
-    max_runs: int | None = None,
-    tokens: str | os.PathLike[str] | None = None,
-) -> ServerApp:
-    """Return the app that shows and steers every run of a database; `close` it at the end.
-
-    With `root` it also starts workflow files below that folder, each run in a process of its own,
-    at most `max_runs` at once (default: 4 a core, at least 8). Tokens are as in create_serve_app.
-    Raises ValueError for a root that is no folder, and RunOwned when another server starts the
-    runs of this database.
-    """
-    check_adapter(adapter)
-    folder = None if root is None else os.fspath(root)
-    return ServerApp(adapter, folder, auth_token, metrics, tokens, max_runs, {})
-
-
-def start_server(
-    *,
-    port: int = 7331,
-    db: str | os.PathLike[str] = "smithers.db",
-    auth_token: str | None = None,
-    root_dir: str | os.PathLike[str] | None = None,
-    max_body_bytes: int = MAX_BODY_BYTES,
-    host: str = "127.0.0.1",
-    max_runs: int | None = None,
-) -> ServeServer:
-    """Start a multi-workflow server, with the original's options; `stop()` ends it.
-
-    Its `app` has to be closed too: that suspends the runs. `max_body_bytes` may be 1 MiB at most.
-    Raises OSError when the address cannot be bound.
-    """
-    if not 0 < max_body_bytes <= MAX_BODY_BYTES:
-        raise ValueError(f"max_body_bytes must be from 1 to {MAX_BODY_BYTES}")
-    adapter = SmithersDb(db)
-    app = create_server_app(
-        adapter=adapter, root=root_dir, auth_token=auth_token, max_runs=max_runs
-    )
-    app.max_body_bytes = max_body_bytes
-    server = make_server(app, host, port)
-    server.start()
-    return server
-
-
-# Routes
-
-
-def get_runs(app: ServerApp, request: Request) -> Response:
-    query = request.query("limit", "status")
-    limit = min(integer_in("limit", query.get("limit", "50"), 1), MAX_PAGE)
-    status = query.get("status") or None
-
-    def read() -> Response:
-        names = [camel_case(column[0]) for column in _wanted_columns()["_smithers_runs"]]
-        shown = [dict(zip(names, row)) for row in app.adapter.list_run_rows(limit, status)]
-        for row in shown:
-            config = json.loads(row["configJson"] or "null")
-            if isinstance(config, dict) and config.pop("options", None):  # `up`'s, with its paths
-                row["configJson"] = to_json(config)
-        return json_response(shown)
-
-    return app.answers.cached(("runs", limit, status), read)
-
-
-def camel_case(name: str) -> str:
-    first, *rest = name.split("_")
-    return first + "".join(map(str.capitalize, rest))
-
-
-def get_all_approvals(app: ServerApp, request: Request) -> Response:
-    limit = min(integer_in("limit", request.query("limit").get("limit", "50"), 1), MAX_PAGE)
-
-    def read() -> Response:
-        shown = []
-        with app.adapter.snapshot() as reads:
-            gates = (found for found in reads.list_open_gates() if not found[1].is_pause)
-            for run_id, gate in itertools.islice(gates, limit):
-                run, node = reads.get_run(run_id), reads.get_node(run_id, gate.key)
-                label = None if node is None else node.label
-                if run is not None:
-                    shown.append(gate_json(reads, run, gate, label, 0))
-        return json_response({"approvals": shown})
-
-    return app.answers.cached(("approvals", limit), read)
 
 
 class Order(NamedTuple):
@@ -12070,36 +11881,6 @@ def parse_order(body: bytes, is_resume: bool) -> Order:
     except AuthoringError as error:
         raise InvalidRequest(str(error)) from error
     return Order(path, input_json, limit, run_id, bool(said.get("resume")) or is_resume)
-
-
-def post_runs(app: ServerApp, request: Request) -> Response:
-    """Start a run, or with `resume` go on with one."""
-    supervisor = app.may_start()
-    order = parse_order(request.body, is_resume=False)
-    spec = find_workflow(supervisor.root, order.workflow_path or "")
-    if order.is_resume:
-        if order.run_id is None:
-            raise InvalidRequest("runId is required when resume is true", "RUN_ID_REQUIRED")
-        return supervisor.go_on(order.run_id, order)
-    run_id = order.run_id or new_run_id()
-    digest = check_workflow(supervisor.root, spec)
-    path, name = split_workflow(spec)
-    with app.adapter.transaction(run_id, HTTP_LOCK_PATIENCE_SECONDS) as tx:
-        try:
-            config = to_json(supervisor.facts(run_id, spec, order.max_concurrency))
-            tx.insert_run(name, path, digest, None, order.input_json, config)
-        except RunExists:
-            raise RunExists(f"there is a run {run_id} already", "RUN_ALREADY_EXISTS") from None
-        tx.is_control = True
-    app.forget_view(run_id)
-    return json_response({"runId": run_id})
-
-
-def post_resume(app: ServerApp, request: Request) -> Response:
-    """Go on with a run that was suspended, is orphaned or waits; one that has ended is left."""
-    supervisor = app.may_start()
-    order = parse_order(request.body, is_resume=True)
-    return supervisor.go_on(request.parameters["id"], order)
 
 
 def find_workflow(root: str, spec: str) -> str:
@@ -12145,25 +11926,6 @@ def _check_source(path: str, shown: str, changed_ns: int, size: int) -> str:
         what = error.msg if isinstance(error, SyntaxError) else str(error)
         raise InvalidRequest(f"{shown}{line}: {what}", "WORKFLOW_INVALID") from error
     return hashlib.sha256(source).hexdigest()
-
-
-SERVER_ROUTES = (
-    *APP_ROUTES,
-    Route("GET", "/v1/runs", get_runs),
-    Route("POST", "/v1/runs", post_runs, needs="operator"),
-    Route("GET", "/v1/approvals", get_all_approvals),
-    # Not a runId that must exist: the original says RUN_NOT_FOUND here, and NOT_FOUND elsewhere.
-    Route("POST", "/v1/runs/:id/resume", post_resume, needs="operator"),
-    *(
-        route._replace(pattern="/v1/runs/:runId" + route.pattern.rstrip("/"))
-        for route in RUN_ROUTES
-    ),
-)
-
-
-# ---------------------------------------------------------------------------
-# Workers: a process for each run that can go on, and who starts and watches them
-# ---------------------------------------------------------------------------
 
 
 class Worker:
@@ -12722,6 +12484,244 @@ class Supervisor:
         self._is_stopping = True
         for worker in self._live.values():
             _suspend(worker)
+
+
+# ---------------------------------------------------------------------------
+# Many runs: one app for all runs of a database, /v1/runs
+# ---------------------------------------------------------------------------
+
+
+WORKER_COUNTERS = {
+    "smithers_workers_started_total": "Processes started to drive a run.",
+    "smithers_workers_crashed_total": "Processes that died while they drove a run.",
+}
+WORKER_GAUGES = {
+    "smithers_runs_queued": "Runs that wait for a process.",
+    "smithers_workers_active": "Processes that drive a run now.",
+}
+
+
+class ServerApp(App):
+    """All runs of a database; with a root it starts workflow files below that folder.
+
+    Its supervisor gives each run that can go on a process. `close` suspends what runs.
+    """
+
+    NOT_JSON_CODE = "INVALID_JSON"
+    has_many_runs = True
+    MAX_VIEWS = 64  # kept of runs that nobody follows
+
+    def __init__(
+        self,
+        adapter: SmithersDb,
+        root: str | None,
+        auth_token: str | None,
+        metrics: bool,
+        tokens: str | os.PathLike[str] | None,
+        max_runs: int | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        super().__init__(adapter, SERVER_ROUTES, auth_token, metrics, tokens)
+        self.root = None if root is None else os.path.realpath(root)
+        self.answers = Answers(self._watch, 16 << 20)
+        self.metrics.add_families("counter", WORKER_COUNTERS)
+        self.metrics.add_families("gauge", WORKER_GAUGES)
+        self.metrics.read_at_scrape("smithers_runs_queued", self._count_queued)
+        # Guards _views. Held for look-ups only.
+        self._lock = threading.Lock()
+        self._views: collections.OrderedDict[str, RunView] = collections.OrderedDict()
+        self.supervisor: Supervisor | None = None
+        if self.root is not None:
+            if not os.path.isdir(self.root):
+                raise ValueError(f"the root {self.root} is not a folder")
+            self.supervisor = Supervisor(
+                adapter, self.root, max_runs or default_max_runs(), options
+            )
+            self.metrics.read_before_scrape(self.supervisor.take_shares)
+            self.metrics.read_at_scrape("smithers_workers_active", self.supervisor.count_live)
+
+    def close(self) -> None:
+        self.metrics.stop_reading("smithers_runs_queued", self._count_queued)
+        if self.supervisor is not None:
+            self.supervisor.stop()
+        super().close()
+
+    def retry(self, run_id: str, retry: bool | list[str]) -> None:
+        self.may_start().adopt(run_id, None, None)
+        request_retry(self.adapter, run_id, retry)
+
+    def may_start(self) -> Supervisor:
+        """Return who starts runs. Raises Forbidden where there is no root."""
+        if self.supervisor is None:
+            raise Forbidden("this server starts no workflows: it was given no root")
+        return self.supervisor
+
+    def view_of(self, parameters: Mapping[str, str]) -> RunView | None:
+        run_id = parameters.get("runId")
+        if run_id is None:
+            return None
+        with self._lock:
+            view = self._views.get(run_id)
+            if view is not None:
+                self._views.move_to_end(run_id)
+                return view
+        if self.adapter.get_run(run_id) is None:
+            raise NotFound(f"there is no run {log_safe(run_id)[:MAX_NAME_CHARS]}")
+        view = RunView(self.adapter, self._watch, run_id, 1 << 20)
+        with self._lock:
+            view = self._views.setdefault(run_id, view)
+            while len(self._views) > self.MAX_VIEWS:
+                self._views.popitem(last=False)
+        return view
+
+    def forget_view(self, run_id: str) -> None:
+        """Let go what was kept of an earlier run with this id, that was removed."""
+        with self._lock:
+            self._views.pop(run_id, None)
+
+    def _count_pending(self) -> float:
+        return float(self.adapter.count_all_open_gates())
+
+    def _count_queued(self) -> float:
+        return float(self.adapter.count_runs("queued"))
+
+
+def default_max_runs() -> int:
+    return max(8, 4 * (os.cpu_count() or 1))
+
+
+def create_server_app(
+    *,
+    adapter: SmithersDb,
+    root: str | os.PathLike[str] | None = None,
+    auth_token: str | None = None,
+    metrics: bool = True,
+    max_runs: int | None = None,
+    tokens: str | os.PathLike[str] | None = None,
+) -> ServerApp:
+    """Return the app that shows and steers every run of a database; `close` it at the end.
+
+    With `root` it also starts workflow files below that folder, each run in a process of its own,
+    at most `max_runs` at once (default: 4 a core, at least 8). Tokens are as in create_serve_app.
+    Raises ValueError for a root that is no folder, and RunOwned when another server starts the
+    runs of this database.
+    """
+    check_adapter(adapter)
+    folder = None if root is None else os.fspath(root)
+    return ServerApp(adapter, folder, auth_token, metrics, tokens, max_runs, {})
+
+
+def start_server(
+    *,
+    port: int = 7331,
+    db: str | os.PathLike[str] = "smithers.db",
+    auth_token: str | None = None,
+    root_dir: str | os.PathLike[str] | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    host: str = "127.0.0.1",
+    max_runs: int | None = None,
+) -> ServeServer:
+    """Start a multi-workflow server, with the original's options; `stop()` ends it.
+
+    Its `app` has to be closed too: that suspends the runs. `max_body_bytes` may be 1 MiB at most.
+    Raises OSError when the address cannot be bound.
+    """
+    if not 0 < max_body_bytes <= MAX_BODY_BYTES:
+        raise ValueError(f"max_body_bytes must be from 1 to {MAX_BODY_BYTES}")
+    adapter = SmithersDb(db)
+    app = create_server_app(
+        adapter=adapter, root=root_dir, auth_token=auth_token, max_runs=max_runs
+    )
+    app.max_body_bytes = max_body_bytes
+    server = make_server(app, host, port)
+    server.start()
+    return server
+
+
+# Routes
+
+
+def get_runs(app: ServerApp, request: Request) -> Response:
+    query = request.query("limit", "status")
+    limit = min(integer_in("limit", query.get("limit", "50"), 1), MAX_PAGE)
+    status = query.get("status") or None
+
+    def read() -> Response:
+        names = [camel_case(column[0]) for column in _wanted_columns()["_smithers_runs"]]
+        shown = [dict(zip(names, row)) for row in app.adapter.list_run_rows(limit, status)]
+        for row in shown:
+            config = json.loads(row["configJson"] or "null")
+            if isinstance(config, dict) and config.pop("options", None):  # `up`'s, with its paths
+                row["configJson"] = to_json(config)
+        return json_response(shown)
+
+    return app.answers.cached(("runs", limit, status), read)
+
+
+def camel_case(name: str) -> str:
+    first, *rest = name.split("_")
+    return first + "".join(map(str.capitalize, rest))
+
+
+def get_all_approvals(app: ServerApp, request: Request) -> Response:
+    limit = min(integer_in("limit", request.query("limit").get("limit", "50"), 1), MAX_PAGE)
+
+    def read() -> Response:
+        shown = []
+        with app.adapter.snapshot() as reads:
+            gates = (found for found in reads.list_open_gates() if not found[1].is_pause)
+            for run_id, gate in itertools.islice(gates, limit):
+                run, node = reads.get_run(run_id), reads.get_node(run_id, gate.key)
+                label = None if node is None else node.label
+                if run is not None:
+                    shown.append(gate_json(reads, run, gate, label, 0))
+        return json_response({"approvals": shown})
+
+    return app.answers.cached(("approvals", limit), read)
+
+
+def post_runs(app: ServerApp, request: Request) -> Response:
+    """Start a run, or with `resume` go on with one."""
+    supervisor = app.may_start()
+    order = parse_order(request.body, is_resume=False)
+    spec = find_workflow(supervisor.root, order.workflow_path or "")
+    if order.is_resume:
+        if order.run_id is None:
+            raise InvalidRequest("runId is required when resume is true", "RUN_ID_REQUIRED")
+        return supervisor.go_on(order.run_id, order)
+    run_id = order.run_id or new_run_id()
+    digest = check_workflow(supervisor.root, spec)
+    path, name = split_workflow(spec)
+    with app.adapter.transaction(run_id, HTTP_LOCK_PATIENCE_SECONDS) as tx:
+        try:
+            config = to_json(supervisor.facts(run_id, spec, order.max_concurrency))
+            tx.insert_run(name, path, digest, None, order.input_json, config)
+        except RunExists:
+            raise RunExists(f"there is a run {run_id} already", "RUN_ALREADY_EXISTS") from None
+        tx.is_control = True
+    app.forget_view(run_id)
+    return json_response({"runId": run_id})
+
+
+def post_resume(app: ServerApp, request: Request) -> Response:
+    """Go on with a run that was suspended, is orphaned or waits; one that has ended is left."""
+    supervisor = app.may_start()
+    order = parse_order(request.body, is_resume=True)
+    return supervisor.go_on(request.parameters["id"], order)
+
+
+SERVER_ROUTES = (
+    *APP_ROUTES,
+    Route("GET", "/v1/runs", get_runs),
+    Route("POST", "/v1/runs", post_runs, needs="operator"),
+    Route("GET", "/v1/approvals", get_all_approvals),
+    # Not a runId that must exist: the original says RUN_NOT_FOUND here, and NOT_FOUND elsewhere.
+    Route("POST", "/v1/runs/:id/resume", post_resume, needs="operator"),
+    *(
+        route._replace(pattern="/v1/runs/:runId" + route.pattern.rstrip("/"))
+        for route in RUN_ROUTES
+    ),
+)
 
 
 # The command
