@@ -12133,10 +12133,12 @@ class Supervisor:
         """Keep other servers from starting the runs of this file. Raises RunOwned."""
         os.makedirs(self._folder, 0o700, exist_ok=True)
         file = os.open(lock_path(self._folder), os.O_CREAT | os.O_RDWR, 0o600)
-        if not try_lock(file):
-            os.close(file)
-            raise RunOwned(f"another server starts the runs of {self._db.path}")
-        return file
+        for _ in range(20):  # who asks whether there is a server holds it for an instant
+            if try_lock(file):
+                return file
+            threading.Event().wait(WATCH_SECONDS)
+        os.close(file)
+        raise RunOwned(f"another server starts the runs of {self._db.path}")
 
     # From any thread
 
@@ -12243,9 +12245,9 @@ class Supervisor:
             self._fill()
             self._last_error = ""
         except Exception as error:  # the outermost call of this thread
-            if str(error) != self._last_error:
+            if repr(error) != self._last_error:
                 logger.error("the supervisor failed; it goes on", exc_info=True)
-            self._last_error = str(error)
+            self._last_error = repr(error)
             self._db.metrics.inc("smithers_errors_total")
             threading.Event().wait(WATCH_SECONDS)
 

@@ -10041,6 +10041,16 @@ class ServerLifeTest(ManyCase):
         self.many.go(run_id)
         self.assert_ends(run_id)
 
+    def test_database_that_has_gone_is_told_of_once(self) -> None:
+        kept = self.path + ".kept"
+        os.rename(self.path, kept)
+        self.many.child.wait_for("the supervisor failed")
+        time.sleep(5 * ss.WATCH_SECONDS)
+        self.assertEqual(self.many.child.text().count("the supervisor failed"), 1)
+        os.rename(kept, self.path)
+        self.begin("jobs.py", "a")
+        self.assert_ends("a")
+
     def test_signal_to_all_processes_of_a_service_suspends_once(self) -> None:
         """As a service manager sends it: to the workers, and to the server that passes it on."""
         run_id = self.begin("jobs.py:slow_to_leave", "a")
