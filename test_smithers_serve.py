@@ -9933,7 +9933,6 @@ class ServerLifeTest(ManyCase):
     def test_sigterm_suspends_workers_of_earlier_server_too(self) -> None:
         run_id, worker = self.begin_held("a")
         self.restart(signal.SIGKILL)
-        self.many.metric("workers_active")  # it knows them
         self.many.child.finish(signal.SIGTERM)
         self.assertFalse(is_process(worker))
         self.assertEqual(self.many.row(run_id), ("running", None))
