@@ -1279,6 +1279,11 @@ class Frame(NamedTuple):
         }
 
 
+@functools.lru_cache(maxsize=256)
+def _request_of(request_json: str | None) -> Mapping[str, Any]:
+    return dict(json.loads(request_json)) if request_json else {}
+
+
 class Gate(NamedTuple):
     """One row of `_smithers_approvals`."""
 
@@ -1296,8 +1301,8 @@ class Gate(NamedTuple):
         return self.node_id, self.iteration
 
     @property
-    def request(self) -> dict[str, Any]:
-        return dict(json.loads(self.request_json)) if self.request_json else {}
+    def request(self) -> Mapping[str, Any]:
+        return _request_of(self.request_json)
 
     @property
     def is_pause(self) -> bool:
@@ -2004,14 +2009,15 @@ class Reads:
         )
         return [iteration for (iteration,) in rows]
 
-    def list_open_nodes(self, run_id: str, with_pending: bool = False) -> list[Node]:
-        """Return what is in progress or waits for a decision, or also what is pending."""
+    def list_open_nodes(self, run_id: str, *more: str) -> list[Node]:
+        """Return what is in progress or waits for a decision, and what is in other states."""
+        states = ("in-progress", "waiting-approval", *more)
         rows = self.rows(
-            f"""select {_NODE_COLUMNS} from _smithers_nodes where run_id = ?
-                  and (state in ('in-progress', 'waiting-approval') or ? and state = 'pending')""",
-            (run_id, with_pending),
+            f"""select {_NODE_COLUMNS} from _smithers_nodes
+                where run_id = ? and state in ({", ".join("?" for _ in states)})""",
+            (run_id, *states),
         )
-        return [Node(*row) for row in rows]
+        return list(map(Node._make, rows))
 
     def list_attempts(self, run_id: str, open_nodes_only: bool = False) -> list[Attempt]:
         """Return the attempts in order; or leave out those of ended nodes without a gate."""
@@ -7583,11 +7589,13 @@ def why_json(reads: Reads, run: Run) -> dict[str, Any]:
     if not run.is_terminal:
         is_parked = run.status == "waiting-approval" and is_attended(run)
         is_driven = owner_life(run) != "dead" or is_parked
-        nodes = {node.key: node for node in reads.list_open_nodes(run.run_id, with_pending=True)}
+        found = reads.list_open_nodes(run.run_id, "pending", "failed")
+        nodes = {node.key: node for node in found if node.state != "failed"}
+        failed = {node.node_id for node in found if node.state == "failed"}
         blocked += _why_owner(run, state, is_driven)
         blocked += _why_gates(reads, run, nodes)
         blocked += _why_tasks(reads, run, nodes)
-        blocked += _why_pending(reads, run, nodes, is_driven)
+        blocked += _why_pending(reads, run, nodes, failed, is_driven)
     return {"state": state, "blocked": blocked, "error": error}
 
 
@@ -7634,7 +7642,7 @@ def _why_tasks(reads: Reads, run: Run, nodes: Mapping[Key, Node]) -> Iterator[di
 
 
 def _why_pending(
-    reads: Reads, run: Run, nodes: Mapping[Key, Node], is_driven: bool
+    reads: Reads, run: Run, nodes: Mapping[Key, Node], failed: Iterable[str], is_driven: bool
 ) -> Iterator[dict[str, Any]]:
     """Yield what waits for its next attempt; then what waits for a place, or for other nodes."""
     tried = {k: n for k, n in nodes.items() if n.state == "pending" and n.last_attempt is not None}
@@ -7646,10 +7654,12 @@ def _why_pending(
             del tried[key]  # it was interrupted, and is queued like any other
             continue
         place = places.get(plain_id(node.node_id))
-        props = {} if place is None else json.loads(place.props)
-        said = f"its {attempt_text(last[0].attempt + 1, props)} is due {due_text(due_ms)}"
+        options = {} if place is None else json.loads(place.props)
+        said = f"its {attempt_text(last[0].attempt + 1, options)} is due {due_text(due_ms)}"
         yield blocked_item("retry", node, last[0].finished_at_ms, said)
-    queued = _queued_nodes(reads, run, nodes, places) if is_driven else iter(())
+    props = (places[id].props for id in map(plain_id, failed) if id in places)
+    goes_on = is_driven and all('"continueOnFail":"true"' in text for text in props)
+    queued = _queued_nodes(reads, run, nodes, places) if goes_on else iter(())
     told_of = tried.keys() | {gate.key for gate in reads.list_gates(run.run_id, "requested")}
     others = (item for item in queued if item[0].key not in told_of)
     for node, needed in itertools.islice(others, MAX_BLOCKED):
@@ -7665,10 +7675,6 @@ def _queued_nodes(
 
     `nodes` are those that have not ended, `places` those of the newest frame's tree.
     """
-    for node_id, _ in reads.list_keys(run.run_id, "failed"):
-        place = places.get(plain_id(node_id))
-        if place is not None and json.loads(place.props).get("continueOnFail") != "true":
-            return  # nothing more is started
     mounted = [key for key in mounted_keys(reads.get_mounted(run.run_id)) if key in nodes]
     open_ids = {plain_id(node_id) for node_id, _ in mounted}
     open_loops = {
