@@ -11889,11 +11889,15 @@ def parse_order(body: bytes, is_resume: bool) -> Order:
     return Order(path, input_json, limit, run_id, bool(said.get("resume")) or is_resume)
 
 
+def is_below(root: str, real: str) -> bool:
+    return real == root or real.startswith(os.path.join(root, ""))
+
+
 def find_workflow(root: str, spec: str) -> str:
     """Return `FILE[:name]` with the file's real path. Raises InvalidRequest outside of the root."""
     path, name = split_workflow(os.path.join(root, spec))
     real = os.path.realpath(path) if "\0" not in path else ""
-    if real != root and not real.startswith(os.path.join(root, "")):
+    if not is_below(root, real):
         raise InvalidRequest(
             "Workflow path must be within server root directory", "WORKFLOW_PATH_OUTSIDE_ROOT"
         )
@@ -12316,10 +12320,16 @@ class Supervisor:
 
     def _is_ready(self, run: Run) -> bool:
         is_due = ("again", run.run_id) not in self._deadlines.at
-        return is_due and run.run_id not in self._live and bool(run.config.get("server"))
+        return is_due and run.run_id not in self._live and self._is_ours(run)
+
+    def _is_ours(self, run: Run) -> bool:
+        """True for a run that a server is to drive, whose file is below the root of this one."""
+        config = run.config
+        path = split_workflow(config["workflow"])[0] if config.get("server") else ""
+        return bool(path) and is_below(self.root, os.path.realpath(path))
 
     def _can_go_on(self, run: Run) -> bool:
-        if not run.config.get("server"):
+        if not self._is_ours(run):
             self._foreign.add(run.run_id)
             return False
         if owner_life(run) == "alive":  # it is looked at from now on

@@ -9875,6 +9875,20 @@ class ServerLifeTest(ManyCase):
         self.many.child.close()
         self.many.start(*flags)
 
+    def test_a_server_of_another_root_starts_no_run_of_this_one(self) -> None:
+        parked = self.park("a")
+        other = os.path.join(self.folder, "others")
+        os.makedirs(other, exist_ok=True)
+        with open(os.path.join(other, "jobs.py"), "w", encoding="utf-8") as file:
+            file.write(MANY_FLOWS)
+        self.restart(signal.SIGTERM, "--root", other)
+        self.many.ask("POST", f"/v1/runs/{parked}/nodes/ok/approve")
+        self.begin("jobs.py", "b")
+        self.assert_ends("b")
+        self.assertEqual(self.many.row(parked), ("waiting-approval", None))
+        self.restart(signal.SIGTERM)
+        self.assert_ends(parked)
+
     def test_sigterm_suspends_all_and_next_server_goes_on(self) -> None:
         workers = [self.begin_held(run_id)[1] for run_id in ("a", "b")]
         parked = self.park("c")
