@@ -11427,17 +11427,14 @@ def run_here(
             echo_prints=False,
         )
         engine = process.make_engine()
-        has_token = token is not None or args.tokens is not None
-        process.listeners.append(Narrator(args, db, url, has_token))
+        process.listeners.append(Narrator(args, db, url, bool(token or args.tokens)))
         engine.open(args.resume, args.force, args.retry)
         say(f"Run {run_id} in {db.path}")
         warn_of_idle_flags(args)
         process.notify(db, run_id, url)
         if server is not None:
             app = ServeApp(db, run_id, engine.abort, token, args.metrics, args.tokens)
-            app.go_on = process.go_on
-            process.app = app
-            server.attach(app, args.allowed_host)
+            process.attach(server, app)
     except BaseException:
         process.let_go(server, db)
         raise
@@ -11557,6 +11554,11 @@ class Process:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
             _own_signals.discard(number)
+
+    def attach(self, server: ServeServer, app: ServeApp) -> None:
+        self.app = app
+        app.go_on = self.go_on
+        server.attach(app, self._args.allowed_host)
 
     def notify(self, db: SmithersDb, run_id: str, url: str | None) -> None:
         if self._args.notify:
@@ -12010,10 +12012,9 @@ def main_forker() -> int:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(waker)
     defaults = vars(make_parser().parse_args(["up", "FILE"]))
-    _host(), _wanted_columns()  # computed once, too
+    _host(), _wanted_columns()  # so is what they would compute alike
     workers: dict[int, str] = {}
     pending = b""
-    _host()  # the same for all of them
     gc.collect()
     gc.freeze()
     while True:
