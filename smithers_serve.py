@@ -488,6 +488,11 @@ def _is_deeper(value: Any, levels: int) -> bool:
     return True
 
 
+_strict = json.JSONDecoder(
+    parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique_keys
+)
+
+
 def parse_json(data: bytes | str) -> Any:
     """Return the value of strict JSON.
 
@@ -495,12 +500,7 @@ def parse_json(data: bytes | str) -> Any:
     """
     text = data.decode("utf-8") if isinstance(data, bytes) else data
     try:
-        value = json.loads(
-            text,
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-            object_pairs_hook=_unique_keys,
-        )
+        value = _strict.decode(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     # Where the interpreter gives up differs from version to version: at 1,000 or at 100,000 levels.
@@ -1519,6 +1519,7 @@ class Metrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._families: dict[str, Family] = {}
+        self._plain: dict[str, Any] = {}  # the one child of each family without labels
         self._readings: dict[str, list[Callable[[], float]]] = {}
         self._before_scrape: list[Callable[[], None]] = []
         self._started = time.monotonic()
@@ -1558,6 +1559,8 @@ class Metrics:
 
         header = f"# HELP {name} {help}\n# TYPE {name} {kind}\n"
         family = self._families[name] = Family(header, make, labels)
+        if not labels:
+            self._plain[name] = family.child()
         return family
 
     def add_families(self, kind: str, helps: Mapping[str, str]) -> None:
@@ -1570,11 +1573,11 @@ class Metrics:
     def inc(self, name: str, amount: float = 1) -> None:
         """Add to a counter or a gauge. Gauges are added to, so that several runs can share one."""
         with self._lock:
-            self._families[name].child().add(amount)
+            self._plain[name].add(amount)
 
     def observe(self, name: str, ms: float) -> None:
         with self._lock:
-            self._families[name].child().observe(ms)
+            self._plain[name].observe(ms)
 
     def read_at_scrape(self, name: str, read: Callable[[], float]) -> None:
         """Have `read` called at every scrape, outside the lock; a gauge is the sum of its reads."""
@@ -1608,9 +1611,9 @@ class Metrics:
     def share(self) -> bytes:
         """Return what was counted and measured here, without requests, in a form of one length."""
         with self._lock:
-            values = [self._families[name].child().value for name in (*COUNTERS, *SHARED_GAUGES)]
+            values = [self._plain[name].value for name in (*COUNTERS, *SHARED_GAUGES)]
             for name in HISTOGRAMS:
-                values += self._families[name].child().values()
+                values += self._plain[name].values()
         return struct.pack(f"{len(values)}d", *values)
 
     def take_share(self, new: bytes, before: bytes, is_last: bool) -> None:
@@ -1627,9 +1630,9 @@ class Metrics:
         changes = iter([a - b for a, b in zip(now, then)])
         with self._lock:
             for name, change in zip((*COUNTERS, *SHARED_GAUGES), changes):
-                self._families[name].child().add(change)
+                self._plain[name].add(change)
             for name in HISTOGRAMS:
-                self._families[name].child().add(changes)
+                self._plain[name].add(changes)
 
     def _read_rss(self) -> float:
         """Return resident memory in bytes, read from the system at most once a second."""
@@ -1650,7 +1653,7 @@ class Metrics:
         parts: list[str] = []
         with self._lock:
             for name, value in readings:
-                self._families[name].child().set(value)
+                self._plain[name].set(value)
             self._count_requests_locked()
             for family in self._families.values():
                 parts.append(family.header)
@@ -5199,7 +5202,7 @@ class Running(CurrentTask):
         self.sources = sources
         self.started_at = time.monotonic()
         self.stopped_for: str | None = None
-        self.token = secrets.token_hex(8)
+        self.token = ""  # by which an executor in this process finds it
         self.future: Future[Any] | None = None
         self.engine = attempts.owner
         self._attempts = attempts
@@ -5266,6 +5269,7 @@ class Attempts:
                 self._post("done", running, Outcome(None, describe_error(failure)))
 
     def _submit(self, running: Running) -> None:
+        running.token = secrets.token_hex(8)
         _attempts_here[running.token] = running
         task = running.task
         try:
@@ -6479,8 +6483,6 @@ class Engine:
         for effect in self._progress.rendered(plan, self._renderer.reads):
             self._steps.carry_out(tx, effect)
 
-    # Going on
-
     def _advance(self, tx: Tx) -> None:
         """Do everything that needs no render, then see whether the run is at an end or parked.
 
@@ -6729,9 +6731,6 @@ class Rehearser(Engine):
         if running.attempt < len(failures):
             return Outcome(None, describe_error(failures[running.attempt]))
         return Outcome(encode_output(said_of(script.outputs, *key)))
-
-    def _warn_of_narrow_run(self, plan: Plan) -> None:
-        """How many run at once is no matter here."""
 
     def _decide_next(self, db: RehearsalDb, decisions: Mapping[Any, Any]) -> bool:
         for gate in db.list_gates(self.run_id, "requested"):
@@ -12397,18 +12396,18 @@ class Supervisor:
         if worker is not None:
             self._take_share(run_id, worker, is_last=True)
         try:
-            self._see_to(run_id, code)
+            self._see_to(run_id, pid, code)
         except (StorageError, Unavailable):
             self._deadlines.set("again", run_id, now_ms() + self.PAUSE_SECONDS * 1000)
             raise
 
-    def _see_to(self, run_id: str, code: int | None) -> None:
+    def _see_to(self, run_id: str, pid: int, code: int | None) -> None:
         run = self._db.get_run(run_id)
         if run is None or run.is_terminal:
             self._crashes.pop(run_id, None)
         elif owner_life(run) == "alive":  # somebody was faster: it is looked at from now on
             self._live[run_id] = Worker(None, run.runtime_owner_id)
-        elif self._has_left(run, code):
+        elif self._has_left(run, pid, code):
             self._crashes.pop(run_id, None)
             for gate in self._db.list_gates(run_id, "requested"):
                 self._note_deadline(run_id, gate)
@@ -12420,10 +12419,14 @@ class Supervisor:
             self._crashed(run, code)
 
     @staticmethod
-    def _has_left(run: Run, code: int | None) -> bool:
-        """Return whether a worker has left its run as it should: parked or suspended."""
+    def _has_left(run: Run, pid: int, code: int | None) -> bool:
+        """Return whether a worker has left its run as it should: parked or suspended.
+
+        Not one that has never claimed it: what its render did, it would do again.
+        """
         is_free = run.runtime_owner_id is None and run.status != "queued"
-        return is_free and code in (None, EXIT_SUSPENDED)
+        has_claimed = run.config.get("pid") == pid
+        return is_free and (code is None or code == EXIT_SUSPENDED and has_claimed)
 
     @staticmethod
     def _has_refused(run: Run, code: int | None) -> bool:

@@ -9335,6 +9335,11 @@ def broken(ctx):
     return Workflow("broken", Task("fail", ["test", "-e", f"go-{ctx.run_id}"]),
                     Task("after", step))
 
+def gated_leaving(ctx):
+    if os.path.exists(f"go-{ctx.run_id}"):
+        os._exit(3)
+    return gated(ctx)
+
 poisoned = Workflow("poisoned", Task("poison", die))
 
 def leaving(ctx):
@@ -9568,6 +9573,14 @@ class ServerTest(ManyCase):
             error = self.error_of_run(run_id)
             self.assertEqual(error["code"], "WORKER_CRASHED")
             self.assertIn(f"leaving for {run_id}", error["message"])
+
+    def test_render_that_kills_worker_of_decided_run_fails_it(self) -> None:
+        run_id = self.begin("jobs.py:gated_leaving")
+        self.many.wait(run_id, "waiting-approval")
+        self.many.go(run_id)
+        self.many.ask("POST", f"/v1/runs/{run_id}/nodes/ok/approve")
+        self.assert_ends(run_id, "failed")
+        self.assertEqual(self.error_of_run(run_id)["code"], "WORKER_CRASHED")
 
     def test_import_that_kills_its_worker_fails_run(self) -> None:
         texts = {"segfault": "import ctypes; ctypes.string_at(0)", "exit": "os._exit(0)"}
