@@ -103,6 +103,7 @@ from typing import (
     Literal,
     NamedTuple,
     TextIO,
+    TypeVar,
     Union,
     cast,
     get_args,
@@ -1824,15 +1825,25 @@ end;
 # Statements: every SQL statement that reads or writes rows
 # ---------------------------------------------------------------------------
 
-_RUN_COLUMNS = ", ".join(Run._fields)
-_GATE_COLUMNS = ", ".join(Gate._fields)
-_NODE_COLUMNS = ", ".join(Node._fields)
-_ATTEMPT_COLUMNS = ", ".join(Attempt._fields)
-_FRAME_COLUMNS = ", ".join(Frame._fields)
+Row = TypeVar("Row", Run, Node, Attempt, Frame, Gate, Event)
+TABLES: dict[Any, str] = {
+    Run: "_smithers_runs",
+    Node: "_smithers_nodes",
+    Gate: "_smithers_approvals",
+}
+TABLES.update({Attempt: "_smithers_attempts", Frame: "_smithers_frames", Event: "_smithers_events"})
+# How a statement begins whose rows are records.
+SELECT = {kind: f"select {', '.join(kind._fields)} from {name} " for kind, name in TABLES.items()}
+OF_NODE = "where run_id = ? and node_id = ? and iteration = ? "
 
 
 def _is_busy(error: sqlite3.Error) -> bool:
     return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
+
+
+def _marks(values: Iterable[object]) -> str:
+    """Return a question mark for each, as in `in (?, ?)`."""
+    return ", ".join("?" for _ in values)
 
 
 class Reads:
@@ -1853,19 +1864,21 @@ class Reads:
         """Return the first row, or None."""
         return next(iter(self.rows(sql, parameters)), None)
 
+    def records(self, kind: type[Row], which: str, parameters: Any) -> list[Row]:
+        """Return the rows of a record's table that the rest of the statement says."""
+        return [kind._make(row) for row in self.rows(SELECT[kind] + which, parameters)]
+
+    def record(self, kind: type[Row], which: str, parameters: Any) -> Row | None:
+        row = self.one(SELECT[kind] + which, parameters)
+        return None if row is None else kind._make(row)
+
     def get_run(self, run_id: str) -> Run | None:
-        row = self.one(f"select {_RUN_COLUMNS} from _smithers_runs where run_id = ?", (run_id,))
-        return None if row is None else Run(*row)
+        return self.record(Run, "where run_id = ?", (run_id,))
 
     def list_runs(self, statuses: Seq[str]) -> list[Run]:
         """Return the runs with one of these statuses, newest first."""
-        marks = ", ".join("?" for _ in statuses)
-        rows = self.rows(
-            f"""select {_RUN_COLUMNS} from _smithers_runs where status in ({marks})
-                order by created_at_ms desc, run_id""",
-            tuple(statuses),
-        )
-        return [Run(*row) for row in rows]
+        which = f"where status in ({_marks(statuses)}) order by created_at_ms desc, run_id"
+        return self.records(Run, which, tuple(statuses))
 
     def list_run_rows(self, limit: int, status: str | None) -> list[tuple[Any, ...]]:
         """Return all columns of the newest runs, in the order of the schema."""
@@ -1883,7 +1896,7 @@ class Reads:
     def list_open_gates(self) -> Iterator[tuple[str, Gate]]:
         """Yield the open gates and pauses of all runs, with their run, oldest first."""
         rows = self.rows(
-            f"""select run_id, {_GATE_COLUMNS} from _smithers_approvals
+            f"""select run_id, {", ".join(Gate._fields)} from _smithers_approvals
                 where status = 'requested' order by requested_at_ms, run_id"""
         )
         for run_id, *row in rows:
@@ -1921,58 +1934,31 @@ class Reads:
         return None if row is None else row[0]
 
     def list_nodes(self, run_id: str) -> list[Node]:
-        rows = self.rows(
-            f"""select {_NODE_COLUMNS} from _smithers_nodes
-                where run_id = ? order by node_id, iteration""",
-            (run_id,),
-        )
-        return [Node(*row) for row in rows]
+        return self.records(Node, "where run_id = ? order by node_id, iteration", (run_id,))
 
     def list_oldest_runs(self, status: str, limit: int) -> list[Run]:
-        rows = self.rows(
-            f"""select {_RUN_COLUMNS} from _smithers_runs where status = ?
-                order by created_at_ms, run_id limit ?""",
-            (status, limit),
-        )
-        return [Run(*row) for row in rows]
+        which = "where status = ? order by created_at_ms, run_id limit ?"
+        return self.records(Run, which, (status, limit))
 
     def newest_runs(self, limit: int) -> list[Run]:
-        rows = self.rows(
-            f"""select {_RUN_COLUMNS} from _smithers_runs
-                order by created_at_ms desc, run_id desc limit ?""",
-            (limit,),
-        )
-        return [Run(*row) for row in rows]
+        return self.records(Run, "order by created_at_ms desc, run_id desc limit ?", (limit,))
 
     def find_runs(self, prefix: str) -> list[Run]:
         """Return the runs whose id begins so, at most 10."""
-        rows = self.rows(
-            f"""select {_RUN_COLUMNS} from _smithers_runs
-                where run_id >= ? and run_id < ? order by run_id limit 10""",
-            (prefix, prefix + chr(0x10FFFF)),
-        )
-        return [Run(*row) for row in rows]
+        which = "where run_id >= ? and run_id < ? order by run_id limit 10"
+        return self.records(Run, which, (prefix, prefix + chr(0x10FFFF)))
 
     def get_node(self, run_id: str, key: Key) -> Node | None:
-        row = self.one(
-            f"""select {_NODE_COLUMNS} from _smithers_nodes
-                where run_id = ? and node_id = ? and iteration = ?""",
-            (run_id, *key),
-        )
-        return None if row is None else Node(*row)
+        return self.record(Node, OF_NODE, (run_id, *key))
 
     def find_newest_node(self, run_id: str, id: str) -> Node | None:
         """Return the newest iteration of a node; `id` may leave out the loops around it."""
         # Two ranges of the key: with "or" sqlite would go through all nodes of the run.
-        row = self.one(
-            f"""select {_NODE_COLUMNS} from _smithers_nodes
-                where run_id = :run_id and node_id = :id
-                union all select {_NODE_COLUMNS} from _smithers_nodes
-                where run_id = :run_id and node_id >= :id || '@@' and node_id < :id || '@A'
-                order by updated_at_ms desc, iteration desc limit 1""",
-            {"run_id": run_id, "id": id},
-        )
-        return None if row is None else Node(*row)
+        which = f"""where run_id = :run_id and node_id = :id
+            union all {SELECT[Node]}
+            where run_id = :run_id and node_id >= :id || '@@' and node_id < :id || '@A'
+            order by updated_at_ms desc, iteration desc limit 1"""
+        return self.record(Node, which, {"run_id": run_id, "id": id})
 
     def list_keys(self, run_id: str, state: str | None = None) -> list[Key]:
         return self.all(
@@ -1982,12 +1968,7 @@ class Reads:
         )
 
     def list_attempts_of(self, run_id: str, key: Key) -> list[Attempt]:
-        rows = self.rows(
-            f"""select {_ATTEMPT_COLUMNS} from _smithers_attempts
-                where run_id = ? and node_id = ? and iteration = ? order by attempt""",
-            (run_id, *key),
-        )
-        return [Attempt(*row) for row in rows]
+        return self.records(Attempt, OF_NODE + "order by attempt", (run_id, *key))
 
     def get_tree(self, run_id: str) -> str:
         """Return the newest frame's tree as JSON text, "" without one."""
@@ -2015,12 +1996,8 @@ class Reads:
     def list_open_nodes(self, run_id: str, *more: str) -> list[Node]:
         """Return what is in progress or waits for a decision, and what is in other states."""
         states = ("in-progress", "waiting-approval", *more)
-        rows = self.rows(
-            f"""select {_NODE_COLUMNS} from _smithers_nodes
-                where run_id = ? and state in ({", ".join("?" for _ in states)})""",
-            (run_id, *states),
-        )
-        return list(map(Node._make, rows))
+        which = f"where run_id = ? and state in ({_marks(states)})"
+        return self.records(Node, which, (run_id, *states))
 
     def list_attempts(self, run_id: str, open_nodes_only: bool = False) -> list[Attempt]:
         """Return the attempts in order; or leave out those of ended nodes without a gate."""
@@ -2038,39 +2015,21 @@ class Reads:
         return [Attempt(*row) for row in rows]
 
     def list_gates(self, run_id: str, status: str | None = None) -> list[Gate]:
-        rows = self.rows(
-            f"""select {_GATE_COLUMNS} from _smithers_approvals
-                where run_id = :run_id and (:status is null or status = :status)
-                order by node_id, iteration""",
-            {"run_id": run_id, "status": status},
-        )
-        return [Gate(*row) for row in rows]
+        which = """where run_id = :run_id and (:status is null or status = :status)
+            order by node_id, iteration"""
+        return self.records(Gate, which, {"run_id": run_id, "status": status})
 
     def count_open_gates(self, run_id: str) -> int:
-        return int(
-            self.one(
-                """select count(*) from _smithers_approvals
-                   where run_id = ? and status = 'requested'""",
-                (run_id,),
-            )[0]
-        )
+        which = "where run_id = ? and status = 'requested'"
+        return int(self.one(f"select count(*) from _smithers_approvals {which}", (run_id,))[0])
 
     def list_gates_of(self, run_id: str, node_id: str) -> list[Gate]:
         """Return the gates of one node in all its iterations, newest first."""
-        rows = self.rows(
-            f"""select {_GATE_COLUMNS} from _smithers_approvals
-                where run_id = ? and node_id = ? order by iteration desc""",
-            (run_id, node_id),
-        )
-        return [Gate(*row) for row in rows]
+        which = "where run_id = ? and node_id = ? order by iteration desc"
+        return self.records(Gate, which, (run_id, node_id))
 
     def get_gate(self, run_id: str, key: Key) -> Gate | None:
-        row = self.one(
-            f"""select {_GATE_COLUMNS} from _smithers_approvals
-                where run_id = ? and node_id = ? and iteration = ?""",
-            (run_id, *key),
-        )
-        return None if row is None else Gate(*row)
+        return self.record(Gate, OF_NODE, (run_id, *key))
 
     def list_loops(self, run_id: str) -> dict[str, tuple[int, bool]]:
         """Return (iteration, done) of every loop."""
@@ -2102,13 +2061,8 @@ class Reads:
 
     def find_error(self, run_id: str, key: Key) -> str | None:
         """Return the error of the node's last failed attempt as JSON text."""
-        row = self.one(
-            """select error_json from _smithers_attempts
-               where run_id = ? and node_id = ? and iteration = ?
-               order by attempt desc limit 1""",
-            (run_id, *key),
-        )
-        return None if row is None else row[0]
+        attempt = self.record(Attempt, OF_NODE + "order by attempt desc limit 1", (run_id, *key))
+        return None if attempt is None else attempt.error_json
 
     def list_frames(
         self, run_id: str, limit: int, after_frame_no: int | None = None
@@ -2119,8 +2073,7 @@ class Reads:
         """
         order = "desc" if after_frame_no is None else "asc"
         rows = self.rows(
-            f"""select {_FRAME_COLUMNS} from _smithers_frames
-                where run_id = ? and frame_no > ? order by frame_no {order} limit ?""",
+            SELECT[Frame] + f"where run_id = ? and frame_no > ? order by frame_no {order} limit ?",
             (run_id, -1 if after_frame_no is None else after_frame_no, limit),
         )
         frames: list[Frame] = []
@@ -2135,12 +2088,8 @@ class Reads:
 
     def list_events(self, run_id: str, after_seq: int = -1, limit: int = -1) -> list[Event]:
         """Return at most `limit` events (all when -1) with seq > after_seq, oldest first."""
-        rows = self.rows(
-            """select seq, timestamp_ms, type, payload_json from _smithers_events
-               where run_id = ? and seq > ? order by seq limit ?""",
-            (run_id, after_seq, limit),
-        )
-        return [Event(*row) for row in rows]
+        which = "where run_id = ? and seq > ? order by seq limit ?"
+        return self.records(Event, which, (run_id, after_seq, limit))
 
     def list_outputs(
         self,
@@ -2162,14 +2111,12 @@ class Reads:
         elif node_id is not None:
             start.update(nodeId=node_id)
         begin = to_json(start)[:-1] + ","
-        rows = self.all(
-            f"""select seq, timestamp_ms, type, payload_json from _smithers_events
-                where run_id = ? and seq > ? and seq <= ? and type = 'NodeOutput'
-                  and payload_json >= ? and payload_json < ?
-                order by seq {"asc" if newest is None else "desc"} limit ?""",
-            (run_id, after_seq, up_to_seq, begin, begin + chr(0x10FFFF), newest or limit),
-        )
-        return [Event(*row) for row in (rows if newest is None else reversed(rows))]
+        which = f"""where run_id = ? and seq > ? and seq <= ? and type = 'NodeOutput'
+              and payload_json >= ? and payload_json < ?
+            order by seq {"asc" if newest is None else "desc"} limit ?"""
+        bounds = (run_id, after_seq, up_to_seq, begin, begin + chr(0x10FFFF), newest or limit)
+        events = self.records(Event, which, bounds)
+        return events if newest is None else events[::-1]
 
     def newest_outputs(self, run_id: str, keys: Iterable[Key], after_seq: int) -> dict[Key, Event]:
         """Return the newest NodeOutput after a seq of each of these nodes, if there is one.
@@ -2181,31 +2128,26 @@ class Reads:
         found: dict[Key, Event] = {}
         before, limit = INT64_MAX, 64
         while wanted:
-            rows = self.all(
-                f"""select seq, timestamp_ms, type, payload_json from _smithers_events
-                    where run_id = ? and seq > ? and seq < ? and type = 'NodeOutput'
+            events = self.records(
+                Event,
+                f"""where run_id = ? and seq > ? and seq < ? and type = 'NodeOutput'
                       and substr(payload_json, 1, instr(payload_json, ',"attempt":')) in
-                        ({", ".join("?" for _ in wanted)})
+                        ({_marks(wanted)})
                     order by seq desc limit ?""",
                 (run_id, after_seq, before, *(b[:-1] + "," for b in wanted.values()), limit),
             )
-            for event in map(Event._make, rows):
+            for event in events:
                 found.setdefault((event.payload["nodeId"], event.payload["iteration"]), event)
                 before = event.seq
-            if len(rows) < limit:
+            if len(events) < limit:
                 break
             wanted = {key: begin for key, begin in wanted.items() if key not in found}
         return found
 
     def list_events_of(self, run_id: str, types: Seq[str]) -> list[Event]:
         """Return the events of these types, oldest first."""
-        marks = ", ".join("?" for _ in types)
-        rows = self.rows(
-            f"""select seq, timestamp_ms, type, payload_json from _smithers_events
-                where run_id = ? and type in ({marks}) order by seq""",
-            (run_id, *types),
-        )
-        return [Event(*row) for row in rows]
+        which = f"where run_id = ? and type in ({_marks(types)}) order by seq"
+        return self.records(Event, which, (run_id, *types))
 
     def first_seq_since(self, run_id: str, at_ms: int) -> int:
         """Return the seq of the first event from a time on, by halving: the log is in order."""
