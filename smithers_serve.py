@@ -171,6 +171,7 @@ MAX_OUTPUT_BYTES = 1 << 20
 MAX_LOG_BYTES = 32 << 20  # printed by one attempt: far above a chatty build, far below a disk
 MAX_LOG_LINE = 8 << 10  # a longer line becomes several NodeOutput events
 MAX_MESSAGE_CHARS = 4 << 10
+MAX_NAME_CHARS = 200  # of who decides, and of an id that is told back
 COMMAND_TAIL_BYTES = 64 << 10
 
 HEARTBEAT_SECONDS = 1.0
@@ -1875,6 +1876,12 @@ class Reads:
     def get_run(self, run_id: str) -> Run | None:
         return self.record(Run, "where run_id = ?", (run_id,))
 
+    def existing_run(self, run_id: str) -> Run:
+        run = self.get_run(run_id)
+        if run is None:
+            raise RunNotFound(f"there is no run {log_safe(run_id)[:MAX_NAME_CHARS]}")
+        return run
+
     def list_runs(self, statuses: Seq[str]) -> list[Run]:
         """Return the runs with one of these statuses, newest first."""
         which = f"where status in ({_marks(statuses)}) order by created_at_ms desc, run_id"
@@ -2349,8 +2356,7 @@ class Tx(Reads):
 
     def update_config(self, **facts: Any) -> None:
         """Add to what is kept of how the run is run."""
-        run = self.get_run(self.run_id)
-        config = {} if run is None else run.config
+        config = self.existing_run(self.run_id).config
         self.run(
             "update _smithers_runs set config_json = ? where run_id = ?",
             (to_json({**config, **facts}), self.run_id),
@@ -2358,8 +2364,7 @@ class Tx(Reads):
 
     def note_history(self, what: str) -> None:
         """Keep what no event tells: that an engine has left the run, or taken it up."""
-        run = self.get_run(self.run_id)
-        known = [] if run is None else run.config.get("history", [])
+        known = self.existing_run(self.run_id).config.get("history", [])
         self.update_config(history=[*known[-99:], {"timestampMs": self.now_ms, "what": what}])
 
     def delete_run(self) -> None:
@@ -4906,9 +4911,7 @@ def decide(
         if text is not None and printable(text) != text:
             raise InvalidRequest("note and decidedBy must be valid Unicode")
     with db.transaction(run_id, HTTP_LOCK_PATIENCE_SECONDS) as tx:
-        run = tx.get_run(run_id)
-        if run is None:
-            raise RunNotFound(f"there is no run {run_id}")
+        run = tx.existing_run(run_id)
         gate = _find_gate(tx, node_id, decision)
         if (
             decision.requested_at_ms is not None
@@ -4997,9 +5000,7 @@ def check_can_retry(reads: Reads, run: Run, retry: bool | Iterable[str]) -> None
 def request_retry(db: SmithersDb, run_id: str, retry: bool | list[str]) -> None:
     """Have a server give nodes of a run that has ended a fresh try, now or when there is one."""
     with db.transaction(run_id, HTTP_LOCK_PATIENCE_SECONDS) as tx:
-        run = tx.get_run(run_id)
-        if run is None:
-            raise RunNotFound(f"there is no run {run_id}")
+        run = tx.existing_run(run_id)
         check_can_retry(tx, run, retry)
         tx.update_config(retry=retry)
         tx.wake()
@@ -5045,9 +5046,7 @@ def cancel_run(
     when it is resumed. Raises RunNotFound, or RunNotActive when the run has ended.
     """
     with db.transaction(run_id, HTTP_LOCK_PATIENCE_SECONDS) as tx:
-        run = tx.get_run(run_id)
-        if run is None:
-            raise RunNotFound(f"there is no run {run_id}")
+        run = tx.existing_run(run_id)
         if run.is_terminal:
             raise RunNotActive(f"run {run_id} is {run.status} already")
         tx.request_cancel(by, reason)
@@ -5089,8 +5088,7 @@ def run_close(tx: Tx, status: str, error: Mapping[str, Any] | None) -> None:
     elif status == "finished":
         tx.append_event("RunFinished")
     else:
-        run = tx.get_run(tx.run_id)
-        tx.append_event("RunCancelled", **(run.config.get("cancel", {}) if run is not None else {}))
+        tx.append_event("RunCancelled", **tx.existing_run(tx.run_id).config.get("cancel", {}))
 
 
 def run_close_after(tx: Tx, status: str) -> None:
@@ -6732,7 +6730,6 @@ MAX_HEAD_BYTES = 32 << 10
 MAX_HEADER_COUNT = 100
 MAX_BODY_BYTES = 1 << 20
 MAX_NOTE_CHARS = 10_000
-MAX_NAME_CHARS = 200
 MAX_FRAMES = 1000  # frames of one answer, of at most 8 MiB
 LIGHT_BYTES = 64 << 10  # a body up to this is made and sent in well under a millisecond
 
@@ -8804,9 +8801,7 @@ class RunView(Answers):
 
     def _read_status(self) -> Response:
         with self.adapter.snapshot() as reads:
-            run, summary = reads.get_run(self.run_id), reads.get_summary(self.run_id)
-        if run is None:
-            raise RunNotFound(f"there is no run {self.run_id}")
+            run, summary = reads.existing_run(self.run_id), reads.get_summary(self.run_id)
         self._pending = summary.get("waiting-approval", 0)
         return json_response(run.to_json(summary))
 
@@ -8824,8 +8819,8 @@ class RunView(Answers):
     def _read_frames(self, limit: int, after: int | None) -> Response:
         with self.adapter.snapshot() as reads:
             frames = reads.list_frames(self.run_id, limit, after)
-            if not frames and reads.get_run(self.run_id) is None:
-                raise RunNotFound(f"there is no run {self.run_id}")
+            if not frames:
+                reads.existing_run(self.run_id)
         return json_response([frame.to_json() for frame in frames])
 
     def _weigh_frames(self, query: str, response: Response) -> None:
@@ -8928,10 +8923,7 @@ def get_events(app: App, request: Request) -> Response:
 def _read_run(request: Request, read: Callable[[Reads, Run], Any]) -> Response:
     """Return what `read` makes of one snapshot of the run. Raises RunNotFound."""
     with request.view.adapter.snapshot() as reads:
-        run = reads.get_run(request.view.run_id)
-        if run is None:
-            raise RunNotFound(f"there is no run {request.view.run_id}")
-        return json_response(read(reads, run))
+        return json_response(read(reads, reads.existing_run(request.view.run_id)))
 
 
 def get_nodes(app: App, request: Request) -> Response:
@@ -12109,9 +12101,7 @@ class Supervisor:
     def go_on(self, run_id: str, order: Order) -> Response:
         """Go on with a run that has not ended, and say if it runs already."""
         said = {"runId": run_id}
-        run = self._db.get_run(run_id)
-        if run is None:
-            raise RunNotFound(f"there is no run {log_safe(run_id)[:MAX_NAME_CHARS]}")
+        run = self._db.existing_run(run_id)
         if run.is_terminal or run.status == "queued":  # its turn comes
             return json_response(said)
         if owner_life(run) == "alive":
@@ -12125,9 +12115,7 @@ class Supervisor:
         Raises RunNotFound, and InvalidRequest when its file cannot be told or is another.
         """
         with self._db.transaction(run_id, HTTP_LOCK_PATIENCE_SECONDS) as tx:
-            run = tx.get_run(run_id)
-            if run is None:
-                raise RunNotFound(f"there is no run {run_id}")
+            run = tx.existing_run(run_id)
             config = run.config  # of a server, or of `up`, or of another program
             begun = config.get("workflow") or config.get("options", {}).get("workflow")
             known = begun or run.workflow_path
