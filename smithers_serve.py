@@ -9573,6 +9573,8 @@ READ = Want("read")
 # It goes on with True when few enough requests with a large body are under way, with False at its
 # deadline; TURN_END says that its own is not any more.
 TURN, TURN_END = Want("turn"), Want("turn end")
+# Its next request has come already: the others have their turn first.
+NEXT = Want("next")
 # Its last answer is out: the client should read the end of it.
 LAST = Want("last")
 
@@ -9700,6 +9702,8 @@ class Conversation:
     def _read_head(self) -> Talk:
         """Return the bytes of the next head, or None when the client has ended between requests."""
         self.await_client(HEAD_SECONDS if self._buffer else IDLE_SECONDS)
+        if self._buffer:
+            yield NEXT
         seen = 0
         while True:
             head = self._take_head(seen) if self._buffer else None
@@ -9819,8 +9823,10 @@ RESERVED_DESCRIPTORS = 64  # never for clients: the database, the log, the pipes
 LISTEN_BACKLOG = 1024  # http.server's 5 drops connections in a burst
 MAX_READERS = 4  # threads that make answers; decisions and the like have one of their own
 MAX_LARGE_BYTES = 64 << 20  # of large answers that wait for slow clients
-READ_BYTES = 16 << 10  # of one client, before the others have their turn
-MAX_STEPS = 4  # of one client, likewise: it may have sent many requests at once
+# Of one client, before the others have their turn; no less than a TLS record holds, for what is
+# left of one no socket tells.
+READ_BYTES = 16 << 10
+PIPELINE_SECONDS = 0.002  # for requests that came together, before sockets are looked at again
 WRITE_BYTES = 256 << 10
 SEND_BUFFER_BYTES = 256 << 10
 WRITE_SECONDS = 60.0  # per 256 KiB: a reader slower than that is dropped
@@ -9874,7 +9880,6 @@ class Connection:
         "is_ending",
         "is_half_closed",
         "is_lagging",
-        "is_tls",
         "keep_alive_at",
         "pending",
         "shared",
@@ -9897,7 +9902,6 @@ class Connection:
         self.state = state
         self.talk = state.converse()
         self.want: Any = LAST  # nothing yet; None when it has been dropped
-        self.is_tls = ssl_context is not None
         if ssl_context is not None:
             self.socket = ssl_context.wrap_socket(
                 sock, server_side=True, do_handshake_on_connect=False
@@ -9914,11 +9918,6 @@ class Connection:
         self.is_chunked = self.is_ending = self.is_half_closed = False
         self.is_lagging = False  # its socket would take more, and it waits for its turn to get it
         self.keep_alive_at = 0.0
-
-    @property
-    def has_more(self) -> bool:
-        """True when TLS has decrypted more than was read: the socket will not say so."""
-        return self.is_tls and bool(self.socket.pending())  # type: ignore[attr-defined]
 
     def receive(self) -> bytes | None:
         """Return what the client has sent, b"" at its end, None when there is nothing yet."""
@@ -10291,19 +10290,22 @@ class Network:
                 self._drop(value)
 
     def _turn(self, nothing: None) -> None:
-        """Do what is to be done now: sockets, those that have waited for it, the inbox, streams."""
+        """Do what is to be done now: sockets, the inbox, requests that were pipelined, streams."""
         for key, events in self._selector.select(self._patience()):
             if key.data is self._waker:
                 self._waker.clear()
+            elif key.data.want is NEXT:  # it has sent even more: that is for later
+                self._listen(key.data, 0)
             elif key.data.want is not None:
                 self._guarded(self._serve, key.data, events)
-        for _ in range(len(self._later)):
-            waiting = self._later.popleft()
-            if waiting.want is not None:
-                self._guarded(self._serve, waiting)
         for _ in range(len(self._inbox)):
             call, value = self._inbox.popleft()
             self._guarded(call, value)
+        until = time.monotonic() + PIPELINE_SECONDS
+        while self._later and time.monotonic() < until:
+            waiting = self._later.popleft()
+            if waiting.want is NEXT:
+                self._guarded(self._go_on, waiting, None)
         for stream in self._streams.next_to_send():
             self._guarded(self._streams.pump, stream)
 
@@ -10341,8 +10343,8 @@ class Network:
                 sock.recv(65536)  # closing on an unread request would reset the connection
         close_socket(sock)
 
-    def _serve(self, connection: Connection, events: int = 0) -> None:
-        """Go on with a connection whose socket is ready, or that has waited for its next turn."""
+    def _serve(self, connection: Connection, events: int) -> None:
+        """Go on with a connection whose socket is ready."""
         try:
             if connection.view is not None:
                 self._streams.serve(connection, events)
@@ -10355,8 +10357,6 @@ class Network:
             elif connection.pending:
                 if self._flush(connection):
                     self._go_on(connection, None)
-            elif connection.want.__class__ in (bytes, Large):
-                self._go_on(connection, None)
         except OSError:  # the client has gone, which is normal
             self._drop(connection)
 
@@ -10377,9 +10377,9 @@ class Network:
             self._guarded(self._go_on, connection, response)
 
     def _go_on(self, connection: Connection, value: Any) -> None:
-        """Give a conversation what it wants, until that is not there or it has had its turn."""
+        """Give a conversation what it wants, until that is not there or others have their turn."""
         try:
-            for _ in range(MAX_STEPS):
+            while True:
                 want = connection.want = connection.talk.send(value)
                 value = None  # what it goes on with, where nothing has to be waited for
                 if want.__class__ is bytes:
@@ -10388,8 +10388,9 @@ class Network:
                         return
                 elif want is READ:
                     self._listen(connection, selectors.EVENT_READ)
-                    if connection.has_more:
-                        break
+                    return
+                elif want is NEXT:
+                    self._later.append(connection)
                     return
                 elif want is TURN:
                     value = self._take_turn(connection)
@@ -10412,8 +10413,6 @@ class Network:
                     return
         except (StopIteration, OSError):  # it is over, or its client has gone, which is normal
             self._drop(connection)
-            return
-        self._later.append(connection)
 
     def _flush(self, connection: Connection) -> bool:
         """Write what is pending; True when the socket has taken it, else its deadline is set."""
