@@ -1527,6 +1527,7 @@ class Metrics:
         self._started = time.monotonic()
         self._rss = (float("-inf"), 0.0)
         self._answered: collections.deque[tuple[str, str, int, float]] = collections.deque()
+        self._http_counts: dict[tuple[str, str, int], tuple[Sample, Histogram]] = {}
         for name, help in COUNTERS.items():
             self._add(name, "counter", help)
         for name, help in GAUGES.items():
@@ -1604,9 +1605,13 @@ class Metrics:
         with contextlib.suppress(IndexError):  # all are counted
             while True:
                 method, route, status, ms = self._answered.popleft()
-                labels = (method, route, str(status), f"{status // 100}xx")
-                self._http_requests.child(*labels).add(1)
-                self._http_duration.child(*labels).observe(ms)
+                counts = self._http_counts.get((method, route, status))
+                if counts is None:
+                    labels = (method, route, str(status), f"{status // 100}xx")
+                    counts = self._http_requests.child(*labels), self._http_duration.child(*labels)
+                    self._http_counts[method, route, status] = counts
+                counts[0].add(1)
+                counts[1].observe(ms)
 
     # Shares: what another process has counted for this one
 
@@ -9248,7 +9253,11 @@ class App:
         """
         method = "GET" if head.method == "HEAD" else head.method
         matches = self._router.find(head.segments)
-        match = next((match for match in matches if match.route.method == method), None)
+        match = None
+        for found in matches:
+            if found.route.method == method:
+                match = found
+                break
         if match is None or match.route.handler is not get_health:  # a probe may use any name
             self._refuse_foreign_host(head.headers)
         if match is not None and match.route.public:
@@ -9272,18 +9281,13 @@ class App:
             )
         return Match(match.route, match.parameters, who)
 
-    def is_quick(self, head: Head) -> bool:
+    def is_quick(self, match: Match, head: Head) -> bool:
         """Return whether a request can be answered in the thread that all clients share."""
-        if head.has_body or head.method not in ("GET", "HEAD"):
-            return False
-        for match in self._router.find(head.segments):
-            route = match.route
-            if route.method == "GET":
-                is_light = route.handler is get_frames and self._is_light(match, head.query)
-                # Without a write-ahead log a reader may have to wait for a writer.
-                can_read = self.adapter.readers_never_wait
-                return route.public or can_read and (route.is_quick or is_light)
-        return False
+        route = match.route
+        is_light = route.handler is get_frames and self._is_light(match, head.query)
+        # Without a write-ahead log a reader may have to wait for a writer.
+        can_read = self.adapter.readers_never_wait
+        return route.public or can_read and (route.is_quick or is_light)
 
     def _is_light(self, match: Match, query: str) -> bool:
         try:
@@ -9644,11 +9648,21 @@ class Conversation:
                 self._app.observe("", UNMATCHED, error.status, started)
                 yield render_response(error_response(error), False, False, False)
                 break
-            if self._app.is_quick(head):
-                self._work()
-                response, has_read = self._app.handle(head, bytes), True
-            else:
-                response, has_read = yield from self._wait_for_answer(head, started)
+            self._work()
+            label, has_read = UNMATCHED, not head.has_body
+            try:
+                match = self._app.admit(head)
+                label = match.route.pattern
+                if has_read and self._app.is_quick(match, head):
+                    response = self._app.respond(match, head, b"")
+                else:
+                    response = yield from self._wait_for_answer(match, head)
+                    has_read = True
+            except ServeError as error:
+                response = error_response(error)
+            if self.has_turn:
+                yield TURN_END
+            self._app.observe(head.method, label, response.status, started)
             keep_alive = head.keep_alive and has_read and not self._server.is_stopping
             is_head = head.method == "HEAD"
             if response.stream is not None:
@@ -9662,26 +9676,12 @@ class Conversation:
                 yield Large(response.body)
         yield from self._linger()
 
-    def _wait_for_answer(self, head: Head, started: float) -> Talk:
-        """Return a worker's answer, and whether the whole request was read."""
-        app, label = self._app, UNMATCHED
-        self._work()
-        has_read = not head.has_body
-        try:
-            match = app.admit(head)
-            label = match.route.pattern
-            body = b""
-            if not has_read:
-                body = yield from self._read_body(head)
-                has_read = True
-            call = functools.partial(app.respond, match, head, body)
-            response = yield Work(call, head.method in ("GET", "HEAD"))
-        except ServeError as error:
-            response = error_response(error)
-        if self.has_turn:
-            yield TURN_END
-        app.observe(head.method, label, response.status, started)
-        return response, has_read
+    def _wait_for_answer(self, match: Match, head: Head) -> Talk:
+        """Return a worker's answer to the whole request. Raises a ServeError for its body."""
+        body = (yield from self._read_body(head)) if head.has_body else b""
+        call = functools.partial(self._app.respond, match, head, body)
+        response = yield Work(call, head.method in ("GET", "HEAD"))
+        return response
 
     def _linger(self) -> Talk:
         """Read on for a moment before closing.
@@ -9709,14 +9709,14 @@ class Conversation:
             head = self._take_head(seen) if self._buffer else None
             if head is not None:
                 return head
+            if self._buffer and not seen:
+                self.await_client(HEAD_SECONDS)
             seen = len(self._buffer)
             data = yield READ
             if not data:
                 if data is None and self._buffer:
                     raise RequestTimeout("the head of the request did not arrive in time")
                 return None
-            if not self._buffer:
-                self.await_client(HEAD_SECONDS)
             self._buffer += data
 
     def _take_head(self, seen: int) -> bytes | None:
