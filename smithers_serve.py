@@ -10354,9 +10354,8 @@ class Network:
                     self._go_on(connection, data)
             elif connection.want is HANDSHAKE:
                 self._shake_hands(connection)
-            elif connection.pending:
-                if self._flush(connection):
-                    self._go_on(connection, None)
+            elif connection.pending and self._flush(connection):
+                self._go_on(connection, None)
         except OSError:  # the client has gone, which is normal
             self._drop(connection)
 
