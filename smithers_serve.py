@@ -9604,6 +9604,7 @@ class Large(NamedTuple):
 
 
 Talk = Generator[Any, Any, Any]
+OVER: Talk = (None for _ in "")  # what is left of one when its connection is a stream
 
 
 class Conversation:
@@ -9880,7 +9881,6 @@ class Connection:
         "is_ending",
         "is_half_closed",
         "is_lagging",
-        "keep_alive_at",
         "pending",
         "shared",
         "socket",
@@ -9917,7 +9917,6 @@ class Connection:
         self.cursor = -1
         self.is_chunked = self.is_ending = self.is_half_closed = False
         self.is_lagging = False  # its socket would take more, and it waits for its turn to get it
-        self.keep_alive_at = 0.0
 
     def receive(self) -> bytes | None:
         """Return what the client has sent, b"" at its end, None when there is nothing yet."""
@@ -10029,11 +10028,11 @@ class Streams:
         self.open.add(stream)
         self._metrics.inc("smithers_event_streams_active")
         stream.talk.close()
+        stream.talk = OVER
         stream.state.deadline = math.inf
         stream.view, stream.cursor = follow.start
         stream.is_chunked = follow.is_chunked
         stream.pending = chunk(RETRY_LINE) if stream.is_chunked else RETRY_LINE
-        stream.keep_alive_at = time.monotonic() + KEEP_ALIVE_SECONDS
         stream.view.streams.add(stream)
         self._views.add(stream.view)
         self._stale.append(stream.view.run_id)
@@ -10054,11 +10053,11 @@ class Streams:
         is_busy = (self._fresh or self._lagging) and time.monotonic() >= self._look_at
         return 0.0 if is_busy else WATCH_SECONDS
 
-    def tick(self, stream: Connection, now: float) -> None:
+    def expire(self, stream: Connection) -> None:
         """Say that a silent stream lives; drop one that takes nothing."""
-        if stream.state.deadline < now:
+        if stream.pending:
             self._drop(stream)
-        elif not stream.pending and now >= stream.keep_alive_at:
+        else:
             stream.pending = chunk(KEEP_ALIVE) if stream.is_chunked else KEEP_ALIVE
             self.pump(stream)
 
@@ -10122,7 +10121,8 @@ class Streams:
         # will tell.
         stream.is_half_closed = True
         self._listen(stream, stream.events & ~selectors.EVENT_READ)
-        stream.keep_alive_at = 0.0
+        if not stream.pending:
+            stream.state.deadline = 0.0
 
     def _let_lag(self, stream: Connection) -> None:
         if not stream.is_lagging and not stream.events & selectors.EVENT_WRITE:
@@ -10132,7 +10132,7 @@ class Streams:
     def pump(self, stream: Connection) -> None:
         """Send one stream what is pending and its next events, or its end."""
         try:
-            if not self._flush(stream):
+            if stream.pending and not self._flush(stream):
                 return
             assert stream.view is not None
             log = stream.view.log
@@ -10169,16 +10169,13 @@ class Streams:
         self._drop(stream)
 
     def _flush(self, stream: Connection) -> bool:
-        """Write what is pending; True when the socket has taken it, else its deadline is set."""
-        before = len(stream.pending)
+        """Write what is pending; True when the socket has taken it. Sets the next deadline."""
+        before, was_blocked = len(stream.pending), stream.events & selectors.EVENT_WRITE
         is_empty = stream.flush()
-        if before > len(stream.pending):
-            now = time.monotonic()
-            stream.state.deadline = math.inf if is_empty else now + UNWRITABLE_SECONDS
-            soon = stream.keep_alive_at == 0.0
-            stream.keep_alive_at = now + (0.5 if soon else KEEP_ALIVE_SECONDS)
-        elif not is_empty and stream.state.deadline == math.inf:
-            stream.state.deadline = time.monotonic() + UNWRITABLE_SECONDS
+        if before > len(stream.pending) or not (is_empty or was_blocked):
+            soon = 0.5 if stream.state.deadline == 0.0 else KEEP_ALIVE_SECONDS
+            seconds = soon if is_empty else UNWRITABLE_SECONDS
+            stream.state.deadline = time.monotonic() + seconds
         reading = 0 if stream.is_half_closed else selectors.EVENT_READ
         self._listen(stream, reading | (0 if is_empty else selectors.EVENT_WRITE))
         return is_empty
@@ -10502,8 +10499,8 @@ class Network:
     def _tick(self, now: float) -> None:
         for connection in [c for c in self._connections if c.state.deadline < now]:
             self._expire(connection)
-        for stream in list(self._streams.open):
-            self._guarded(self._streams.tick, stream, now)
+        for stream in [s for s in self._streams.open if s.state.deadline < now]:
+            self._guarded(self._streams.expire, stream)
 
     def _begin_to_stop(self, _: None) -> None:
         self.is_stopping = True
