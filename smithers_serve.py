@@ -7049,15 +7049,12 @@ class Block:
         self.data = b""
 
     def extend(self, rows: list[tuple[int, str]], encode: Callable[[int, str], bytes]) -> None:
-        parts = [self.data]
-        size = len(self.data)
-        for seq, payload in rows:
-            encoded = encode(seq, payload)
-            parts.append(encoded)
-            size += len(encoded)
-            self.seqs.append(seq)
-            self.ends.append(size)
-        self.data = b"".join(parts)
+        parts = [encode(seq, payload) for seq, payload in rows]
+        ends = itertools.accumulate(map(len, parts), initial=len(self.data))
+        next(ends)  # of what was there before
+        self.ends += ends
+        self.seqs += [seq for seq, _ in rows]
+        self.data = b"".join([self.data, *parts])
 
     def after(self, seq: int, size: int) -> tuple[bytes, int] | None:
         """Return whole events with a greater seq, and the seq of the last one.
@@ -7131,7 +7128,8 @@ class EventLog:
         known = block.seqs[-1] if block.seqs else number * self.BLOCK_EVENTS - 1
         if known < up_to:
             size = len(block.data)
-            rows = self._adapter.list_payloads(self._run_id, known, up_to)
+            with self._adapter.snapshot() as reads:
+                rows = reads.list_payloads(self._run_id, known, up_to)
             block.extend(rows, encode_chunk if is_chunked else encode_event)
             self._cached_bytes += len(block.data) - size
             while self._cached_bytes > self._max_bytes and len(self._blocks) > 1:
