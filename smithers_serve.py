@@ -1152,10 +1152,18 @@ def xml_of(element: Element) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=4)
-def mounted_keys(text: str) -> Mapping[Key, int]:
-    """Return the place of every node in document order, from a frame's mounted ids."""
-    entries = (entry.rpartition("::") for entry in json.loads(text or "[]"))
-    return {(node_id, int(iteration)): n for n, (node_id, _, iteration) in enumerate(entries)}
+def mounted_names(text: str) -> list[str]:
+    """Return the name of every node in document order, from a frame's mounted ids."""
+    return list(json.loads(text or "[]"))
+
+
+def name_of(key: Key) -> str:
+    return f"{key[0]}::{key[1]}"
+
+
+def key_of(name: str) -> Key:
+    node_id, _, iteration = name.rpartition("::")
+    return node_id, int(iteration)
 
 
 @functools.lru_cache(maxsize=4)
@@ -1821,6 +1829,8 @@ end;
 # Statements: every SQL statement that reads or writes rows
 # ---------------------------------------------------------------------------
 
+UNIT_SEPARATOR = "\x1f"  # stands in no id
+
 _RUN_COLUMNS = ", ".join(Run._fields)
 _GATE_COLUMNS = ", ".join(Gate._fields)
 _NODE_COLUMNS = ", ".join(Node._fields)
@@ -1978,6 +1988,21 @@ class Reads:
             {"run_id": run_id, "state": state},
         )
 
+    def find_names(
+        self, run_id: str, state: str | None = None, other: str | None = None
+    ) -> frozenset[str]:
+        """Return the names of the nodes in a state, or not in the other one.
+
+        Joined by sqlite: 30,000 rows would take twice the time.
+        """
+        row = self.one(
+            """select group_concat(node_id || '::' || iteration, :comma) from _smithers_nodes
+               where run_id = :run_id and (:state is null or state = :state)
+                 and (:other is null or state <> :other)""",
+            {"run_id": run_id, "state": state, "other": other, "comma": UNIT_SEPARATOR},
+        )
+        return frozenset(row[0].split(UNIT_SEPARATOR)) if row[0] else frozenset()
+
     def list_attempts_of(self, run_id: str, key: Key) -> list[Attempt]:
         rows = self.rows(
             f"""select {_ATTEMPT_COLUMNS} from _smithers_attempts
@@ -2016,6 +2041,17 @@ class Reads:
             f"""select {_NODE_COLUMNS} from _smithers_nodes
                 where run_id = ? and state in ({", ".join("?" for _ in states)})""",
             (run_id, *states),
+        )
+        return list(map(Node._make, rows))
+
+    def list_busy_nodes(self, run_id: str) -> list[Node]:
+        """Return what is open or has failed, and what is pending but has been tried."""
+        rows = self.rows(
+            f"""select {_NODE_COLUMNS} from _smithers_nodes
+                where run_id = ? and state <> 'finished'
+                  and (state <> 'pending' or last_attempt is not null)
+                  and state in ('pending', 'in-progress', 'waiting-approval', 'failed')""",
+            (run_id,),
         )
         return list(map(Node._make, rows))
 
@@ -6005,7 +6041,7 @@ class Renderer(CtxSource):
     def recall(self, reads: Reads) -> None:
         """Read what an earlier engine had rendered, and of what input."""
         self.input_json = reads.get_input(self._run_id) or "{}"
-        mounted = mounted_keys(reads.get_mounted(self._run_id))
+        mounted = map(key_of, mounted_names(reads.get_mounted(self._run_id)))
         self.scopes = {plain_id(node_id): node_id for node_id, _ in mounted}
 
     def find_output(self, id: str, iteration: int | None) -> str | None:
@@ -7248,47 +7284,35 @@ EVIDENCE_BYTES = 4 << 10
 SOON_MS = 30_000  # without a heartbeat for so long an engine is said to be stale
 
 
-MANY_NODES = 5000  # in one state: then the tree is gone through, not all of them sorted
-
-
 def list_nodes_json(
     reads: Reads, run_id: str, state: str | None, after: Key | None, limit: int
 ) -> list[dict[str, Any]]:
     """Return nodes in document order of the newest frame, then those that have left the tree."""
-    places = mounted_keys(reads.get_mounted(run_id))
-    counts = reads.get_summary(run_id)
-
-    def order(key: Key) -> tuple[int, Key]:
-        return places.get(key, len(places)), key
-
-    keys: Iterable[Key]
-    if state is not None and counts.get(state, 0) <= MANY_NODES:
-        keys = sorted(reads.list_keys(run_id, state), key=order)
-        keys = keys if after is None else [key for key in keys if order(key) > order(after)]
-    else:
-        start = 0 if after is None else places.get(after, len(places)) + 1
-        keys = itertools.chain(
-            itertools.islice(places, start, None),
-            _left_keys(reads, run_id, places, counts, after),
-        )
+    mounted = mounted_names(reads.get_mounted(run_id))
+    start, left_after = 0, ("", -1)
+    if after is not None:
+        try:
+            start = mounted.index(name_of(after)) + 1
+        except ValueError:  # it has left the tree
+            start, left_after = len(mounted), after
+    names: Iterable[str] = itertools.islice(mounted, start, None)
+    if state is not None:
+        names = filter(reads.find_names(run_id, state).__contains__, names)
+    keys = itertools.chain(
+        map(key_of, names), _left_keys(reads, run_id, mounted, state, left_after)
+    )
     nodes = (reads.get_node(run_id, key) for key in keys)
-    wanted = (node for node in nodes if node is not None and state in (None, node.state))
-    page = itertools.islice(wanted, limit)
+    page = itertools.islice((node for node in nodes if node is not None), limit)
     return [node_json(node, reads.list_attempts_of(run_id, node.key)) for node in page]
 
 
 def _left_keys(
-    reads: Reads,
-    run_id: str,
-    places: Mapping[Key, int],
-    counts: Mapping[str, int],
-    after: Key | None,
+    reads: Reads, run_id: str, mounted: Seq[str], state: str | None, after: Key
 ) -> Iterator[Key]:
     """Yield the nodes that have left the tree, in order of their keys."""
-    if sum(counts.values()) > len(places):
-        begin = after if after is not None and after not in places else ("", -1)
-        keys = reads.list_keys(run_id)
-        yield from (key for key in keys if key > begin and key not in places)
+    if sum(reads.get_summary(run_id).values()) > len(mounted):
+        left = sorted(map(key_of, reads.find_names(run_id, state).difference(mounted)))
+        yield from itertools.dropwhile(after.__ge__, left)
 
 
 def node_json(node: Node, attempts: Seq[Attempt]) -> dict[str, Any]:
@@ -7351,54 +7375,138 @@ def node_detail_json(
     }
 
 
-class Place(NamedTuple):
-    """Where a node of a stored tree stands. Nodes have numbers, in document order."""
+class Stretch(NamedTuple):
+    """Nodes that follow each other in one element. Nodes have numbers, in document order."""
 
-    number: int
-    props: str  # as JSON
-    before: range  # the nodes of the part of the tree that is directly before it
+    first: int
+    stop: int
+    piece: int  # of the text, that of the first one
+    is_parallel: bool
+    before: range  # the nodes of the part directly before it: before each of its own in a Parallel
     loops: tuple[str, ...]  # the loops around it
 
 
 _TREE_TEXT = re.compile(r'\{"kind":"text","text":"(?:[^"\\]|\\.)*"\},?')
 
 
-@functools.lru_cache(maxsize=4)
-def tree_index(xml_json: str) -> dict[str, Place]:
-    """Return the place of each node by its id, in document order.
+class Outline:
+    """Where the nodes of a stored tree stand, read from its text.
 
-    Read from the text, an element after the other: parsed, 60,000 nodes are 300,000 objects. Quotes
-    within a value are escaped, so what is looked for is never part of one.
+    Parsed, 60,000 nodes are 300,000 objects; here only what opens or closes a container is looked
+    at. Quotes within a value are escaped, so what is looked for is never part of one.
     """
-    found: dict[str, Place] = {}
-    # Of each open element: the tag, its first node, what is before its next child, the loops.
-    tags, firsts, befores = [""], [0], [range(0)]
-    loops: list[tuple[str, ...]] = [()]
-    if '"kind":"text"' in xml_json:  # another program's
-        xml_json = _TREE_TEXT.sub("", xml_json)
-    for piece in xml_json.split('{"kind":"element","tag":"')[1:]:
-        tag, _, rest = piece.partition('","props":')
-        props, _, tail = rest.rpartition(',"children":[')
-        first, ends = len(found), tail.count("]}")
-        id = props.partition('"id":"')[2].partition('"')[0]
-        if tag == Task.tag:
-            found[id] = Place(first, props, befores[-1], loops[-1])
-            ends -= 1
-            if tags[-1] != Parallel.tag:
-                befores[-1] = range(first, len(found))
-        else:
-            tags.append(tag)
-            firsts.append(first)
-            befores.append(befores[-1])
-            loops.append((*loops[-1], id) if tag == Loop.tag else loops[-1])
-        for _ in range(min(ends, len(tags) - 1)):
-            first = firsts.pop()
-            tags.pop()
-            befores.pop()
-            loops.pop()
-            if tags[-1] != Parallel.tag:
-                befores[-1] = range(first, len(found))
-    return found
+
+    _LEAF = Task.tag + '",'
+    _LEAF_END = ',"children":[]},'  # and another element follows it in the same one
+
+    def __init__(self, xml_json: str) -> None:
+        self._xml_json = xml_json
+        self._pieces = pieces = xml_json.split('{"kind":"element","tag":"')[1:]
+        self._stretches: list[Stretch] = []
+        self._containers: set[str] = set()  # the ids of those that have one
+        leaf, end = self._LEAF, self._LEAF_END
+        begin, last = slice(len(leaf)), slice(-len(end), None)
+        edges = [n for n, p in enumerate(pieces) if p[last] != end or p[begin] != leaf]
+        # Of the open element: what is before its next child, the loops, its first node.
+        is_parallel, before, first = False, range(0), 0
+        loops: tuple[str, ...] = ()
+        outer: list[tuple[bool, range, tuple[str, ...], int]] = []
+        count = seen = 0  # nodes and pieces
+        for edge in edges:
+            piece = pieces[edge]
+            if '"kind":"text"' in piece:  # another program's
+                piece = _TREE_TEXT.sub("", piece)
+            is_leaf = piece.startswith(leaf)
+            stop = count + edge + is_leaf - seen
+            if count < stop:
+                self._stretches.append(Stretch(count, stop, seen, is_parallel, before, loops))
+                if not is_parallel:
+                    before = range(stop - 1, stop)
+            count, seen = stop, edge + 1
+            if not is_leaf:
+                outer.append((is_parallel, before, loops, first))
+                is_parallel, first = piece.startswith(Parallel.tag), count
+                if '"id":"' in piece:
+                    self._containers.add(_id_in(piece))
+                if piece.startswith(Loop.tag):
+                    loops = (*loops, _id_in(piece))
+            ends = piece.rpartition(',"children":[')[2].count("]}") - is_leaf
+            for _ in range(min(ends, len(outer))):
+                below = range(first, count)
+                is_parallel, before, loops, first = outer.pop()
+                if not is_parallel:
+                    before = below
+        self.count = count
+        self._firsts = [stretch.first for stretch in self._stretches]
+
+    @functools.cached_property
+    def numbers(self) -> Mapping[str, int]:
+        """The number of each node by its id."""
+        ids = re.findall('"id":"([^"]*)', self._xml_json)
+        return {id: n for n, id in enumerate(id for id in ids if id not in self._containers)}
+
+    def names(self, mounted: list[str]) -> list[str]:
+        """Return the mounted ids, one for each node."""
+        if len(mounted) == self.count:
+            return mounted
+        by_id = {plain_id(key_of(name)[0]): name for name in mounted}  # another program's
+        return [by_id.get(id, "") for id in self.numbers]
+
+    def _stretch_of(self, number: int) -> Stretch:
+        return self._stretches[bisect.bisect_right(self._firsts, number) - 1]
+
+    def _piece_of(self, number: int) -> str:
+        stretch = self._stretch_of(number)
+        return self._pieces[stretch.piece + number - stretch.first]
+
+    def id(self, number: int) -> str:
+        return _id_in(self._piece_of(number))
+
+    def props(self, number: int) -> Mapping[str, str]:
+        text = self._piece_of(number).partition('"props":')[2].rpartition(',"children":[')[0]
+        return dict(json.loads(text))
+
+    def loops(self, number: int) -> tuple[str, ...]:
+        return self._stretch_of(number).loops
+
+    def before(self, number: int) -> range:
+        """Return the nodes of the part of the tree that comes directly before a node."""
+        stretch = self._stretch_of(number)
+        is_first = stretch.is_parallel or number == stretch.first
+        return stretch.before if is_first else range(number - 1, number)
+
+    def reached(self, unended: Seq[int]) -> Iterator[int]:
+        """Yield those of these nodes, given in order, that have none of them directly before."""
+
+        def is_over(before: range) -> bool:
+            at = bisect.bisect_left(unended, before.start)
+            return at == len(unended) or unended[at] >= before.stop
+
+        stop = 0
+        for stretch in self._stretches:
+            start, stop = stop, bisect.bisect_left(unended, stretch.stop, stop)
+            if start == stop:
+                continue
+            if stretch.is_parallel:
+                if is_over(stretch.before):
+                    yield from unended[start:stop]
+                continue
+            previous = -1
+            if unended[start] == stretch.first and not is_over(stretch.before):
+                previous = stretch.first - 1
+            for number in unended[start:stop]:
+                if number > previous + 1 or previous < 0:
+                    yield number
+                previous = number
+
+
+@functools.lru_cache(maxsize=4)
+def outline_of(xml_json: str) -> Outline:
+    return Outline(xml_json)
+
+
+def _id_in(piece: str) -> str:
+    return piece.partition('"id":"')[2].partition('"')[0]
 
 
 def props_of(xml_json: str, node_id: str) -> Mapping[str, str]:
@@ -7419,10 +7527,9 @@ def needs_of(xml_json: str, node_id: str) -> list[str]:
 
 def before_of(xml_json: str, node_id: str) -> list[str]:
     """Return the ids of the nodes in the part of the tree that comes directly before a node."""
-    places = tree_index(xml_json)
-    place = places.get(plain_id(node_id))
-    before = range(0) if place is None else place.before
-    return list(itertools.islice(places, before.start, before.stop))
+    tree = outline_of(xml_json)
+    number = tree.numbers.get(plain_id(node_id))
+    return [] if number is None else list(map(tree.id, tree.before(number)))
 
 
 def attempt_span(reads: Reads, run_id: str, attempt: Attempt) -> tuple[int, int, bool]:
@@ -7589,13 +7696,11 @@ def why_json(reads: Reads, run: Run) -> dict[str, Any]:
     if not run.is_terminal:
         is_parked = run.status == "waiting-approval" and is_attended(run)
         is_driven = owner_life(run) != "dead" or is_parked
-        found = reads.list_open_nodes(run.run_id, "pending", "failed")
-        nodes = {node.key: node for node in found if node.state != "failed"}
-        failed = {node.node_id for node in found if node.state == "failed"}
+        nodes = reads.list_busy_nodes(run.run_id)
         blocked += _why_owner(run, state, is_driven)
-        blocked += _why_gates(reads, run, nodes)
+        blocked += _why_gates(reads, run, {node.key: node for node in nodes})
         blocked += _why_tasks(reads, run, nodes)
-        blocked += _why_pending(reads, run, nodes, failed, is_driven)
+        blocked += _why_pending(reads, run, nodes, is_driven)
     return {"state": state, "blocked": blocked, "error": error}
 
 
@@ -7630,8 +7735,8 @@ def _why_gates(reads: Reads, run: Run, nodes: Mapping[Key, Node]) -> Iterator[di
             yield blocked_item("timeout", node, since, said)
 
 
-def _why_tasks(reads: Reads, run: Run, nodes: Mapping[Key, Node]) -> Iterator[dict[str, Any]]:
-    running = [node for node in nodes.values() if node.state == "in-progress"][:MAX_BLOCKED]
+def _why_tasks(reads: Reads, run: Run, nodes: Iterable[Node]) -> Iterator[dict[str, Any]]:
+    running = [node for node in nodes if node.state == "in-progress"][:MAX_BLOCKED]
     seen_from = reads.get_newest_seq(run.run_id) - RECENT_EVENTS
     spoken = reads.newest_outputs(run.run_id, [node.key for node in running], seen_from)
     for node in running:
@@ -7642,63 +7747,87 @@ def _why_tasks(reads: Reads, run: Run, nodes: Mapping[Key, Node]) -> Iterator[di
 
 
 def _why_pending(
-    reads: Reads, run: Run, nodes: Mapping[Key, Node], failed: Iterable[str], is_driven: bool
+    reads: Reads, run: Run, nodes: Iterable[Node], is_driven: bool
 ) -> Iterator[dict[str, Any]]:
     """Yield what waits for its next attempt; then what waits for a place, or for other nodes."""
-    tried = {k: n for k, n in nodes.items() if n.state == "pending" and n.last_attempt is not None}
-    places = tree_index(reads.get_tree(run.run_id)) if is_driven or tried else {}
-    for key, node in itertools.islice(tuple(tried.items()), MAX_BLOCKED):
-        last = reads.list_attempts_of(run.run_id, key)[-1:]
+    tried = {name_of(node.key): node for node in nodes if node.state == "pending"}
+    failed = {name_of(node.key): node for node in nodes if node.state == "failed"}
+    if not is_driven and not tried:
+        return
+    tree = outline_of(reads.get_tree(run.run_id))
+    names = tree.names(mounted_names(reads.get_mounted(run.run_id)))
+    wanted = {**tried, **failed}
+    numbers = {name: n for n, name in enumerate(names) if name in wanted} if wanted else {}
+
+    def options_of(name: str) -> Mapping[str, str]:
+        number = numbers.get(name)
+        if number is None:  # not of today's iteration
+            number = tree.numbers.get(plain_id(wanted[name].node_id))
+        return {} if number is None else tree.props(number)
+
+    told_of = {name_of(node.key) for node in nodes}
+    for name, node in itertools.islice(tried.items(), MAX_BLOCKED):
+        last = reads.list_attempts_of(run.run_id, node.key)[-1:]
         due_ms = last[0].meta.get("dueAtMs") if last else None
         if due_ms is None:
-            del tried[key]  # it was interrupted, and is queued like any other
+            told_of.remove(name)  # it was interrupted, and is queued like any other
             continue
-        place = places.get(plain_id(node.node_id))
-        options = {} if place is None else json.loads(place.props)
-        said = f"its {attempt_text(last[0].attempt + 1, options)} is due {due_text(due_ms)}"
+        said = (
+            f"its {attempt_text(last[0].attempt + 1, options_of(name))} is due {due_text(due_ms)}"
+        )
         yield blocked_item("retry", node, last[0].finished_at_ms, said)
-    props = (places[id].props for id in map(plain_id, failed) if id in places)
-    goes_on = is_driven and all('"continueOnFail":"true"' in text for text in props)
-    queued = _queued_nodes(reads, run, nodes, places) if goes_on else iter(())
-    told_of = tried.keys() | {gate.key for gate in reads.list_gates(run.run_id, "requested")}
-    others = (item for item in queued if item[0].key not in told_of)
-    for node, needed in itertools.islice(others, MAX_BLOCKED):
-        kind = "concurrency" if needed is None else "dependency"
-        said = needed or "ready, and waits for a free place"
+    options = filter(None, map(options_of, failed))
+    if not is_driven or any(found.get("continueOnFail") != "true" for found in options):
+        return
+    told_of.update(name_of(gate.key) for gate in reads.list_gates(run.run_id, "requested"))
+    unended = _unended_numbers(reads, run.run_id, names, nodes)
+    queued = _queued_nodes(reads, run.run_id, tree, names, unended, told_of)
+    for node, needed in itertools.islice(queued, MAX_BLOCKED):
+        kind = "dependency" if needed else "concurrency"
+        said = f"waits for {needed}" if needed else "ready, and waits for a free place"
         yield blocked_item(kind, node, node.updated_at_ms, said)
 
 
+def _unended_numbers(
+    reads: Reads, run_id: str, names: Iterable[str], busy: Iterable[Node]
+) -> list[int]:
+    """Return the numbers of the nodes that are open or pending, in order."""
+    are_open = {name_of(node.key) for node in busy if node.state != "failed"}
+    counts = reads.get_summary(run_id)
+    if 2 * counts.get("pending", 0) < sum(counts.values()):
+        unended = reads.find_names(run_id, "pending") | are_open
+        return [n for n, name in enumerate(names) if name in unended]
+    ended = reads.find_names(run_id, other="pending") - are_open  # they are fewer
+    return [n for n, name in enumerate(names) if name and name not in ended]
+
+
 def _queued_nodes(
-    reads: Reads, run: Run, nodes: Mapping[Key, Node], places: Mapping[str, Place]
-) -> Iterator[tuple[Node, str | None]]:
-    """Yield the nodes whose turn has come: with None for a place, or with what else they wait for.
+    reads: Reads,
+    run_id: str,
+    tree: Outline,
+    names: Seq[str],
+    unended: list[int],
+    told_of: set[str],
+) -> Iterator[tuple[Node, str]]:
+    """Yield the nodes whose turn has come, but for those told of, with what else they wait for."""
+    are_unended = frozenset(unended)
+    loops = {plain_id(id) for id, (_, done) in reads.list_loops(run_id).items() if not done}
 
-    `nodes` are those that have not ended, `places` those of the newest frame's tree.
-    """
-    mounted = [key for key in mounted_keys(reads.get_mounted(run.run_id)) if key in nodes]
-    open_ids = {plain_id(node_id) for node_id, _ in mounted}
-    open_loops = {
-        plain_id(id) for id, (_, done) in reads.list_loops(run.run_id).items() if not done
-    }
-    open_numbers = sorted(places[id].number for id in open_ids if id in places)
+    def must_end(id: str, around: tuple[str, ...]) -> bool:
+        """Return whether a node, or a loop around it that is none of these, goes on."""
+        number = tree.numbers.get(id)
+        return number is not None and (
+            number in are_unended
+            or any(loop in loops and loop not in around for loop in tree.loops(number))
+        )
 
-    def has_ended(nodes: range) -> bool:
-        at = bisect.bisect_left(open_numbers, nodes.start)
-        return at == len(open_numbers) or open_numbers[at] >= nodes.stop
-
-    def is_in_open_loop(id: str, place: Place) -> bool:
-        """Return whether the loops around a node go on, and `place` is outside of them."""
-        around = places[id].loops if id in places else ()
-        return any(loop in open_loops and loop not in place.loops for loop in around)
-
-    for key in mounted:
-        node, place = nodes[key], places.get(plain_id(key[0]))
-        if node.state != "pending" or place is None:
-            continue
-        if has_ended(place.before):
-            needs = json.loads(place.props).get("dependsOn", "").split(",")
-            needed = [id for id in needs if id in open_ids or is_in_open_loop(id, place)]
-            yield node, "waits for " + ", ".join(needed) if needed else None
+    for number in tree.reached(unended):
+        name = names[number]
+        node = None if name in told_of else reads.get_node(run_id, key_of(name))
+        if node is not None and node.state == "pending":
+            needs, around = tree.props(number).get("dependsOn"), tree.loops(number)
+            needed = [id for id in needs.split(",") if must_end(id, around)] if needs else ()
+            yield node, ", ".join(needed)
 
 
 def attempt_text(attempt: int, props: Mapping[str, str]) -> str:

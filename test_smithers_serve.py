@@ -3862,12 +3862,18 @@ class StoredTreeTest(unittest.TestCase):
             return ids
 
         walk(tree, [], ())
-        places = ss.tree_index(text)
-        self.assertEqual(list(places), list(expected))
-        for id, (before, loops) in expected.items():
-            self.assertEqual((ss.before_of(text, id), places[id].loops), (before, loops), text)
-            self.assertEqual(json.loads(places[id].props), ss.props_of(text, id))
-        return len(places)
+        found = ss.outline_of(text)
+        self.assertEqual([found.id(n) for n in range(found.count)], list(expected))
+        for number, (id, (before, loops)) in enumerate(expected.items()):
+            self.assertEqual(found.numbers[id], number)
+            self.assertEqual((ss.before_of(text, id), found.loops(number)), (before, loops), text)
+            self.assertEqual(found.props(number), ss.props_of(text, id))
+        chance = random.Random(text)
+        for share in (0.2, 0.5, 0.9):
+            unended = [n for n in range(found.count) if chance.random() < share]
+            reached = [n for n in unended if not set(found.before(n)).intersection(unended)]
+            self.assertEqual(list(found.reached(unended)), reached, text)
+        return found.count
 
     def test_any_tree_is_read_as_its_json(self) -> None:
         nodes = 0
