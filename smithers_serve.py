@@ -7430,7 +7430,7 @@ class Outline:
                     self._containers.add(_id_in(piece))
                 if piece.startswith(Loop.tag):
                     loops = (*loops, _id_in(piece))
-            ends = piece.rpartition(',"children":[')[2].count("]}") - is_leaf
+            ends = piece.count("]}", piece.rfind(',"children":[')) - is_leaf
             for _ in range(min(ends, len(outer))):
                 below = range(first, count)
                 is_parallel, before, loops, first = outer.pop()
@@ -7443,7 +7443,9 @@ class Outline:
     def numbers(self) -> Mapping[str, int]:
         """The number of each node by its id."""
         ids = re.findall('"id":"([^"]*)', self._xml_json)
-        return {id: n for n, id in enumerate(id for id in ids if id not in self._containers)}
+        if self._containers:
+            ids = [id for id in ids if id not in self._containers]
+        return dict(zip(ids, range(len(ids))))
 
     def names(self, mounted: list[str]) -> list[str]:
         """Return the mounted ids, one for each node."""
@@ -7525,11 +7527,14 @@ def needs_of(xml_json: str, node_id: str) -> list[str]:
     return [id for id in props_of(xml_json, node_id).get("dependsOn", "").split(",") if id]
 
 
-def before_of(xml_json: str, node_id: str) -> list[str]:
-    """Return the ids of the nodes in the part of the tree that comes directly before a node."""
+def before_of(xml_json: str, node_id: str, most: int = 0) -> list[str]:
+    """Return the ids of the nodes in the part of the tree that comes directly before a node.
+
+    The last so many, if it says how many.
+    """
     tree = outline_of(xml_json)
     number = tree.numbers.get(plain_id(node_id))
-    return [] if number is None else list(map(tree.id, tree.before(number)))
+    return [] if number is None else list(map(tree.id, tree.before(number)[-most:]))
 
 
 def attempt_span(reads: Reads, run_id: str, attempt: Attempt) -> tuple[int, int, bool]:
@@ -7583,9 +7588,17 @@ def lines_of(reads: Reads, run_id: str, keys: Seq[Key], after_seq: int) -> list[
 
 
 def gate_json(
-    reads: Reads, run: Run, gate: Gate, label: str | None, look: int = MAX_SCANNED_EVENTS
+    reads: Reads,
+    run: Run,
+    gate: Gate,
+    label: str | None,
+    look: int = MAX_SCANNED_EVENTS,
+    known: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return a gate as whoever decides should see it, with what led to it unless `look` is 0."""
+    """Return a gate as whoever decides should see it, with what led to it unless `look` is 0.
+
+    `known` is for what was found of the nodes before: many gates may stand on the same ones.
+    """
     request = gate.request
     asked = gate.requested_at_ms
     shown = {
@@ -7610,40 +7623,43 @@ def gate_json(
         "decidedAtMs": gate.decided_at_ms,
     }
     if look:
-        shown["evidence"] = evidence_json(reads, run.run_id, gate.node_id, request, look)
+        known = {} if known is None else known
+        ids = _evidence_ids(reads, run.run_id, gate)
+        for id in ids:
+            if id not in known:
+                known[id] = evidence_json(reads, run.run_id, id, look)
+        shown["evidence"] = [known[id] for id in ids if known[id] is not None]
     return shown
 
 
-def evidence_json(
-    reads: Reads, run_id: str, node_id: str, request: Mapping[str, Any], look: int
-) -> list[dict[str, Any]]:
-    """Return what a gate needs, or what ran before it: state, output and last lines."""
-    ids = request.get("needs")
+def _evidence_ids(reads: Reads, run_id: str, gate: Gate) -> list[str]:
+    """Return what a gate needs, or what ran before it."""
+    ids = gate.request.get("needs")
     if not ids:  # a gate of the original's does not say
         tree = reads.get_tree(run_id)
-        ids = () if "needs" in request else needs_of(tree, node_id)
-        ids = ids or before_of(tree, node_id)[-MAX_EVIDENCE:]
-    nodes = [
-        node for node in (reads.find_newest_node(run_id, id) for id in ids) if node is not None
-    ]
-    shown: list[dict[str, Any]] = []
-    for node in nodes:
-        output = reads.find_output(run_id, *node.key)
-        cut = (output or "").encode()[:EVIDENCE_BYTES].decode("utf-8", "ignore")
-        is_long = output is not None and cut != output
-        detail = node_json(node, reads.list_attempts_of(run_id, node.key))
-        shown.append(
-            {
-                "nodeId": node.node_id,
-                "iteration": node.iteration,
-                "state": node.state,
-                "error": detail["error"],
-                "output": cut if is_long else _loaded(output),
-                "isCut": is_long,
-                "log": last_lines(reads, run_id, node.key, 20, look),
-            }
-        )
-    return shown
+        ids = () if "needs" in gate.request else needs_of(tree, gate.node_id)
+        ids = ids or before_of(tree, gate.node_id, MAX_EVIDENCE)
+    return list(ids)
+
+
+def evidence_json(reads: Reads, run_id: str, id: str, look: int) -> dict[str, Any] | None:
+    """Return the state, output and last lines of a node in its newest iteration."""
+    node = reads.find_newest_node(run_id, id)
+    if node is None:
+        return None
+    output = reads.find_output(run_id, *node.key)
+    cut = (output or "").encode()[:EVIDENCE_BYTES].decode("utf-8", "ignore")
+    is_long = output is not None and cut != output
+    detail = node_json(node, reads.list_attempts_of(run_id, node.key))
+    return {
+        "nodeId": node.node_id,
+        "iteration": node.iteration,
+        "state": node.state,
+        "error": detail["error"],
+        "output": cut if is_long else _loaded(output),
+        "isCut": is_long,
+        "log": last_lines(reads, run_id, node.key, 20, look),
+    }
 
 
 def _loaded(text: str | None) -> Any:
@@ -7658,11 +7674,12 @@ def approvals_json(reads: Reads, run: Run, status: str | None) -> list[dict[str,
     count = sum(gate.status == "requested" for gate in gates)
     look = MAX_SCANNED_EVENTS // max(1, min(count, MAX_WITH_EVIDENCE))
     shown: list[dict[str, Any]] = []
+    known: dict[str, Any] = {}
     for gate in gates[:MAX_PAGE]:
         node = reads.get_node(run.run_id, gate.key)
         label = None if node is None else node.label
         is_looked_at = gate.status == "requested" and len(shown) < MAX_WITH_EVIDENCE
-        shown.append(gate_json(reads, run, gate, label, look if is_looked_at else 0))
+        shown.append(gate_json(reads, run, gate, label, look if is_looked_at else 0, known))
     return shown
 
 
