@@ -1151,10 +1151,10 @@ def xml_of(element: Element) -> dict[str, Any]:
     return node
 
 
-@functools.lru_cache(maxsize=4)
-def mounted_names(text: str) -> list[str]:
-    """Return the name of every node in document order, from a frame's mounted ids."""
-    return list(json.loads(text or "[]"))
+def mounted_places(text: str) -> dict[str, int]:
+    """Return the place of every node in document order, by its name, from a frame's mounted ids."""
+    names = json.loads(text or "[]")
+    return dict(zip(names, range(len(names))))
 
 
 def name_of(key: Key) -> str:
@@ -1315,7 +1315,8 @@ class Gate(NamedTuple):
     @property
     def is_pause(self) -> bool:
         """True when nobody decides it: it ends by its deadline."""
-        return self.request.get("pause") is True
+        # Few are, and to parse what each of 2,000 gates asks takes its time.
+        return '"pause"' in (self.request_json or "") and self.request.get("pause") is True
 
     @property
     def deadline_at_ms(self) -> int | None:
@@ -2011,6 +2012,10 @@ class Reads:
         )
         return [Attempt(*row) for row in rows]
 
+    def of_frame(self, run_id: str, make: Callable[[Reads, str], Any]) -> Any:
+        """Return what `make` makes of the run's newest frame."""
+        return make(self, run_id)
+
     def get_tree(self, run_id: str) -> str:
         """Return the newest frame's tree as JSON text, "" without one."""
         return self._newest_frame_of(run_id, "xml_json")
@@ -2269,27 +2274,27 @@ class Reads:
 class Snapshot(Reads):
     """One consistent state of the file."""
 
-    MAX_KEPT_TEXTS = 4
+    MAX_KEPT = 6
 
-    def __init__(self, connection: sqlite3.Connection, kept: dict[Any, str]) -> None:
+    def __init__(self, connection: sqlite3.Connection, kept: dict[Any, Any]) -> None:
         self.rows = connection.execute  # type: ignore[method-assign,assignment]
         self._kept = kept
 
-    def _newest_frame_of(self, run_id: str, column: str) -> str:
+    def of_frame(self, run_id: str, make: Callable[[Reads, str], Any]) -> Any:
         """Return it from what is kept of the last answers: 60,000 nodes are a tree of 6 MiB."""
         frame = self.one(
             """select frame_no, created_at_ms from _smithers_frames
                where run_id = ? order by frame_no desc limit 1""",
             (run_id,),
         )
-        key = (run_id, column, frame)
-        text = self._kept.get(key)
-        if text is None:
-            text = super()._newest_frame_of(run_id, column)
-            if len(self._kept) >= self.MAX_KEPT_TEXTS:
+        key = (run_id, make, frame)
+        made = self._kept.get(key)
+        if made is None:
+            made = make(self, run_id)
+            if len(self._kept) >= self.MAX_KEPT:
                 self._kept.clear()
-            self._kept[key] = text
-        return text
+            self._kept[key] = made
+        return made
 
 
 class Tx(Reads):
@@ -2741,7 +2746,7 @@ class SmithersDb(Reads):
         # Guards _writer. Held for one transaction, which runs no user code and writes to no socket.
         self._write_lock = threading.Lock()
         self._readers: collections.deque[sqlite3.Connection] = collections.deque()
-        self._frame_texts: dict[Any, str] = {}  # for snapshots; each use of it is atomic
+        self._kept: dict[Any, Any] = {}  # by snapshots, of frames; each use of it is atomic
         self._listeners: list[Callable[[Tx], None]] = []
         self._closed = False
         try:
@@ -3110,7 +3115,7 @@ class SmithersDb(Reads):
                 look = functools.partial(connection.execute, "select 1 from sqlite_master limit 1")
                 self._wait_for_lock(lambda: look().fetchone())
             try:
-                yield Snapshot(connection, self._frame_texts)
+                yield Snapshot(connection, self._kept)
             finally:
                 connection.execute("commit")
         except sqlite3.Error as error:
@@ -6041,7 +6046,7 @@ class Renderer(CtxSource):
     def recall(self, reads: Reads) -> None:
         """Read what an earlier engine had rendered, and of what input."""
         self.input_json = reads.get_input(self._run_id) or "{}"
-        mounted = map(key_of, mounted_names(reads.get_mounted(self._run_id)))
+        mounted = map(key_of, mounted_places(reads.get_mounted(self._run_id)))
         self.scopes = {plain_id(node_id): node_id for node_id, _ in mounted}
 
     def find_output(self, id: str, iteration: int | None) -> str | None:
@@ -7288,30 +7293,31 @@ def list_nodes_json(
     reads: Reads, run_id: str, state: str | None, after: Key | None, limit: int
 ) -> list[dict[str, Any]]:
     """Return nodes in document order of the newest frame, then those that have left the tree."""
-    mounted = mounted_names(reads.get_mounted(run_id))
+    places = reads.of_frame(run_id, _places_of)
     start, left_after = 0, ("", -1)
     if after is not None:
-        try:
-            start = mounted.index(name_of(after)) + 1
-        except ValueError:  # it has left the tree
-            start, left_after = len(mounted), after
-    names: Iterable[str] = itertools.islice(mounted, start, None)
+        start = places.get(name_of(after), len(places)) + 1
+        if start > len(places):  # it has left the tree
+            left_after = after
+    names: Iterable[str] = itertools.islice(places, start, None)
     if state is not None:
         names = filter(reads.find_names(run_id, state).__contains__, names)
-    keys = itertools.chain(
-        map(key_of, names), _left_keys(reads, run_id, mounted, state, left_after)
-    )
+    keys = itertools.chain(map(key_of, names), _left_keys(reads, run_id, places, state, left_after))
     nodes = (reads.get_node(run_id, key) for key in keys)
     page = itertools.islice((node for node in nodes if node is not None), limit)
     return [node_json(node, reads.list_attempts_of(run_id, node.key)) for node in page]
 
 
+def _places_of(reads: Reads, run_id: str) -> dict[str, int]:
+    return mounted_places(reads.get_mounted(run_id))
+
+
 def _left_keys(
-    reads: Reads, run_id: str, mounted: Seq[str], state: str | None, after: Key
+    reads: Reads, run_id: str, places: Mapping[str, int], state: str | None, after: Key
 ) -> Iterator[Key]:
     """Yield the nodes that have left the tree, in order of their keys."""
-    if sum(reads.get_summary(run_id).values()) > len(mounted):
-        left = sorted(map(key_of, reads.find_names(run_id, state).difference(mounted)))
+    if sum(reads.get_summary(run_id).values()) > len(places):
+        left = sorted(map(key_of, reads.find_names(run_id, state).difference(places)))
         yield from itertools.dropwhile(after.__ge__, left)
 
 
@@ -7370,7 +7376,7 @@ def node_detail_json(
         "attempts": shown,
         "output": None if output is None else json.loads(output),
         "gate": None if gate is None or gate.is_pause else gate_json(reads, run, gate, node.label),
-        "needs": needs_of(reads.get_tree(run.run_id), node_id),
+        "needs": needs_of(reads.of_frame(run.run_id, Reads.get_tree), node_id),
         "log": log,
     }
 
@@ -7400,7 +7406,7 @@ class Outline:
     _LEAF_END = ',"children":[]},'  # and another element follows it in the same one
 
     def __init__(self, xml_json: str) -> None:
-        self._xml_json = xml_json
+        self._text = xml_json
         self._pieces = pieces = xml_json.split('{"kind":"element","tag":"')[1:]
         self._stretches: list[Stretch] = []
         self._containers: set[str] = set()  # the ids of those that have one
@@ -7442,16 +7448,17 @@ class Outline:
     @functools.cached_property
     def numbers(self) -> Mapping[str, int]:
         """The number of each node by its id."""
-        ids = re.findall('"id":"([^"]*)', self._xml_json)
+        ids = re.findall('"id":"([^"]*)', self._text)
         if self._containers:
             ids = [id for id in ids if id not in self._containers]
         return dict(zip(ids, range(len(ids))))
 
-    def names(self, mounted: list[str]) -> list[str]:
+    def names(self, places: Iterable[str]) -> list[str]:
         """Return the mounted ids, one for each node."""
-        if len(mounted) == self.count:
-            return mounted
-        by_id = {plain_id(key_of(name)[0]): name for name in mounted}  # another program's
+        names = list(places)
+        if len(names) == self.count:
+            return names
+        by_id = {plain_id(key_of(name)[0]): name for name in names}  # another program's
         return [by_id.get(id, "") for id in self.numbers]
 
     def _stretch_of(self, number: int) -> Stretch:
@@ -7476,6 +7483,11 @@ class Outline:
         stretch = self._stretch_of(number)
         is_first = stretch.is_parallel or number == stretch.first
         return stretch.before if is_first else range(number - 1, number)
+
+    def ids_before(self, node_id: str, most: int = 0) -> list[str]:
+        """Return the ids of those nodes: the last so many, if it says how many."""
+        number = self.numbers.get(plain_id(node_id))
+        return [] if number is None else list(map(self.id, self.before(number)[-most:]))
 
     def reached(self, unended: Seq[int]) -> Iterator[int]:
         """Yield those of these nodes, given in order, that have none of them directly before."""
@@ -7502,9 +7514,8 @@ class Outline:
                 previous = number
 
 
-@functools.lru_cache(maxsize=4)
-def outline_of(xml_json: str) -> Outline:
-    return Outline(xml_json)
+def _outline_of(reads: Reads, run_id: str) -> Outline:
+    return Outline(reads.of_frame(run_id, Reads.get_tree))
 
 
 def _id_in(piece: str) -> str:
@@ -7525,16 +7536,6 @@ def props_of(xml_json: str, node_id: str) -> Mapping[str, str]:
 
 def needs_of(xml_json: str, node_id: str) -> list[str]:
     return [id for id in props_of(xml_json, node_id).get("dependsOn", "").split(",") if id]
-
-
-def before_of(xml_json: str, node_id: str, most: int = 0) -> list[str]:
-    """Return the ids of the nodes in the part of the tree that comes directly before a node.
-
-    The last so many, if it says how many.
-    """
-    tree = outline_of(xml_json)
-    number = tree.numbers.get(plain_id(node_id))
-    return [] if number is None else list(map(tree.id, tree.before(number)[-most:]))
 
 
 def attempt_span(reads: Reads, run_id: str, attempt: Attempt) -> tuple[int, int, bool]:
@@ -7635,11 +7636,9 @@ def gate_json(
 def _evidence_ids(reads: Reads, run_id: str, gate: Gate) -> list[str]:
     """Return what a gate needs, or what ran before it."""
     ids = gate.request.get("needs")
-    if not ids:  # a gate of the original's does not say
-        tree = reads.get_tree(run_id)
-        ids = () if "needs" in gate.request else needs_of(tree, gate.node_id)
-        ids = ids or before_of(tree, gate.node_id, MAX_EVIDENCE)
-    return list(ids)
+    if "needs" not in gate.request:  # a gate of the original's
+        ids = needs_of(reads.of_frame(run_id, Reads.get_tree), gate.node_id)
+    return ids or reads.of_frame(run_id, _outline_of).ids_before(gate.node_id, MAX_EVIDENCE)
 
 
 def evidence_json(reads: Reads, run_id: str, id: str, look: int) -> dict[str, Any] | None:
@@ -7714,10 +7713,11 @@ def why_json(reads: Reads, run: Run) -> dict[str, Any]:
         is_parked = run.status == "waiting-approval" and is_attended(run)
         is_driven = owner_life(run) != "dead" or is_parked
         nodes = reads.list_busy_nodes(run.run_id)
+        gates = reads.list_gates(run.run_id, "requested")
         blocked += _why_owner(run, state, is_driven)
-        blocked += _why_gates(reads, run, {node.key: node for node in nodes})
+        blocked += _why_gates(reads, run, gates, {node.key: node for node in nodes})
         blocked += _why_tasks(reads, run, nodes)
-        blocked += _why_pending(reads, run, nodes, is_driven)
+        blocked += _why_pending(reads, run, nodes, gates, is_driven)
     return {"state": state, "blocked": blocked, "error": error}
 
 
@@ -7733,23 +7733,20 @@ def _why_owner(run: Run, state: str, is_driven: bool) -> Iterator[dict[str, Any]
         yield blocked_item("owner", None, run.heartbeat_at_ms, detail)
 
 
-def _why_gates(reads: Reads, run: Run, nodes: Mapping[Key, Node]) -> Iterator[dict[str, Any]]:
-    for gate in reads.list_gates(run.run_id, "requested")[:MAX_PAGE]:
-        node, since = (
-            nodes.get(gate.key) or reads.get_node(run.run_id, gate.key),
-            gate.requested_at_ms,
-        )
+def _why_gates(
+    reads: Reads, run: Run, gates: Seq[Gate], nodes: Mapping[Key, Node]
+) -> Iterator[dict[str, Any]]:
+    for gate in gates[:MAX_PAGE]:
+        node = nodes.get(gate.key) or reads.get_node(run.run_id, gate.key)
+        since, due = gate.requested_at_ms, gate.deadline_at_ms
         if gate.is_pause:
-            said = f"goes on {due_text(gate.deadline_at_ms or 0)}"
-            yield blocked_item("pause", node, since, said)
+            yield blocked_item("pause", node, since, f"goes on {due_text(due or 0)}")
             continue
-        shown = gate_json(reads, run, gate, None if node is None else node.label, 0)
-        said = shown["requestTitle"] or "waits for a decision"
-        yield blocked_item("approval", node, since, said)
-        if shown["deadlineAtMs"] is not None:
-            left = duration_text(shown["deadlineAtMs"] - now_ms())
-            said = f"without a decision: {shown['onTimeout']} in {left}"
-            yield blocked_item("timeout", node, since, said)
+        title = gate.request.get("title") or (None if node is None else node.label)
+        yield blocked_item("approval", node, since, title or "waits for a decision")
+        if due is not None:
+            then, left = gate.request.get("onTimeout"), duration_text(due - now_ms())
+            yield blocked_item("timeout", node, since, f"without a decision: {then} in {left}")
 
 
 def _why_tasks(reads: Reads, run: Run, nodes: Iterable[Node]) -> Iterator[dict[str, Any]]:
@@ -7764,22 +7761,22 @@ def _why_tasks(reads: Reads, run: Run, nodes: Iterable[Node]) -> Iterator[dict[s
 
 
 def _why_pending(
-    reads: Reads, run: Run, nodes: Iterable[Node], is_driven: bool
+    reads: Reads, run: Run, nodes: Seq[Node], gates: Iterable[Gate], is_driven: bool
 ) -> Iterator[dict[str, Any]]:
     """Yield what waits for its next attempt; then what waits for a place, or for other nodes."""
     tried = {name_of(node.key): node for node in nodes if node.state == "pending"}
     failed = {name_of(node.key): node for node in nodes if node.state == "failed"}
     if not is_driven and not tried:
         return
-    tree = outline_of(reads.get_tree(run.run_id))
-    names = tree.names(mounted_names(reads.get_mounted(run.run_id)))
-    wanted = {**tried, **failed}
-    numbers = {name: n for n, name in enumerate(names) if name in wanted} if wanted else {}
+    tree = reads.of_frame(run.run_id, _outline_of)
+    places = reads.of_frame(run.run_id, _places_of)
+    names = tree.names(places)
+    found = {**tried, **failed}
 
     def options_of(name: str) -> Mapping[str, str]:
-        number = numbers.get(name)
+        number = places.get(name) if len(names) == len(places) else None
         if number is None:  # not of today's iteration
-            number = tree.numbers.get(plain_id(wanted[name].node_id))
+            number = tree.numbers.get(plain_id(found[name].node_id))
         return {} if number is None else tree.props(number)
 
     told_of = {name_of(node.key) for node in nodes}
@@ -7796,7 +7793,7 @@ def _why_pending(
     options = filter(None, map(options_of, failed))
     if not is_driven or any(found.get("continueOnFail") != "true" for found in options):
         return
-    told_of.update(name_of(gate.key) for gate in reads.list_gates(run.run_id, "requested"))
+    told_of.update(name_of(gate.key) for gate in gates)
     unended = _unended_numbers(reads, run.run_id, names, nodes)
     queued = _queued_nodes(reads, run.run_id, tree, names, unended, told_of)
     for node, needed in itertools.islice(queued, MAX_BLOCKED):
@@ -13616,7 +13613,7 @@ def tree_lines(element: Mapping[str, Any], indent: str) -> Iterator[str]:
 def mermaid_lines(tree: Mapping[str, Any]) -> Iterator[str]:
     """Yield the order of the nodes as a Mermaid flowchart."""
     yield "flowchart TD"
-    text = to_json(tree)
+    outline = Outline(to_json(tree))
     leaves = [element for element in walk_tree(tree) if element["tag"] == Task.tag]
     number = {element["props"]["id"]: n for n, element in enumerate(leaves)}
     for id, n in number.items():
@@ -13625,7 +13622,7 @@ def mermaid_lines(tree: Mapping[str, Any]) -> Iterator[str]:
     for element in leaves:
         id = element["props"]["id"]
         needs = [need for need in element["props"].get("dependsOn", "").split(",") if need]
-        for earlier in dict.fromkeys(needs + before_of(text, id)):
+        for earlier in dict.fromkeys(needs + outline.ids_before(id)):
             yield f"  n{number[earlier]} --> n{number[id]}"
 
 

@@ -3862,11 +3862,11 @@ class StoredTreeTest(unittest.TestCase):
             return ids
 
         walk(tree, [], ())
-        found = ss.outline_of(text)
+        found = ss.Outline(text)
         self.assertEqual([found.id(n) for n in range(found.count)], list(expected))
         for number, (id, (before, loops)) in enumerate(expected.items()):
             self.assertEqual(found.numbers[id], number)
-            self.assertEqual((ss.before_of(text, id), found.loops(number)), (before, loops), text)
+            self.assertEqual((found.ids_before(id), found.loops(number)), (before, loops), text)
             self.assertEqual(found.props(number), ss.props_of(text, id))
         chance = random.Random(text)
         for share in (0.2, 0.5, 0.9):
