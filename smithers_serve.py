@@ -1151,10 +1151,9 @@ def xml_of(element: Element) -> dict[str, Any]:
     return node
 
 
-def mounted_places(text: str) -> dict[str, int]:
-    """Return the place of every node in document order, by its name, from a frame's mounted ids."""
-    names = json.loads(text or "[]")
-    return dict(zip(names, range(len(names))))
+def mounted_names(text: str) -> list[str]:
+    """Return the name of every node in document order, from a frame's mounted ids."""
+    return list(json.loads(text or "[]"))
 
 
 def name_of(key: Key) -> str:
@@ -1991,18 +1990,18 @@ class Reads:
 
     def find_names(
         self, run_id: str, state: str | None = None, other: str | None = None
-    ) -> frozenset[str]:
+    ) -> set[str]:
         """Return the names of the nodes in a state, or not in the other one.
 
         Joined by sqlite: 30,000 rows would take twice the time.
         """
-        row = self.one(
-            """select group_concat(node_id || '::' || iteration, :comma) from _smithers_nodes
+        (text,) = self.one(
+            """select group_concat(node_id || '::' || iteration, '/') from _smithers_nodes
                where run_id = :run_id and (:state is null or state = :state)
-                 and (:other is null or state <> :other)""",
-            {"run_id": run_id, "state": state, "other": other, "comma": UNIT_SEPARATOR},
+                 and (:other is null or state <> :other)""".replace("/", UNIT_SEPARATOR),
+            {"run_id": run_id, "state": state, "other": other},
         )
-        return frozenset(row[0].split(UNIT_SEPARATOR)) if row[0] else frozenset()
+        return set(text.split(UNIT_SEPARATOR)) if text else set()
 
     def list_attempts_of(self, run_id: str, key: Key) -> list[Attempt]:
         rows = self.rows(
@@ -6046,7 +6045,7 @@ class Renderer(CtxSource):
     def recall(self, reads: Reads) -> None:
         """Read what an earlier engine had rendered, and of what input."""
         self.input_json = reads.get_input(self._run_id) or "{}"
-        mounted = map(key_of, mounted_places(reads.get_mounted(self._run_id)))
+        mounted = map(key_of, mounted_names(reads.get_mounted(self._run_id)))
         self.scopes = {plain_id(node_id): node_id for node_id, _ in mounted}
 
     def find_output(self, id: str, iteration: int | None) -> str | None:
@@ -7293,31 +7292,34 @@ def list_nodes_json(
     reads: Reads, run_id: str, state: str | None, after: Key | None, limit: int
 ) -> list[dict[str, Any]]:
     """Return nodes in document order of the newest frame, then those that have left the tree."""
-    places = reads.of_frame(run_id, _places_of)
+    mounted = reads.of_frame(run_id, _names_of)
     start, left_after = 0, ("", -1)
     if after is not None:
-        start = places.get(name_of(after), len(places)) + 1
-        if start > len(places):  # it has left the tree
-            left_after = after
-    names: Iterable[str] = itertools.islice(places, start, None)
+        try:
+            start = mounted.index(name_of(after)) + 1
+        except ValueError:  # it has left the tree
+            start, left_after = len(mounted), after
+    names: Iterable[str] = itertools.islice(mounted, start, None)
     if state is not None:
         names = filter(reads.find_names(run_id, state).__contains__, names)
-    keys = itertools.chain(map(key_of, names), _left_keys(reads, run_id, places, state, left_after))
+    keys = itertools.chain(
+        map(key_of, names), _left_keys(reads, run_id, mounted, state, left_after)
+    )
     nodes = (reads.get_node(run_id, key) for key in keys)
     page = itertools.islice((node for node in nodes if node is not None), limit)
     return [node_json(node, reads.list_attempts_of(run_id, node.key)) for node in page]
 
 
-def _places_of(reads: Reads, run_id: str) -> dict[str, int]:
-    return mounted_places(reads.get_mounted(run_id))
+def _names_of(reads: Reads, run_id: str) -> list[str]:
+    return mounted_names(reads.get_mounted(run_id))
 
 
 def _left_keys(
-    reads: Reads, run_id: str, places: Mapping[str, int], state: str | None, after: Key
+    reads: Reads, run_id: str, mounted: list[str], state: str | None, after: Key
 ) -> Iterator[Key]:
     """Yield the nodes that have left the tree, in order of their keys."""
-    if sum(reads.get_summary(run_id).values()) > len(places):
-        left = sorted(map(key_of, reads.find_names(run_id, state).difference(places)))
+    if sum(reads.get_summary(run_id).values()) > len(mounted):
+        left = sorted(map(key_of, reads.find_names(run_id, state).difference(mounted)))
         yield from itertools.dropwhile(after.__ge__, left)
 
 
@@ -7381,6 +7383,12 @@ def node_detail_json(
     }
 
 
+def has_ended(nodes: range, unended: Seq[int]) -> bool:
+    """Return whether none of these nodes is one of the others, which are in order."""
+    at = bisect.bisect_left(unended, nodes.start)
+    return at == len(unended) or unended[at] >= nodes.stop
+
+
 class Stretch(NamedTuple):
     """Nodes that follow each other in one element. Nodes have numbers, in document order."""
 
@@ -7402,14 +7410,17 @@ class Outline:
     at. Quotes within a value are escaped, so what is looked for is never part of one.
     """
 
+    _ELEMENT = '{"kind":"element","tag":"'
     _LEAF = Task.tag + '",'
     _LEAF_END = ',"children":[]},'  # and another element follows it in the same one
+    _MAX_TURNS = 8
 
     def __init__(self, xml_json: str) -> None:
         self._text = xml_json
-        self._pieces = pieces = xml_json.split('{"kind":"element","tag":"')[1:]
+        self._pieces = pieces = xml_json.split(self._ELEMENT)[1:]
         self._stretches: list[Stretch] = []
         self._containers: set[str] = set()  # the ids of those that have one
+        self._found, self._turns = (0, -1), 0  # where the last node stood that was looked for
         leaf, end = self._LEAF, self._LEAF_END
         begin, last = slice(len(leaf)), slice(-len(end), None)
         edges = [n for n, p in enumerate(pieces) if p[last] != end or p[begin] != leaf]
@@ -7436,6 +7447,8 @@ class Outline:
                     self._containers.add(_id_in(piece))
                 if piece.startswith(Loop.tag):
                     loops = (*loops, _id_in(piece))
+                if piece.endswith("["):
+                    continue  # its first child is next
             ends = piece.count("]}", piece.rfind(',"children":[')) - is_leaf
             for _ in range(min(ends, len(outer))):
                 below = range(first, count)
@@ -7453,12 +7466,29 @@ class Outline:
             ids = [id for id in ids if id not in self._containers]
         return dict(zip(ids, range(len(ids))))
 
-    def names(self, places: Iterable[str]) -> list[str]:
+    def number_of(self, id: str) -> int | None:
+        """Return the number of a node by its id, None when it is not in the tree.
+
+        Looked for in the text from where the last one was found, as long as they come in order.
+        """
+        if self._turns == self._MAX_TURNS:
+            return self.numbers.get(id)
+        begin, number = self._found
+        at = self._text.find(f'"id":"{id}"', begin)
+        if at < 0:
+            begin, number, self._turns = 0, -1, self._turns + 1
+            at = self._text.find(f'"id":"{id}"')
+        if at < 0 or id in self._containers:
+            return None
+        number += self._text.count(self._ELEMENT + self._LEAF, begin, at)
+        self._found = at, number
+        return number
+
+    def names(self, mounted: list[str]) -> list[str]:
         """Return the mounted ids, one for each node."""
-        names = list(places)
-        if len(names) == self.count:
-            return names
-        by_id = {plain_id(key_of(name)[0]): name for name in names}  # another program's
+        if len(mounted) == self.count:
+            return mounted
+        by_id = {plain_id(key_of(name)[0]): name for name in mounted}  # another program's
         return [by_id.get(id, "") for id in self.numbers]
 
     def _stretch_of(self, number: int) -> Stretch:
@@ -7486,30 +7516,23 @@ class Outline:
 
     def ids_before(self, node_id: str, most: int = 0) -> list[str]:
         """Return the ids of those nodes: the last so many, if it says how many."""
-        number = self.numbers.get(plain_id(node_id))
+        number = self.number_of(plain_id(node_id))
         return [] if number is None else list(map(self.id, self.before(number)[-most:]))
 
     def reached(self, unended: Seq[int]) -> Iterator[int]:
         """Yield those of these nodes, given in order, that have none of them directly before."""
-
-        def is_over(before: range) -> bool:
-            at = bisect.bisect_left(unended, before.start)
-            return at == len(unended) or unended[at] >= before.stop
-
         stop = 0
         for stretch in self._stretches:
             start, stop = stop, bisect.bisect_left(unended, stretch.stop, stop)
             if start == stop:
                 continue
             if stretch.is_parallel:
-                if is_over(stretch.before):
+                if has_ended(stretch.before, unended):
                     yield from unended[start:stop]
                 continue
-            previous = -1
-            if unended[start] == stretch.first and not is_over(stretch.before):
-                previous = stretch.first - 1
+            previous = -2 if has_ended(stretch.before, unended) else stretch.first - 1
             for number in unended[start:stop]:
-                if number > previous + 1 or previous < 0:
+                if number > previous + 1:
                     yield number
                 previous = number
 
@@ -7638,7 +7661,7 @@ def _evidence_ids(reads: Reads, run_id: str, gate: Gate) -> list[str]:
     ids = gate.request.get("needs")
     if "needs" not in gate.request:  # a gate of the original's
         ids = needs_of(reads.of_frame(run_id, Reads.get_tree), gate.node_id)
-    return ids or reads.of_frame(run_id, _outline_of).ids_before(gate.node_id, MAX_EVIDENCE)
+    return list(ids or reads.of_frame(run_id, _outline_of).ids_before(gate.node_id, MAX_EVIDENCE))
 
 
 def evidence_json(reads: Reads, run_id: str, id: str, look: int) -> dict[str, Any] | None:
@@ -7764,19 +7787,15 @@ def _why_pending(
     reads: Reads, run: Run, nodes: Seq[Node], gates: Iterable[Gate], is_driven: bool
 ) -> Iterator[dict[str, Any]]:
     """Yield what waits for its next attempt; then what waits for a place, or for other nodes."""
+    if not reads.get_summary(run.run_id).get("pending"):
+        return
     tried = {name_of(node.key): node for node in nodes if node.state == "pending"}
-    failed = {name_of(node.key): node for node in nodes if node.state == "failed"}
     if not is_driven and not tried:
         return
     tree = reads.of_frame(run.run_id, _outline_of)
-    places = reads.of_frame(run.run_id, _places_of)
-    names = tree.names(places)
-    found = {**tried, **failed}
 
-    def options_of(name: str) -> Mapping[str, str]:
-        number = places.get(name) if len(names) == len(places) else None
-        if number is None:  # not of today's iteration
-            number = tree.numbers.get(plain_id(found[name].node_id))
+    def options_of(node: Node) -> Mapping[str, str]:
+        number = tree.number_of(plain_id(node.node_id))
         return {} if number is None else tree.props(number)
 
     told_of = {name_of(node.key) for node in nodes}
@@ -7787,13 +7806,14 @@ def _why_pending(
             told_of.remove(name)  # it was interrupted, and is queued like any other
             continue
         said = (
-            f"its {attempt_text(last[0].attempt + 1, options_of(name))} is due {due_text(due_ms)}"
+            f"its {attempt_text(last[0].attempt + 1, options_of(node))} is due {due_text(due_ms)}"
         )
         yield blocked_item("retry", node, last[0].finished_at_ms, said)
-    options = filter(None, map(options_of, failed))
-    if not is_driven or any(found.get("continueOnFail") != "true" for found in options):
+    failed = filter(None, (options_of(node) for node in nodes if node.state == "failed"))
+    if not is_driven or any(options.get("continueOnFail") != "true" for options in failed):
         return
     told_of.update(name_of(gate.key) for gate in gates)
+    names = tree.names(reads.of_frame(run.run_id, _names_of))
     unended = _unended_numbers(reads, run.run_id, names, nodes)
     queued = _queued_nodes(reads, run.run_id, tree, names, unended, told_of)
     for node, needed in itertools.islice(queued, MAX_BLOCKED):
@@ -7809,9 +7829,11 @@ def _unended_numbers(
     are_open = {name_of(node.key) for node in busy if node.state != "failed"}
     counts = reads.get_summary(run_id)
     if 2 * counts.get("pending", 0) < sum(counts.values()):
-        unended = reads.find_names(run_id, "pending") | are_open
+        unended = reads.find_names(run_id, "pending")
+        unended.update(are_open)
         return [n for n, name in enumerate(names) if name in unended]
-    ended = reads.find_names(run_id, other="pending") - are_open  # they are fewer
+    ended = reads.find_names(run_id, other="pending")  # they are fewer
+    ended -= are_open
     return [n for n, name in enumerate(names) if name and name not in ended]
 
 
@@ -7824,14 +7846,13 @@ def _queued_nodes(
     told_of: set[str],
 ) -> Iterator[tuple[Node, str]]:
     """Yield the nodes whose turn has come, but for those told of, with what else they wait for."""
-    are_unended = frozenset(unended)
     loops = {plain_id(id) for id, (_, done) in reads.list_loops(run_id).items() if not done}
 
     def must_end(id: str, around: tuple[str, ...]) -> bool:
         """Return whether a node, or a loop around it that is none of these, goes on."""
-        number = tree.numbers.get(id)
+        number = tree.number_of(id)
         return number is not None and (
-            number in are_unended
+            not has_ended(range(number, number + 1), unended)
             or any(loop in loops and loop not in around for loop in tree.loops(number))
         )
 

@@ -3865,7 +3865,7 @@ class StoredTreeTest(unittest.TestCase):
         found = ss.Outline(text)
         self.assertEqual([found.id(n) for n in range(found.count)], list(expected))
         for number, (id, (before, loops)) in enumerate(expected.items()):
-            self.assertEqual(found.numbers[id], number)
+            self.assertEqual((found.number_of(id), found.numbers[id]), (number, number))
             self.assertEqual((found.ids_before(id), found.loops(number)), (before, loops), text)
             self.assertEqual(found.props(number), ss.props_of(text, id))
         chance = random.Random(text)
