@@ -2017,19 +2017,20 @@ class Reads:
 
     def get_tree(self, run_id: str) -> str:
         """Return the newest frame's tree as JSON text, "" without one."""
-        return self._newest_frame_of(run_id, "xml_json")
+        return str(self.of_frame(run_id, Reads._frame_texts)[0] or "")
 
     def get_mounted(self, run_id: str) -> str:
         """Return the newest frame's mounted ids as JSON text, "" without one."""
-        return self._newest_frame_of(run_id, "mounted_task_ids_json")
+        return str(self.of_frame(run_id, Reads._frame_texts)[1] or "")
 
-    def _newest_frame_of(self, run_id: str, column: str) -> str:
+    def _frame_texts(self, run_id: str) -> tuple[Any, Any]:
+        # Both at once: to the second, sqlite goes through all pages of the first.
         row = self.one(
-            f"""select {column} from _smithers_frames
-                where run_id = ? order by frame_no desc limit 1""",
+            """select xml_json, mounted_task_ids_json from _smithers_frames
+               where run_id = ? order by frame_no desc limit 1""",
             (run_id,),
         )
-        return "" if row is None else row[0] or ""
+        return row or ("", "")
 
     def list_iterations(self, run_id: str, node_id: str) -> list[int]:
         rows = self.rows(
@@ -7378,7 +7379,7 @@ def node_detail_json(
         "attempts": shown,
         "output": None if output is None else json.loads(output),
         "gate": None if gate is None or gate.is_pause else gate_json(reads, run, gate, node.label),
-        "needs": needs_of(reads.of_frame(run.run_id, Reads.get_tree), node_id),
+        "needs": needs_of(reads.get_tree(run.run_id), node_id),
         "log": log,
     }
 
@@ -7450,8 +7451,8 @@ class Outline:
                 if piece.endswith("["):
                     continue  # its first child is next
             ends = piece.count("]}", piece.rfind(',"children":[')) - is_leaf
-            for _ in range(min(ends, len(outer))):
-                below = range(first, count)
+            while ends > 0 and outer:
+                below, ends = range(first, count), ends - 1
                 is_parallel, before, loops, first = outer.pop()
                 if not is_parallel:
                     before = below
@@ -7538,7 +7539,7 @@ class Outline:
 
 
 def _outline_of(reads: Reads, run_id: str) -> Outline:
-    return Outline(reads.of_frame(run_id, Reads.get_tree))
+    return Outline(reads.get_tree(run_id))
 
 
 def _id_in(piece: str) -> str:
@@ -7660,7 +7661,7 @@ def _evidence_ids(reads: Reads, run_id: str, gate: Gate) -> list[str]:
     """Return what a gate needs, or what ran before it."""
     ids = gate.request.get("needs")
     if "needs" not in gate.request:  # a gate of the original's
-        ids = needs_of(reads.of_frame(run_id, Reads.get_tree), gate.node_id)
+        ids = needs_of(reads.get_tree(run_id), gate.node_id)
     return list(ids or reads.of_frame(run_id, _outline_of).ids_before(gate.node_id, MAX_EVIDENCE))
 
 
