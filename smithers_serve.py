@@ -417,6 +417,8 @@ def short(value: object) -> str:
 
 def log_safe(text: object) -> str:
     """Return `text` for one log line: control characters are escaped, so none can be forged."""
+    if str(text).isprintable():
+        return str(text)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
@@ -1996,7 +1998,8 @@ class Reads:
         Joined by sqlite: 30,000 rows would take twice the time.
         """
         (text,) = self.one(
-            """select group_concat(node_id || '::' || iteration, '/') from _smithers_nodes
+            """select group_concat(node_id || case iteration
+                   when 0 then '::0' else '::' || iteration end, '/') from _smithers_nodes
                where run_id = :run_id and (:state is null or state = :state)
                  and (:other is null or state <> :other)""".replace("/", UNIT_SEPARATOR),
             {"run_id": run_id, "state": state, "other": other},
@@ -2171,14 +2174,26 @@ class Reads:
             frames.append(frame)
         return frames
 
-    def list_events(self, run_id: str, after_seq: int = -1, limit: int = -1) -> list[Event]:
-        """Return at most `limit` events (all when -1) with seq > after_seq, oldest first."""
-        rows = self.rows(
-            """select seq, timestamp_ms, type, payload_json from _smithers_events
-               where run_id = ? and seq > ? order by seq limit ?""",
-            (run_id, after_seq, limit),
+    def list_events(
+        self,
+        run_id: str,
+        after_seq: int = -1,
+        limit: int = -1,
+        node_id: str | None = None,
+        newest: int | None = None,
+    ) -> list[Event]:
+        """Return events with seq > after_seq, of one node if it is given, oldest first.
+
+        The first `limit` of them (all when -1), or the last `newest`.
+        """
+        named = None if node_id is None else f',"nodeId":{to_json(node_id)},"iteration":'
+        rows = self.all(
+            f"""select seq, timestamp_ms, type, payload_json from _smithers_events
+                where run_id = ? and seq > ? and instr(payload_json, ?)
+                order by seq {"asc" if newest is None else "desc"} limit ?""",
+            (run_id, after_seq, named or "", newest or limit),
         )
-        return [Event(*row) for row in rows]
+        return [Event(*row) for row in (rows if newest is None else reversed(rows))]
 
     def list_outputs(
         self,
@@ -13348,14 +13363,8 @@ def run_logs(args: argparse.Namespace) -> int:
             run, node_id = find_run_and_node(reads, args)
             after = -1 if since is None else reads.first_seq_since(run.run_id, since) - 1
             if args.tail is not None and not args.failed:
-                newest = reads.get_newest_seq(run.run_id)
-                if args.events:
-                    after = max(after, newest - args.tail)
-                else:
-                    last = reads.list_outputs(
-                        run.run_id, None, node_id, after, newest, newest=args.tail
-                    )
-                    after = last[0].seq - 1 if last else newest
+                last = _read_log(reads, run.run_id, after, args, node_id, newest=args.tail)
+                after = last[0].seq - 1 if last else reads.get_newest_seq(run.run_id)
         while True:
             run = db.get_run(run.run_id) or run
             if args.failed:
@@ -13368,16 +13377,27 @@ def run_logs(args: argparse.Namespace) -> int:
                 threading.Event().wait(WATCH_SECONDS)
 
 
+def _read_log(
+    reads: Reads,
+    run_id: str,
+    after: int,
+    args: argparse.Namespace,
+    node_id: str | None,
+    **some: int,
+) -> list[Event]:
+    """Return `some` of the events that are asked for: the first `limit`, or the `newest`."""
+    if args.events:
+        return reads.list_events(run_id, after, node_id=node_id, **some)
+    return reads.list_outputs(run_id, None, node_id, after, **some)
+
+
 def _write_logs(
     db: SmithersDb, run_id: str, after: int, args: argparse.Namespace, node_id: str | None
 ) -> int:
     """Write the events after a seq that are asked for; return the seq reached."""
     newest = db.get_newest_seq(run_id)
     while True:
-        if args.events:
-            events = db.list_events(run_id, after, 1000)
-        else:
-            events = db.list_outputs(run_id, None, node_id, after, newest, limit=1000)
+        events = _read_log(db, run_id, after, args, node_id, limit=1000)
         args.out.write("".join(log_line(args, event) for event in events))
         if not events:
             return max(after, newest)
@@ -13742,7 +13762,7 @@ COMMANDS = (
              flag("--since", metavar="10m", help="only what is younger"),
              flag("--tail", type=parse_count, metavar="N", help="only the last lines"),
              flag("--failed", action=SWITCH, help="only of failed nodes"),
-             flag("--events", action=SWITCH, help="the whole log, an event a line")),
+             flag("--events", action=SWITCH, help="the log itself, an event a line")),
             run_logs, "logs build --tail 20"),
     Command("history", "Tell who decided what, and when.", (RUN_FLAG, *READ_FLAGS), run_history,
             "history"),

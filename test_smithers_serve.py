@@ -7230,6 +7230,17 @@ class SeatTest(SeatCase):
         self.assertEqual(self.tell("logs --failed --tail 1").splitlines(), lines[-1:])
         self.assertEqual(self.tell("logs gave_up build --failed"), "")
 
+    def test_events_of_a_node_are_its_own(self) -> None:
+        self.begin("gave_up")
+        log = [json.loads(line) for line in self.tell("logs gave_up --events").splitlines()]
+        self.assertEqual([event["type"] for event in log if "nodeId" not in event][0], "RunStarted")
+        own = [event for event in log if event.get("nodeId") == "x"]
+        self.assertLess(len(own), len(log))
+        for line, expected in (("", own), (" --tail 2", own[-2:]), (" --json --tail 1", own[-1:])):
+            told = self.tell(f"logs gave_up x --events{line}").splitlines()
+            self.assertEqual(list(map(json.loads, told)), expected)
+        self.assertEqual(json.loads(self.tell("logs gave_up --events --tail 1")), log[-1])
+
     def test_wait_ends_at_the_end_or_a_gate(self) -> None:
         self.begin("ship")
         for line, code in (("--for gate", 3), ("--timeout 0.05", 5), ("--timeout 0", 5)):
