@@ -3887,11 +3887,82 @@ class StoredTreeTest(unittest.TestCase):
         tree = ss.xml_of(as_workflow([Task("a", {}, label=label), Task("b", {}, label="]}]}")]))
         self.assertEqual(self.check(tree, ss.to_json(tree)), 2)
 
+    def test_a_node_is_found_whatever_was_looked_for_before(self) -> None:
+        for seed in range(50):
+            chance = random.Random(f"found {seed}")
+            text = ss.to_json(ss.xml_of(Wood(chance, answer).tree()))
+            found, again = ss.Outline(text), ss.Outline(text)
+            loops = {id for n in range(found.count) for id in found.loops(n)}
+            wanted = chance.choices([*found.numbers, "none", *loops], k=50)
+            for id in [*found.numbers, *wanted]:
+                self.assertEqual(again.number_of(id), found.numbers.get(id), (id, text))
+
     def test_text_between_elements_is_passed_over(self) -> None:
         tree = ss.xml_of(as_workflow([Parallel(*tasks("a b")), *tasks("c")]))
         said = '{"kind":"text","text":"]}\\"]}"}'
         text = ss.to_json(tree).replace(',{"kind"', f',{said},{{"kind"').replace("[]", f"[{said}]")
         self.assertEqual(self.check(tree, text), 3)
+
+
+class TreeCostTest(RunCase):
+    """The tree of 60,000 nodes is 6 MiB of text: who can answer without it does not look at it."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        before = Parallel(*tasks("a b"))
+        gates = Parallel(Approval("one"), Approval("two"), Approval("three", needs=["a"]))
+        tree = as_workflow([before, gates, Task("after", answer)])
+        ss.run_workflow(tree, adapter=self.db, run_id="r", park=False)
+        self.app = ss.create_serve_app(adapter=self.db, run_id="r")
+        self.addCleanup(self.app.close)
+
+    def ask(self, path: str) -> Any:
+        answer = self.app.request("GET", path)
+        self.assertEqual(answer.status, 200)
+        return answer.json()
+
+    def test_only_where_something_stands_is_asked_of_the_tree(self) -> None:
+        for path, looks in (
+            ("/nodes", 0), ("/nodes?state=pending", 0), ("/nodes/a", 0), ("/nodes/three", 0),
+            ("/approvals?status=denied", 0), ("/why", 0), ("/nodes/one", 1), ("/approvals", 1),
+        ):  # fmt: skip
+            with (
+                self.subTest(path=path),
+                mock.patch.object(ss, "Outline", wraps=ss.Outline) as made,
+            ):
+                self.db._kept.clear()
+                self.ask(path)
+                self.assertEqual(made.call_count, looks)
+
+    def test_a_frame_is_read_once(self) -> None:
+        with (
+            mock.patch.object(ss, "Outline", wraps=ss.Outline) as made,
+            mock.patch.object(ss, "owner_life", lambda run: "alive"),
+        ):
+            for number in (1, 2):
+                for path in ("/why", "/approvals", "/nodes/two", "/why"):
+                    self.ask(path)
+                    self.assertEqual(made.call_count, number)
+                change(
+                    self.path,
+                    """insert into _smithers_frames (run_id, frame_no, xml_json)
+                       select run_id, frame_no + 1, xml_json from _smithers_frames
+                       where run_id = 'r' order by frame_no desc limit 1""",
+                )
+
+    def test_no_question_parses_the_tree(self) -> None:
+        with mock.patch.object(ss.json, "loads", wraps=json.loads) as loads:
+            for path in ("/nodes", "/nodes/one", "/approvals?status=all", "/why"):
+                self.ask(path)
+        self.assertGreater(loads.call_count, 10)
+        self.assertNotIn(self.db.get_tree("r"), [call.args[0] for call in loads.call_args_list])
+
+    def test_what_several_gates_stand_on_is_looked_at_once(self) -> None:
+        with mock.patch.object(ss, "evidence_json", wraps=ss.evidence_json) as looked:
+            shown = self.ask("/approvals")
+        self.assertEqual([call.args[2] for call in looked.call_args_list], ["a", "b"])
+        found = {gate["nodeId"]: keys_of(gate["evidence"]) for gate in shown}
+        self.assertEqual(found, {"one": "a::0 b::0", "two": "a::0 b::0", "three": "a::0"})
 
 
 class WhyTest(ServerCase):
