@@ -2289,7 +2289,7 @@ class Reads:
 class Snapshot(Reads):
     """One consistent state of the file."""
 
-    MAX_KEPT = 6
+    MAX_KEPT = 6  # three of a run: its frame's texts, its names, its outline
 
     def __init__(self, connection: sqlite3.Connection, kept: dict[Any, Any]) -> None:
         self.rows = connection.execute  # type: ignore[method-assign,assignment]
@@ -7429,14 +7429,14 @@ class Outline:
     _ELEMENT = '{"kind":"element","tag":"'
     _LEAF = Task.tag + '",'
     _LEAF_END = ',"children":[]},'  # and another element follows it in the same one
-    _MAX_TURNS = 8
+    _MAX_LOOKS = 1000
 
     def __init__(self, xml_json: str) -> None:
         self._text = xml_json
         self._pieces = pieces = xml_json.split(self._ELEMENT)[1:]
         self._stretches: list[Stretch] = []
         self._containers: set[str] = set()  # the ids of those that have one
-        self._found, self._turns = (0, -1), 0  # where the last node stood that was looked for
+        self._found, self._looks = (0, -1), 0  # where the last node stood that was looked for
         leaf, end = self._LEAF, self._LEAF_END
         begin, last = slice(len(leaf)), slice(-len(end), None)
         edges = [n for n, p in enumerate(pieces) if p[last] != end or p[begin] != leaf]
@@ -7458,10 +7458,10 @@ class Outline:
             count, seen = stop, edge + 1
             if not is_leaf:
                 outer.append((is_parallel, before, loops, first))
-                is_parallel, first = piece.startswith(Parallel.tag), count
+                is_parallel, first = piece.startswith(Parallel.tag + '"'), count
                 if '"id":"' in piece:
                     self._containers.add(_id_in(piece))
-                if piece.startswith(Loop.tag):
+                if piece.startswith(Loop.tag + '"'):
                     loops = (*loops, _id_in(piece))
                 if piece.endswith("["):
                     continue  # its first child is next
@@ -7485,14 +7485,15 @@ class Outline:
     def number_of(self, id: str) -> int | None:
         """Return the number of a node by its id, None when it is not in the tree.
 
-        Looked for in the text from where the last one was found, as long as they come in order.
+        A few that come in order are looked for in the text, from where the last one was found.
         """
-        if self._turns == self._MAX_TURNS:
+        self._looks += 1
+        if self._looks > self._MAX_LOOKS:
             return self.numbers.get(id)
         begin, number = self._found
         at = self._text.find(f'"id":"{id}"', begin)
         if at < 0:
-            begin, number, self._turns = 0, -1, self._turns + 1
+            begin, number, self._looks = 0, -1, self._looks + 100  # from the beginning
             at = self._text.find(f'"id":"{id}"')
         if at < 0 or id in self._containers:
             return None
@@ -7520,6 +7521,9 @@ class Outline:
     def props(self, number: int) -> Mapping[str, str]:
         text = self._piece_of(number).partition('"props":')[2].rpartition(',"children":[')[0]
         return dict(json.loads(text))
+
+    def goes_on_if_failed(self, number: int) -> bool:
+        return '"continueOnFail":"true"' in self._piece_of(number)
 
     def loops(self, number: int) -> tuple[str, ...]:
         return self._stretch_of(number).loops
@@ -7809,11 +7813,6 @@ def _why_pending(
     if not is_driven and not tried:
         return
     tree = reads.of_frame(run.run_id, _outline_of)
-
-    def options_of(node: Node) -> Mapping[str, str]:
-        number = tree.number_of(plain_id(node.node_id))
-        return {} if number is None else tree.props(number)
-
     told_of = {name_of(node.key) for node in nodes}
     for name, node in itertools.islice(tried.items(), MAX_BLOCKED):
         last = reads.list_attempts_of(run.run_id, node.key)[-1:]
@@ -7821,12 +7820,12 @@ def _why_pending(
         if due_ms is None:
             told_of.remove(name)  # it was interrupted, and is queued like any other
             continue
-        said = (
-            f"its {attempt_text(last[0].attempt + 1, options_of(node))} is due {due_text(due_ms)}"
-        )
+        number = tree.number_of(plain_id(node.node_id))
+        options = {} if number is None else tree.props(number)
+        said = f"its {attempt_text(last[0].attempt + 1, options)} is due {due_text(due_ms)}"
         yield blocked_item("retry", node, last[0].finished_at_ms, said)
-    failed = filter(None, (options_of(node) for node in nodes if node.state == "failed"))
-    if not is_driven or any(options.get("continueOnFail") != "true" for options in failed):
+    failed = (tree.number_of(plain_id(n.node_id)) for n in nodes if n.state == "failed")
+    if not is_driven or not all(n is None or tree.goes_on_if_failed(n) for n in failed):
         return
     told_of.update(name_of(gate.key) for gate in gates)
     names = tree.names(reads.of_frame(run.run_id, _names_of))
