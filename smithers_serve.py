@@ -2085,7 +2085,7 @@ class Reads:
                 order by node_id, iteration""",
             {"run_id": run_id, "status": status},
         )
-        return [Gate(*row) for row in rows]
+        return list(map(Gate._make, rows))
 
     def count_open_gates(self, run_id: str) -> int:
         return int(
