@@ -419,6 +419,8 @@ def short(value: object) -> str:
 
 def log_safe(text: object) -> str:
     """Return `text` for one log line: control characters are escaped, so none can be forged."""
+    if str(text).isprintable():
+        return str(text)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
@@ -1153,11 +1155,18 @@ def xml_of(element: Element) -> dict[str, Any]:
     return node
 
 
-@functools.lru_cache(maxsize=4)
-def mounted_keys(text: str) -> Mapping[Key, int]:
-    """Return the place of every node in document order, from a frame's mounted ids."""
-    entries = (entry.rpartition("::") for entry in json.loads(text or "[]"))
-    return {(node_id, int(iteration)): n for n, (node_id, _, iteration) in enumerate(entries)}
+def mounted_names(text: str) -> list[str]:
+    """Return the name of every node in document order, from a frame's mounted ids."""
+    return list(json.loads(text or "[]"))
+
+
+def name_of(key: Key) -> str:
+    return f"{key[0]}::{key[1]}"
+
+
+def key_of(name: str) -> Key:
+    node_id, _, iteration = name.rpartition("::")
+    return node_id, int(iteration)
 
 
 @functools.lru_cache(maxsize=4)
@@ -1309,7 +1318,8 @@ class Gate(NamedTuple):
     @property
     def is_pause(self) -> bool:
         """True when nobody decides it: it ends by its deadline."""
-        return self.request.get("pause") is True
+        # Few are, and to parse what each of 2,000 gates asks takes its time.
+        return '"pause"' in (self.request_json or "") and self.request.get("pause") is True
 
     @property
     def deadline_at_ms(self) -> int | None:
@@ -1841,6 +1851,7 @@ TABLES.update({Attempt: "_smithers_attempts", Frame: "_smithers_frames", Event: 
 # How a statement begins whose rows are records.
 SELECT = {kind: f"select {', '.join(kind._fields)} from {name} " for kind, name in TABLES.items()}
 OF_NODE = "where run_id = ? and node_id = ? and iteration = ? "
+UNIT_SEPARATOR = "\x1f"  # stands in no id
 
 
 def _is_busy(error: sqlite3.Error) -> bool:
@@ -1872,7 +1883,7 @@ class Reads:
 
     def records(self, kind: type[Row], which: str, parameters: Any) -> list[Row]:
         """Return the rows of a record's table that the rest of the statement says."""
-        return [kind._make(row) for row in self.rows(SELECT[kind] + which, parameters)]
+        return list(map(kind._make, self.rows(SELECT[kind] + which, parameters)))
 
     def record(self, kind: type[Row], which: str, parameters: Any) -> Row | None:
         row = self.one(SELECT[kind] + which, parameters)
@@ -1979,24 +1990,45 @@ class Reads:
             {"run_id": run_id, "state": state},
         )
 
+    def find_names(
+        self, run_id: str, state: str | None = None, other: str | None = None
+    ) -> set[str]:
+        """Return the names of the nodes in a state, or not in the other one.
+
+        Joined by sqlite: 30,000 rows would take twice the time.
+        """
+        (text,) = self.one(
+            """select group_concat(node_id || case iteration
+                   when 0 then '::0' else '::' || iteration end, '/') from _smithers_nodes
+               where run_id = :run_id and (:state is null or state = :state)
+                 and (:other is null or state <> :other)""".replace("/", UNIT_SEPARATOR),
+            {"run_id": run_id, "state": state, "other": other},
+        )
+        return set(text.split(UNIT_SEPARATOR)) if text else set()
+
     def list_attempts_of(self, run_id: str, key: Key) -> list[Attempt]:
         return self.records(Attempt, OF_NODE + "order by attempt", (run_id, *key))
 
+    def of_frame(self, run_id: str, make: Callable[[Reads, str], Any]) -> Any:
+        """Return what `make` makes of the run's newest frame."""
+        return make(self, run_id)
+
     def get_tree(self, run_id: str) -> str:
         """Return the newest frame's tree as JSON text, "" without one."""
-        return self._newest_frame_of(run_id, "xml_json")
+        return str(self.of_frame(run_id, Reads._frame_texts)[0] or "")
 
     def get_mounted(self, run_id: str) -> str:
         """Return the newest frame's mounted ids as JSON text, "" without one."""
-        return self._newest_frame_of(run_id, "mounted_task_ids_json")
+        return str(self.of_frame(run_id, Reads._frame_texts)[1] or "")
 
-    def _newest_frame_of(self, run_id: str, column: str) -> str:
+    def _frame_texts(self, run_id: str) -> tuple[Any, Any]:
+        # Both at once: to the second, sqlite goes through all pages of the first.
         row = self.one(
-            f"""select {column} from _smithers_frames
-                where run_id = ? order by frame_no desc limit 1""",
+            """select xml_json, mounted_task_ids_json from _smithers_frames
+               where run_id = ? order by frame_no desc limit 1""",
             (run_id,),
         )
-        return "" if row is None else row[0] or ""
+        return row or ("", "")
 
     def list_iterations(self, run_id: str, node_id: str) -> list[int]:
         rows = self.rows(
@@ -2005,11 +2037,16 @@ class Reads:
         )
         return [iteration for (iteration,) in rows]
 
-    def list_open_nodes(self, run_id: str, *more: str) -> list[Node]:
-        """Return what is in progress or waits for a decision, and what is in other states."""
-        states = ("in-progress", "waiting-approval", *more)
-        which = f"where run_id = ? and state in ({_marks(states)})"
-        return self.records(Node, which, (run_id, *states))
+    def list_open_nodes(self, run_id: str) -> list[Node]:
+        """Return what is in progress or waits for a decision."""
+        which = "where run_id = ? and state in ('in-progress', 'waiting-approval')"
+        return self.records(Node, which, (run_id,))
+
+    def list_busy_nodes(self, run_id: str) -> list[Node]:
+        """Return what is open or has failed, and what is pending but has been tried."""
+        which = """where run_id = ? and (state in ('in-progress', 'waiting-approval', 'failed')
+            or state = 'pending' and last_attempt is not null)"""
+        return self.records(Node, which, (run_id,))
 
     def list_attempts(self, run_id: str, open_nodes_only: bool = False) -> list[Attempt]:
         """Return the attempts in order; or leave out those of ended nodes without a gate."""
@@ -2098,10 +2135,23 @@ class Reads:
             frames.append(frame)
         return frames
 
-    def list_events(self, run_id: str, after_seq: int = -1, limit: int = -1) -> list[Event]:
-        """Return at most `limit` events (all when -1) with seq > after_seq, oldest first."""
-        which = "where run_id = ? and seq > ? order by seq limit ?"
-        return self.records(Event, which, (run_id, after_seq, limit))
+    def list_events(
+        self,
+        run_id: str,
+        after_seq: int = -1,
+        limit: int = -1,
+        node_id: str | None = None,
+        newest: int | None = None,
+    ) -> list[Event]:
+        """Return events with seq > after_seq, of one node if it is given, oldest first.
+
+        The first `limit` of them (all when -1), or the last `newest`.
+        """
+        named = "" if node_id is None else f',"nodeId":{to_json(node_id)},"iteration":'
+        which = f"""where run_id = ? and seq > ? and instr(payload_json, ?)
+            order by seq {"asc" if newest is None else "desc"} limit ?"""
+        events = self.records(Event, which, (run_id, after_seq, named, newest or limit))
+        return events if newest is None else events[::-1]
 
     def list_outputs(
         self,
@@ -2190,27 +2240,27 @@ class Reads:
 class Snapshot(Reads):
     """One consistent state of the file."""
 
-    MAX_KEPT_TEXTS = 4
+    MAX_KEPT = 6  # three of a run: its frame's texts, its names, its outline
 
-    def __init__(self, connection: sqlite3.Connection, kept: dict[Any, str]) -> None:
+    def __init__(self, connection: sqlite3.Connection, kept: dict[Any, Any]) -> None:
         self.rows = connection.execute  # type: ignore[method-assign,assignment]
         self._kept = kept
 
-    def _newest_frame_of(self, run_id: str, column: str) -> str:
+    def of_frame(self, run_id: str, make: Callable[[Reads, str], Any]) -> Any:
         """Return it from what is kept of the last answers: 60,000 nodes are a tree of 6 MiB."""
         frame = self.one(
             """select frame_no, created_at_ms from _smithers_frames
                where run_id = ? order by frame_no desc limit 1""",
             (run_id,),
         )
-        key = (run_id, column, frame)
-        text = self._kept.get(key)
-        if text is None:
-            text = super()._newest_frame_of(run_id, column)
-            if len(self._kept) >= self.MAX_KEPT_TEXTS:
+        key = (run_id, make, frame)
+        made = self._kept.get(key)
+        if made is None:
+            made = make(self, run_id)
+            if len(self._kept) >= self.MAX_KEPT:
                 self._kept.clear()
-            self._kept[key] = text
-        return text
+            self._kept[key] = made
+        return made
 
 
 class Tx(Reads):
@@ -2660,7 +2710,7 @@ class SmithersDb(Reads):
         # Guards _writer. Held for one transaction, which runs no user code and writes to no socket.
         self._write_lock = threading.Lock()
         self._readers: collections.deque[sqlite3.Connection] = collections.deque()
-        self._frame_texts: dict[Any, str] = {}  # for snapshots; each use of it is atomic
+        self._kept: dict[Any, Any] = {}  # by snapshots, of frames; each use of it is atomic
         self._listeners: list[Callable[[Tx], None]] = []
         self._closed = False
         try:
@@ -3029,7 +3079,7 @@ class SmithersDb(Reads):
                 look = functools.partial(connection.execute, "select 1 from sqlite_master limit 1")
                 self._wait_for_lock(lambda: look().fetchone())
             try:
-                yield Snapshot(connection, self._frame_texts)
+                yield Snapshot(connection, self._kept)
             finally:
                 connection.execute("commit")
         except sqlite3.Error as error:
@@ -5954,7 +6004,7 @@ class Renderer(CtxSource):
     def recall(self, reads: Reads) -> None:
         """Read what an earlier engine had rendered, and of what input."""
         self.input_json = reads.get_input(self._run_id) or "{}"
-        mounted = mounted_keys(reads.get_mounted(self._run_id))
+        mounted = map(key_of, mounted_names(reads.get_mounted(self._run_id)))
         self.scopes = {plain_id(node_id): node_id for node_id, _ in mounted}
 
     def find_output(self, id: str, iteration: int | None) -> str | None:
@@ -7189,47 +7239,39 @@ EVIDENCE_BYTES = 4 << 10
 SOON_MS = 30_000  # without a heartbeat for so long an engine is said to be stale
 
 
-MANY_NODES = 5000  # in one state: then the tree is gone through, not all of them sorted
-
-
 def list_nodes_json(
     reads: Reads, run_id: str, state: str | None, after: Key | None, limit: int
 ) -> list[dict[str, Any]]:
     """Return nodes in document order of the newest frame, then those that have left the tree."""
-    places = mounted_keys(reads.get_mounted(run_id))
-    counts = reads.get_summary(run_id)
-
-    def order(key: Key) -> tuple[int, Key]:
-        return places.get(key, len(places)), key
-
-    keys: Iterable[Key]
-    if state is not None and counts.get(state, 0) <= MANY_NODES:
-        keys = sorted(reads.list_keys(run_id, state), key=order)
-        keys = keys if after is None else [key for key in keys if order(key) > order(after)]
-    else:
-        start = 0 if after is None else places.get(after, len(places)) + 1
-        keys = itertools.chain(
-            itertools.islice(places, start, None),
-            _left_keys(reads, run_id, places, counts, after),
-        )
+    mounted = reads.of_frame(run_id, _names_of)
+    start, left_after = 0, ("", -1)
+    if after is not None:
+        try:
+            start = mounted.index(name_of(after)) + 1
+        except ValueError:  # it has left the tree
+            start, left_after = len(mounted), after
+    names: Iterable[str] = itertools.islice(mounted, start, None)
+    if state is not None:
+        names = filter(reads.find_names(run_id, state).__contains__, names)
+    keys = itertools.chain(
+        map(key_of, names), _left_keys(reads, run_id, mounted, state, left_after)
+    )
     nodes = (reads.get_node(run_id, key) for key in keys)
-    wanted = (node for node in nodes if node is not None and state in (None, node.state))
-    page = itertools.islice(wanted, limit)
+    page = itertools.islice((node for node in nodes if node is not None), limit)
     return [node_json(node, reads.list_attempts_of(run_id, node.key)) for node in page]
 
 
+def _names_of(reads: Reads, run_id: str) -> list[str]:
+    return mounted_names(reads.get_mounted(run_id))
+
+
 def _left_keys(
-    reads: Reads,
-    run_id: str,
-    places: Mapping[Key, int],
-    counts: Mapping[str, int],
-    after: Key | None,
+    reads: Reads, run_id: str, mounted: list[str], state: str | None, after: Key
 ) -> Iterator[Key]:
     """Yield the nodes that have left the tree, in order of their keys."""
-    if sum(counts.values()) > len(places):
-        begin = after if after is not None and after not in places else ("", -1)
-        keys = reads.list_keys(run_id)
-        yield from (key for key in keys if key > begin and key not in places)
+    if sum(reads.get_summary(run_id).values()) > len(mounted):
+        left = sorted(map(key_of, reads.find_names(run_id, state).difference(mounted)))
+        yield from itertools.dropwhile(after.__ge__, left)
 
 
 def node_json(node: Node, attempts: Seq[Attempt]) -> dict[str, Any]:
@@ -7292,54 +7334,170 @@ def node_detail_json(
     }
 
 
-class Place(NamedTuple):
-    """Where a node of a stored tree stands. Nodes have numbers, in document order."""
+def has_ended(nodes: range, unended: Seq[int]) -> bool:
+    """Return whether none of these nodes is one of the others, which are in order."""
+    at = bisect.bisect_left(unended, nodes.start)
+    return at == len(unended) or unended[at] >= nodes.stop
 
-    number: int
-    props: str  # as JSON
-    before: range  # the nodes of the part of the tree that is directly before it
+
+class Stretch(NamedTuple):
+    """Nodes that follow each other in one element. Nodes have numbers, in document order."""
+
+    first: int
+    stop: int
+    piece: int  # of the text, that of the first one
+    is_parallel: bool
+    before: range  # the nodes of the part directly before it: before each of its own in a Parallel
     loops: tuple[str, ...]  # the loops around it
 
 
 _TREE_TEXT = re.compile(r'\{"kind":"text","text":"(?:[^"\\]|\\.)*"\},?')
 
 
-@functools.lru_cache(maxsize=4)
-def tree_index(xml_json: str) -> dict[str, Place]:
-    """Return the place of each node by its id, in document order.
+class Outline:
+    """Where the nodes of a stored tree stand, read from its text.
 
-    Read from the text, an element after the other: parsed, 60,000 nodes are 300,000 objects. Quotes
-    within a value are escaped, so what is looked for is never part of one.
+    Parsed, 60,000 nodes are 300,000 objects; here only what opens or closes a container is looked
+    at. Quotes within a value are escaped, so what is looked for is never part of one.
     """
-    found: dict[str, Place] = {}
-    # Of each open element: the tag, its first node, what is before its next child, the loops.
-    tags, firsts, befores = [""], [0], [range(0)]
-    loops: list[tuple[str, ...]] = [()]
-    if '"kind":"text"' in xml_json:  # another program's
-        xml_json = _TREE_TEXT.sub("", xml_json)
-    for piece in xml_json.split('{"kind":"element","tag":"')[1:]:
-        tag, _, rest = piece.partition('","props":')
-        props, _, tail = rest.rpartition(',"children":[')
-        first, ends = len(found), tail.count("]}")
-        id = props.partition('"id":"')[2].partition('"')[0]
-        if tag == Task.tag:
-            found[id] = Place(first, props, befores[-1], loops[-1])
-            ends -= 1
-            if tags[-1] != Parallel.tag:
-                befores[-1] = range(first, len(found))
-        else:
-            tags.append(tag)
-            firsts.append(first)
-            befores.append(befores[-1])
-            loops.append((*loops[-1], id) if tag == Loop.tag else loops[-1])
-        for _ in range(min(ends, len(tags) - 1)):
-            first = firsts.pop()
-            tags.pop()
-            befores.pop()
-            loops.pop()
-            if tags[-1] != Parallel.tag:
-                befores[-1] = range(first, len(found))
-    return found
+
+    _ELEMENT = '{"kind":"element","tag":"'
+    _LEAF = Task.tag + '",'
+    _LEAF_END = ',"children":[]},'  # and another element follows it in the same one
+    _MAX_LOOKS = 1000
+
+    def __init__(self, xml_json: str) -> None:
+        self._text = xml_json
+        self._pieces = pieces = xml_json.split(self._ELEMENT)[1:]
+        self._stretches: list[Stretch] = []
+        self._containers: set[str] = set()  # the ids of those that have one
+        self._found, self._looks = (0, -1), 0  # where the last node stood that was looked for
+        leaf, end = self._LEAF, self._LEAF_END
+        begin, last = slice(len(leaf)), slice(-len(end), None)
+        edges = [n for n, p in enumerate(pieces) if p[last] != end or p[begin] != leaf]
+        # Of the open element: what is before its next child, the loops, its first node.
+        is_parallel, before, first = False, range(0), 0
+        loops: tuple[str, ...] = ()
+        outer: list[tuple[bool, range, tuple[str, ...], int]] = []
+        count = seen = 0  # nodes and pieces
+        for edge in edges:
+            piece = pieces[edge]
+            if '"kind":"text"' in piece:  # another program's
+                piece = _TREE_TEXT.sub("", piece)
+            is_leaf = piece.startswith(leaf)
+            stop = count + edge + is_leaf - seen
+            if count < stop:
+                self._stretches.append(Stretch(count, stop, seen, is_parallel, before, loops))
+                if not is_parallel:
+                    before = range(stop - 1, stop)
+            count, seen = stop, edge + 1
+            if not is_leaf:
+                outer.append((is_parallel, before, loops, first))
+                is_parallel, first = piece.startswith(Parallel.tag + '"'), count
+                if '"id":"' in piece:
+                    self._containers.add(_id_in(piece))
+                if piece.startswith(Loop.tag + '"'):
+                    loops = (*loops, _id_in(piece))
+                if piece.endswith("["):
+                    continue  # its first child is next
+            ends = piece.count("]}", piece.rfind(',"children":[')) - is_leaf
+            while ends > 0 and outer:
+                below, ends = range(first, count), ends - 1
+                is_parallel, before, loops, first = outer.pop()
+                if not is_parallel:
+                    before = below
+        self.count = count
+        self._firsts = [stretch.first for stretch in self._stretches]
+
+    @functools.cached_property
+    def numbers(self) -> Mapping[str, int]:
+        """The number of each node by its id."""
+        ids = re.findall('"id":"([^"]*)', self._text)
+        if self._containers:
+            ids = [id for id in ids if id not in self._containers]
+        return dict(zip(ids, range(len(ids))))
+
+    def number_of(self, id: str) -> int | None:
+        """Return the number of a node by its id, None when it is not in the tree.
+
+        A few that come in order are looked for in the text, from where the last one was found.
+        """
+        self._looks += 1
+        if self._looks > self._MAX_LOOKS:
+            return self.numbers.get(id)
+        begin, number = self._found
+        at = self._text.find(f'"id":"{id}"', begin)
+        if at < 0:
+            begin, number, self._looks = 0, -1, self._looks + 100  # from the beginning
+            at = self._text.find(f'"id":"{id}"')
+        if at < 0 or id in self._containers:
+            return None
+        number += self._text.count(self._ELEMENT + self._LEAF, begin, at)
+        self._found = at, number
+        return number
+
+    def names(self, mounted: list[str]) -> list[str]:
+        """Return the mounted ids, one for each node."""
+        if len(mounted) == self.count:
+            return mounted
+        by_id = {plain_id(key_of(name)[0]): name for name in mounted}  # another program's
+        return [by_id.get(id, "") for id in self.numbers]
+
+    def _stretch_of(self, number: int) -> Stretch:
+        return self._stretches[bisect.bisect_right(self._firsts, number) - 1]
+
+    def _piece_of(self, number: int) -> str:
+        stretch = self._stretch_of(number)
+        return self._pieces[stretch.piece + number - stretch.first]
+
+    def id(self, number: int) -> str:
+        return _id_in(self._piece_of(number))
+
+    def props(self, number: int) -> Mapping[str, str]:
+        text = self._piece_of(number).partition('"props":')[2].rpartition(',"children":[')[0]
+        return dict(json.loads(text))
+
+    def goes_on_if_failed(self, number: int) -> bool:
+        return '"continueOnFail":"true"' in self._piece_of(number)
+
+    def loops(self, number: int) -> tuple[str, ...]:
+        return self._stretch_of(number).loops
+
+    def before(self, number: int) -> range:
+        """Return the nodes of the part of the tree that comes directly before a node."""
+        stretch = self._stretch_of(number)
+        is_first = stretch.is_parallel or number == stretch.first
+        return stretch.before if is_first else range(number - 1, number)
+
+    def ids_before(self, node_id: str, most: int = 0) -> list[str]:
+        """Return the ids of those nodes: the last so many, if it says how many."""
+        number = self.number_of(plain_id(node_id))
+        return [] if number is None else list(map(self.id, self.before(number)[-most:]))
+
+    def reached(self, unended: Seq[int]) -> Iterator[int]:
+        """Yield those of these nodes, given in order, that have none of them directly before."""
+        stop = 0
+        for stretch in self._stretches:
+            start, stop = stop, bisect.bisect_left(unended, stretch.stop, stop)
+            if start == stop:
+                continue
+            if stretch.is_parallel:
+                if has_ended(stretch.before, unended):
+                    yield from unended[start:stop]
+                continue
+            previous = -2 if has_ended(stretch.before, unended) else stretch.first - 1
+            for number in unended[start:stop]:
+                if number > previous + 1:
+                    yield number
+                previous = number
+
+
+def _outline_of(reads: Reads, run_id: str) -> Outline:
+    return Outline(reads.get_tree(run_id))
+
+
+def _id_in(piece: str) -> str:
+    return piece.partition('"id":"')[2].partition('"')[0]
 
 
 def props_of(xml_json: str, node_id: str) -> Mapping[str, str]:
@@ -7356,14 +7514,6 @@ def props_of(xml_json: str, node_id: str) -> Mapping[str, str]:
 
 def needs_of(xml_json: str, node_id: str) -> list[str]:
     return [id for id in props_of(xml_json, node_id).get("dependsOn", "").split(",") if id]
-
-
-def before_of(xml_json: str, node_id: str) -> list[str]:
-    """Return the ids of the nodes in the part of the tree that comes directly before a node."""
-    places = tree_index(xml_json)
-    place = places.get(plain_id(node_id))
-    before = range(0) if place is None else place.before
-    return list(itertools.islice(places, before.start, before.stop))
 
 
 def attempt_span(reads: Reads, run_id: str, attempt: Attempt) -> tuple[int, int, bool]:
@@ -7417,9 +7567,17 @@ def lines_of(reads: Reads, run_id: str, keys: Seq[Key], after_seq: int) -> list[
 
 
 def gate_json(
-    reads: Reads, run: Run, gate: Gate, label: str | None, look: int = MAX_SCANNED_EVENTS
+    reads: Reads,
+    run: Run,
+    gate: Gate,
+    label: str | None,
+    look: int = MAX_SCANNED_EVENTS,
+    known: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return a gate as whoever decides should see it, with what led to it unless `look` is 0."""
+    """Return a gate as whoever decides should see it, with what led to it unless `look` is 0.
+
+    `known` is for what was found of the nodes before: many gates may stand on the same ones.
+    """
     request = gate.request
     asked = gate.requested_at_ms
     shown = {
@@ -7444,40 +7602,41 @@ def gate_json(
         "decidedAtMs": gate.decided_at_ms,
     }
     if look:
-        shown["evidence"] = evidence_json(reads, run.run_id, gate.node_id, request, look)
+        known = {} if known is None else known
+        ids = _evidence_ids(reads, run.run_id, gate)
+        for id in ids:
+            if id not in known:
+                known[id] = evidence_json(reads, run.run_id, id, look)
+        shown["evidence"] = [known[id] for id in ids if known[id] is not None]
     return shown
 
 
-def evidence_json(
-    reads: Reads, run_id: str, node_id: str, request: Mapping[str, Any], look: int
-) -> list[dict[str, Any]]:
-    """Return what a gate needs, or what ran before it: state, output and last lines."""
-    ids = request.get("needs")
-    if not ids:  # a gate of the original's does not say
-        tree = reads.get_tree(run_id)
-        ids = () if "needs" in request else needs_of(tree, node_id)
-        ids = ids or before_of(tree, node_id)[-MAX_EVIDENCE:]
-    nodes = [
-        node for node in (reads.find_newest_node(run_id, id) for id in ids) if node is not None
-    ]
-    shown: list[dict[str, Any]] = []
-    for node in nodes:
-        output = reads.find_output(run_id, *node.key)
-        cut = (output or "").encode()[:EVIDENCE_BYTES].decode("utf-8", "ignore")
-        is_long = output is not None and cut != output
-        detail = node_json(node, reads.list_attempts_of(run_id, node.key))
-        shown.append(
-            {
-                "nodeId": node.node_id,
-                "iteration": node.iteration,
-                "state": node.state,
-                "error": detail["error"],
-                "output": cut if is_long else _loaded(output),
-                "isCut": is_long,
-                "log": last_lines(reads, run_id, node.key, 20, look),
-            }
-        )
-    return shown
+def _evidence_ids(reads: Reads, run_id: str, gate: Gate) -> list[str]:
+    """Return what a gate needs, or what ran before it."""
+    ids = gate.request.get("needs")
+    if "needs" not in gate.request:  # a gate of the original's
+        ids = needs_of(reads.get_tree(run_id), gate.node_id)
+    return list(ids or reads.of_frame(run_id, _outline_of).ids_before(gate.node_id, MAX_EVIDENCE))
+
+
+def evidence_json(reads: Reads, run_id: str, id: str, look: int) -> dict[str, Any] | None:
+    """Return the state, output and last lines of a node in its newest iteration."""
+    node = reads.find_newest_node(run_id, id)
+    if node is None:
+        return None
+    output = reads.find_output(run_id, *node.key)
+    cut = (output or "").encode()[:EVIDENCE_BYTES].decode("utf-8", "ignore")
+    is_long = output is not None and cut != output
+    detail = node_json(node, reads.list_attempts_of(run_id, node.key))
+    return {
+        "nodeId": node.node_id,
+        "iteration": node.iteration,
+        "state": node.state,
+        "error": detail["error"],
+        "output": cut if is_long else _loaded(output),
+        "isCut": is_long,
+        "log": last_lines(reads, run_id, node.key, 20, look),
+    }
 
 
 def _loaded(text: str | None) -> Any:
@@ -7492,11 +7651,12 @@ def approvals_json(reads: Reads, run: Run, status: str | None) -> list[dict[str,
     count = sum(gate.status == "requested" for gate in gates)
     look = MAX_SCANNED_EVENTS // max(1, min(count, MAX_WITH_EVIDENCE))
     shown: list[dict[str, Any]] = []
+    known: dict[str, Any] = {}
     for gate in gates[:MAX_PAGE]:
         node = reads.get_node(run.run_id, gate.key)
         label = None if node is None else node.label
         is_looked_at = gate.status == "requested" and len(shown) < MAX_WITH_EVIDENCE
-        shown.append(gate_json(reads, run, gate, label, look if is_looked_at else 0))
+        shown.append(gate_json(reads, run, gate, label, look if is_looked_at else 0, known))
     return shown
 
 
@@ -7530,13 +7690,12 @@ def why_json(reads: Reads, run: Run) -> dict[str, Any]:
     if not run.is_terminal:
         is_parked = run.status == "waiting-approval" and is_attended(run)
         is_driven = owner_life(run) != "dead" or is_parked
-        found = reads.list_open_nodes(run.run_id, "pending", "failed")
-        nodes = {node.key: node for node in found if node.state != "failed"}
-        failed = {node.node_id for node in found if node.state == "failed"}
+        nodes = reads.list_busy_nodes(run.run_id)
+        gates = reads.list_gates(run.run_id, "requested")
         blocked += _why_owner(run, state, is_driven)
-        blocked += _why_gates(reads, run, nodes)
+        blocked += _why_gates(reads, run, gates, {node.key: node for node in nodes})
         blocked += _why_tasks(reads, run, nodes)
-        blocked += _why_pending(reads, run, nodes, failed, is_driven)
+        blocked += _why_pending(reads, run, nodes, gates, is_driven)
     return {"state": state, "blocked": blocked, "error": error}
 
 
@@ -7552,27 +7711,24 @@ def _why_owner(run: Run, state: str, is_driven: bool) -> Iterator[dict[str, Any]
         yield blocked_item("owner", None, run.heartbeat_at_ms, detail)
 
 
-def _why_gates(reads: Reads, run: Run, nodes: Mapping[Key, Node]) -> Iterator[dict[str, Any]]:
-    for gate in reads.list_gates(run.run_id, "requested")[:MAX_PAGE]:
-        node, since = (
-            nodes.get(gate.key) or reads.get_node(run.run_id, gate.key),
-            gate.requested_at_ms,
-        )
+def _why_gates(
+    reads: Reads, run: Run, gates: Seq[Gate], nodes: Mapping[Key, Node]
+) -> Iterator[dict[str, Any]]:
+    for gate in gates[:MAX_PAGE]:
+        node = nodes.get(gate.key) or reads.get_node(run.run_id, gate.key)
+        since, due = gate.requested_at_ms, gate.deadline_at_ms
         if gate.is_pause:
-            said = f"goes on {due_text(gate.deadline_at_ms or 0)}"
-            yield blocked_item("pause", node, since, said)
+            yield blocked_item("pause", node, since, f"goes on {due_text(due or 0)}")
             continue
-        shown = gate_json(reads, run, gate, None if node is None else node.label, 0)
-        said = shown["requestTitle"] or "waits for a decision"
-        yield blocked_item("approval", node, since, said)
-        if shown["deadlineAtMs"] is not None:
-            left = duration_text(shown["deadlineAtMs"] - now_ms())
-            said = f"without a decision: {shown['onTimeout']} in {left}"
-            yield blocked_item("timeout", node, since, said)
+        title = gate.request.get("title") or (None if node is None else node.label)
+        yield blocked_item("approval", node, since, title or "waits for a decision")
+        if due is not None:
+            then, left = gate.request.get("onTimeout"), duration_text(due - now_ms())
+            yield blocked_item("timeout", node, since, f"without a decision: {then} in {left}")
 
 
-def _why_tasks(reads: Reads, run: Run, nodes: Mapping[Key, Node]) -> Iterator[dict[str, Any]]:
-    running = [node for node in nodes.values() if node.state == "in-progress"][:MAX_BLOCKED]
+def _why_tasks(reads: Reads, run: Run, nodes: Iterable[Node]) -> Iterator[dict[str, Any]]:
+    running = [node for node in nodes if node.state == "in-progress"][:MAX_BLOCKED]
     seen_from = reads.get_newest_seq(run.run_id) - RECENT_EVENTS
     spoken = reads.newest_outputs(run.run_id, [node.key for node in running], seen_from)
     for node in running:
@@ -7583,63 +7739,80 @@ def _why_tasks(reads: Reads, run: Run, nodes: Mapping[Key, Node]) -> Iterator[di
 
 
 def _why_pending(
-    reads: Reads, run: Run, nodes: Mapping[Key, Node], failed: Iterable[str], is_driven: bool
+    reads: Reads, run: Run, nodes: Seq[Node], gates: Iterable[Gate], is_driven: bool
 ) -> Iterator[dict[str, Any]]:
     """Yield what waits for its next attempt; then what waits for a place, or for other nodes."""
-    tried = {k: n for k, n in nodes.items() if n.state == "pending" and n.last_attempt is not None}
-    places = tree_index(reads.get_tree(run.run_id)) if is_driven or tried else {}
-    for key, node in itertools.islice(tuple(tried.items()), MAX_BLOCKED):
-        last = reads.list_attempts_of(run.run_id, key)[-1:]
+    if not reads.get_summary(run.run_id).get("pending"):
+        return
+    tried = {name_of(node.key): node for node in nodes if node.state == "pending"}
+    if not is_driven and not tried:
+        return
+    tree = reads.of_frame(run.run_id, _outline_of)
+    told_of = {name_of(node.key) for node in nodes}
+    for name, node in itertools.islice(tried.items(), MAX_BLOCKED):
+        last = reads.list_attempts_of(run.run_id, node.key)[-1:]
         due_ms = last[0].meta.get("dueAtMs") if last else None
         if due_ms is None:
-            del tried[key]  # it was interrupted, and is queued like any other
+            told_of.remove(name)  # it was interrupted, and is queued like any other
             continue
-        place = places.get(plain_id(node.node_id))
-        options = {} if place is None else json.loads(place.props)
+        number = tree.number_of(plain_id(node.node_id))
+        options = {} if number is None else tree.props(number)
         said = f"its {attempt_text(last[0].attempt + 1, options)} is due {due_text(due_ms)}"
         yield blocked_item("retry", node, last[0].finished_at_ms, said)
-    props = (places[id].props for id in map(plain_id, failed) if id in places)
-    goes_on = is_driven and all('"continueOnFail":"true"' in text for text in props)
-    queued = _queued_nodes(reads, run, nodes, places) if goes_on else iter(())
-    told_of = tried.keys() | {gate.key for gate in reads.list_gates(run.run_id, "requested")}
-    others = (item for item in queued if item[0].key not in told_of)
-    for node, needed in itertools.islice(others, MAX_BLOCKED):
-        kind = "concurrency" if needed is None else "dependency"
-        said = needed or "ready, and waits for a free place"
+    failed = (tree.number_of(plain_id(n.node_id)) for n in nodes if n.state == "failed")
+    if not is_driven or not all(n is None or tree.goes_on_if_failed(n) for n in failed):
+        return
+    told_of.update(name_of(gate.key) for gate in gates)
+    names = tree.names(reads.of_frame(run.run_id, _names_of))
+    unended = _unended_numbers(reads, run.run_id, names, nodes)
+    queued = _queued_nodes(reads, run.run_id, tree, names, unended, told_of)
+    for node, needed in itertools.islice(queued, MAX_BLOCKED):
+        kind = "dependency" if needed else "concurrency"
+        said = f"waits for {needed}" if needed else "ready, and waits for a free place"
         yield blocked_item(kind, node, node.updated_at_ms, said)
 
 
+def _unended_numbers(
+    reads: Reads, run_id: str, names: Iterable[str], busy: Iterable[Node]
+) -> list[int]:
+    """Return the numbers of the nodes that are open or pending, in order."""
+    are_open = {name_of(node.key) for node in busy if node.state != "failed"}
+    counts = reads.get_summary(run_id)
+    if 2 * counts.get("pending", 0) < sum(counts.values()):
+        unended = reads.find_names(run_id, "pending")
+        unended.update(are_open)
+        return [n for n, name in enumerate(names) if name in unended]
+    ended = reads.find_names(run_id, other="pending")  # they are fewer
+    ended -= are_open
+    return [n for n, name in enumerate(names) if name and name not in ended]
+
+
 def _queued_nodes(
-    reads: Reads, run: Run, nodes: Mapping[Key, Node], places: Mapping[str, Place]
-) -> Iterator[tuple[Node, str | None]]:
-    """Yield the nodes whose turn has come: with None for a place, or with what else they wait for.
+    reads: Reads,
+    run_id: str,
+    tree: Outline,
+    names: Seq[str],
+    unended: list[int],
+    told_of: set[str],
+) -> Iterator[tuple[Node, str]]:
+    """Yield the nodes whose turn has come, but for those told of, with what else they wait for."""
+    loops = {plain_id(id) for id, (_, done) in reads.list_loops(run_id).items() if not done}
 
-    `nodes` are those that have not ended, `places` those of the newest frame's tree.
-    """
-    mounted = [key for key in mounted_keys(reads.get_mounted(run.run_id)) if key in nodes]
-    open_ids = {plain_id(node_id) for node_id, _ in mounted}
-    open_loops = {
-        plain_id(id) for id, (_, done) in reads.list_loops(run.run_id).items() if not done
-    }
-    open_numbers = sorted(places[id].number for id in open_ids if id in places)
+    def must_end(id: str, around: tuple[str, ...]) -> bool:
+        """Return whether a node, or a loop around it that is none of these, goes on."""
+        number = tree.number_of(id)
+        return number is not None and (
+            not has_ended(range(number, number + 1), unended)
+            or any(loop in loops and loop not in around for loop in tree.loops(number))
+        )
 
-    def has_ended(nodes: range) -> bool:
-        at = bisect.bisect_left(open_numbers, nodes.start)
-        return at == len(open_numbers) or open_numbers[at] >= nodes.stop
-
-    def is_in_open_loop(id: str, place: Place) -> bool:
-        """Return whether the loops around a node go on, and `place` is outside of them."""
-        around = places[id].loops if id in places else ()
-        return any(loop in open_loops and loop not in place.loops for loop in around)
-
-    for key in mounted:
-        node, place = nodes[key], places.get(plain_id(key[0]))
-        if node.state != "pending" or place is None:
-            continue
-        if has_ended(place.before):
-            needs = json.loads(place.props).get("dependsOn", "").split(",")
-            needed = [id for id in needs if id in open_ids or is_in_open_loop(id, place)]
-            yield node, "waits for " + ", ".join(needed) if needed else None
+    for number in tree.reached(unended):
+        name = names[number]
+        node = None if name in told_of else reads.get_node(run_id, key_of(name))
+        if node is not None and node.state == "pending":
+            needs, around = tree.props(number).get("dependsOn"), tree.loops(number)
+            needed = [id for id in needs.split(",") if must_end(id, around)] if needs else ()
+            yield node, ", ".join(needed)
 
 
 def attempt_text(attempt: int, props: Mapping[str, str]) -> str:
@@ -13109,14 +13282,8 @@ def run_logs(args: argparse.Namespace) -> int:
             run, node_id = find_run_and_node(reads, args)
             after = -1 if since is None else reads.first_seq_since(run.run_id, since) - 1
             if args.tail is not None and not args.failed:
-                newest = reads.get_newest_seq(run.run_id)
-                if args.events:
-                    after = max(after, newest - args.tail)
-                else:
-                    last = reads.list_outputs(
-                        run.run_id, None, node_id, after, newest, newest=args.tail
-                    )
-                    after = last[0].seq - 1 if last else newest
+                last = _read_log(reads, run.run_id, after, args, node_id, newest=args.tail)
+                after = last[0].seq - 1 if last else reads.get_newest_seq(run.run_id)
         while True:
             run = db.get_run(run.run_id) or run
             if args.failed:
@@ -13129,16 +13296,27 @@ def run_logs(args: argparse.Namespace) -> int:
                 threading.Event().wait(WATCH_SECONDS)
 
 
+def _read_log(
+    reads: Reads,
+    run_id: str,
+    after: int,
+    args: argparse.Namespace,
+    node_id: str | None,
+    **some: int,
+) -> list[Event]:
+    """Return `some` of the events that are asked for: the first `limit`, or the `newest`."""
+    if args.events:
+        return reads.list_events(run_id, after, node_id=node_id, **some)
+    return reads.list_outputs(run_id, None, node_id, after, **some)
+
+
 def _write_logs(
     db: SmithersDb, run_id: str, after: int, args: argparse.Namespace, node_id: str | None
 ) -> int:
     """Write the events after a seq that are asked for; return the seq reached."""
     newest = db.get_newest_seq(run_id)
     while True:
-        if args.events:
-            events = db.list_events(run_id, after, 1000)
-        else:
-            events = db.list_outputs(run_id, None, node_id, after, newest, limit=1000)
+        events = _read_log(db, run_id, after, args, node_id, limit=1000)
         args.out.write("".join(log_line(args, event) for event in events))
         if not events:
             return max(after, newest)
@@ -13396,7 +13574,7 @@ def tree_lines(element: Mapping[str, Any], indent: str) -> Iterator[str]:
 def mermaid_lines(tree: Mapping[str, Any]) -> Iterator[str]:
     """Yield the order of the nodes as a Mermaid flowchart."""
     yield "flowchart TD"
-    text = to_json(tree)
+    outline = Outline(to_json(tree))
     leaves = [element for element in walk_tree(tree) if element["tag"] == Task.tag]
     number = {element["props"]["id"]: n for n, element in enumerate(leaves)}
     for id, n in number.items():
@@ -13405,7 +13583,7 @@ def mermaid_lines(tree: Mapping[str, Any]) -> Iterator[str]:
     for element in leaves:
         id = element["props"]["id"]
         needs = [need for need in element["props"].get("dependsOn", "").split(",") if need]
-        for earlier in dict.fromkeys(needs + before_of(text, id)):
+        for earlier in dict.fromkeys(needs + outline.ids_before(id)):
             yield f"  n{number[earlier]} --> n{number[id]}"
 
 
@@ -13503,7 +13681,7 @@ COMMANDS = (
              flag("--since", metavar="10m", help="only what is younger"),
              flag("--tail", type=parse_count, metavar="N", help="only the last lines"),
              flag("--failed", action=SWITCH, help="only of failed nodes"),
-             flag("--events", action=SWITCH, help="the whole log, an event a line")),
+             flag("--events", action=SWITCH, help="the log itself, an event a line")),
             run_logs, "logs build --tail 20"),
     Command("history", "Tell who decided what, and when.", (RUN_FLAG, *READ_FLAGS), run_history,
             "history"),

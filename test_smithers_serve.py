@@ -3862,12 +3862,18 @@ class StoredTreeTest(unittest.TestCase):
             return ids
 
         walk(tree, [], ())
-        places = ss.tree_index(text)
-        self.assertEqual(list(places), list(expected))
-        for id, (before, loops) in expected.items():
-            self.assertEqual((ss.before_of(text, id), places[id].loops), (before, loops), text)
-            self.assertEqual(json.loads(places[id].props), ss.props_of(text, id))
-        return len(places)
+        found = ss.Outline(text)
+        self.assertEqual([found.id(n) for n in range(found.count)], list(expected))
+        for number, (id, (before, loops)) in enumerate(expected.items()):
+            self.assertEqual((found.number_of(id), found.numbers[id]), (number, number))
+            self.assertEqual((found.ids_before(id), found.loops(number)), (before, loops), text)
+            self.assertEqual(found.props(number), ss.props_of(text, id))
+        chance = random.Random(text)
+        for share in (0.2, 0.5, 0.9):
+            unended = [n for n in range(found.count) if chance.random() < share]
+            reached = [n for n in unended if not set(found.before(n)).intersection(unended)]
+            self.assertEqual(list(found.reached(unended)), reached, text)
+        return found.count
 
     def test_any_tree_is_read_as_its_json(self) -> None:
         nodes = 0
@@ -3881,11 +3887,82 @@ class StoredTreeTest(unittest.TestCase):
         tree = ss.xml_of(as_workflow([Task("a", {}, label=label), Task("b", {}, label="]}]}")]))
         self.assertEqual(self.check(tree, ss.to_json(tree)), 2)
 
+    def test_a_node_is_found_whatever_was_looked_for_before(self) -> None:
+        for seed in range(50):
+            chance = random.Random(f"found {seed}")
+            text = ss.to_json(ss.xml_of(Wood(chance, answer).tree()))
+            found, again = ss.Outline(text), ss.Outline(text)
+            loops = {id for n in range(found.count) for id in found.loops(n)}
+            wanted = chance.choices([*found.numbers, "none", *loops], k=20)
+            for id in [*found.numbers, *wanted * (1 + seed % 2 * 60)]:
+                self.assertEqual(again.number_of(id), found.numbers.get(id), (id, text))
+
     def test_text_between_elements_is_passed_over(self) -> None:
         tree = ss.xml_of(as_workflow([Parallel(*tasks("a b")), *tasks("c")]))
         said = '{"kind":"text","text":"]}\\"]}"}'
         text = ss.to_json(tree).replace(',{"kind"', f',{said},{{"kind"').replace("[]", f"[{said}]")
         self.assertEqual(self.check(tree, text), 3)
+
+
+class TreeCostTest(RunCase):
+    """The tree of 60,000 nodes is 6 MiB of text: who can answer without it does not look at it."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        before = Parallel(*tasks("a b"))
+        gates = Parallel(Approval("one"), Approval("two"), Approval("three", needs=["a"]))
+        tree = as_workflow([before, gates, Task("after", answer)])
+        ss.run_workflow(tree, adapter=self.db, run_id="r", park=False)
+        self.app = ss.create_serve_app(adapter=self.db, run_id="r")
+        self.addCleanup(self.app.close)
+
+    def ask(self, path: str) -> Any:
+        answer = self.app.request("GET", path)
+        self.assertEqual(answer.status, 200)
+        return answer.json()
+
+    def test_only_where_something_stands_is_asked_of_the_tree(self) -> None:
+        for path, looks in (
+            ("/nodes", 0), ("/nodes?state=pending", 0), ("/nodes/a", 0), ("/nodes/three", 0),
+            ("/approvals?status=denied", 0), ("/why", 0), ("/nodes/one", 1), ("/approvals", 1),
+        ):  # fmt: skip
+            with (
+                self.subTest(path=path),
+                mock.patch.object(ss, "Outline", wraps=ss.Outline) as made,
+            ):
+                self.db._kept.clear()
+                self.ask(path)
+                self.assertEqual(made.call_count, looks)
+
+    def test_a_frame_is_read_once(self) -> None:
+        with (
+            mock.patch.object(ss, "Outline", wraps=ss.Outline) as made,
+            mock.patch.object(ss, "owner_life", lambda run: "alive"),
+        ):
+            for number in (1, 2):
+                for path in ("/why", "/approvals", "/nodes/two", "/why"):
+                    self.ask(path)
+                    self.assertEqual(made.call_count, number)
+                change(
+                    self.path,
+                    """insert into _smithers_frames (run_id, frame_no, xml_json)
+                       select run_id, frame_no + 1, xml_json from _smithers_frames
+                       where run_id = 'r' order by frame_no desc limit 1""",
+                )
+
+    def test_no_question_parses_the_tree(self) -> None:
+        with mock.patch.object(ss.json, "loads", wraps=json.loads) as loads:
+            for path in ("/nodes", "/nodes/one", "/approvals?status=all", "/why"):
+                self.ask(path)
+        self.assertTrue(loads.called)
+        self.assertNotIn(self.db.get_tree("r"), [call.args[0] for call in loads.call_args_list])
+
+    def test_what_several_gates_stand_on_is_looked_at_once(self) -> None:
+        with mock.patch.object(ss, "evidence_json", wraps=ss.evidence_json) as looked:
+            shown = self.ask("/approvals")
+        self.assertEqual([call.args[2] for call in looked.call_args_list], ["a", "b"])
+        found = {gate["nodeId"]: keys_of(gate["evidence"]) for gate in shown}
+        self.assertEqual(found, {"one": "a::0 b::0", "two": "a::0 b::0", "three": "a::0"})
 
 
 class WhyTest(ServerCase):
@@ -7223,6 +7300,17 @@ class SeatTest(SeatCase):
         self.assertEqual([line.split(" ", 1)[1] for line in lines], ["x | try 0", "x | try 1"])
         self.assertEqual(self.tell("logs --failed --tail 1").splitlines(), lines[-1:])
         self.assertEqual(self.tell("logs gave_up build --failed"), "")
+
+    def test_events_of_a_node_are_its_own(self) -> None:
+        self.begin("gave_up")
+        log = [json.loads(line) for line in self.tell("logs gave_up --events").splitlines()]
+        self.assertEqual([event["type"] for event in log if "nodeId" not in event][0], "RunStarted")
+        own = [event for event in log if event.get("nodeId") == "x"]
+        self.assertLess(len(own), len(log))
+        for line, expected in (("", own), (" --tail 2", own[-2:]), (" --json --tail 1", own[-1:])):
+            told = self.tell(f"logs gave_up x --events{line}").splitlines()
+            self.assertEqual(list(map(json.loads, told)), expected)
+        self.assertEqual(json.loads(self.tell("logs gave_up --events --tail 1")), log[-1])
 
     def test_wait_ends_at_the_end_or_a_gate(self) -> None:
         self.begin("ship")
