@@ -10001,6 +10001,7 @@ READ_BYTES = 16 << 10
 PIPELINE_SECONDS = 0.002  # for requests that came together, before sockets are looked at again
 WRITE_BYTES = 256 << 10
 SEND_BUFFER_BYTES = 256 << 10
+UNSENT_BYTES = 64 << 10  # of these, what the network has no room for yet
 WRITE_SECONDS = 60.0  # per 256 KiB: a reader slower than that is dropped
 DRAIN_SECONDS = 2.0  # what requests in work get at a stop
 
@@ -10069,6 +10070,8 @@ class Connection:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # Left alone the kernel keeps megabytes for a client that does not read.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         self.socket = sock
         self.state = state
         self.talk = state.converse()

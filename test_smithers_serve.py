@@ -4862,6 +4862,69 @@ class ConnectionLimitTest(FramesCase):
         with mock.patch.object(ss, "BODY_SECONDS", 0.1):
             eventually(is_refused)
 
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        """Have the network thread look at nothing in the meantime."""
+        held = threading.Event()
+
+        def hold(_: Any) -> None:
+            held.set()
+            wait_for_go()
+
+        self.served.server.network.post(hold)
+        self.assertTrue(held.wait(PATIENCE))
+        try:
+            yield
+        finally:
+            GO.set()
+
+    def count_health(self, text: str) -> int:
+        """Return how many answers to /health a text of metrics knows of."""
+        found = re.search(r'^smithers_http_requests\{.*route="/health".*\} (\d+)$', text, re.M)
+        return int(found[1]) if found else 0
+
+    def test_a_fresh_request_waits_for_one_answer_of_each_client(self) -> None:
+        """However many requests the others have sent at once."""
+        self.served = self.at_gate()
+        others = [self.connect() for _ in range(20)]
+        fresh = self.connect()
+        self.assert_asks(fresh, *others)
+        with self.still():
+            for other in others:
+                other.sendall(get() * 200)
+            fresh.sendall(get(b"Connection: close", path=b"/metrics"))
+        (reply,) = split(receive(fresh))
+        self.assertLessEqual(self.count_health(reply.body), 2 * len(others) + 1)
+
+    def test_pipelined_requests_are_answered_in_turns(self) -> None:
+        """A client that sends more the more it is given has no more turns than the others."""
+        self.served = self.at_gate()
+        greedy, modest = self.connect(), self.connect()
+        self.assert_asks(greedy, modest)
+        with self.still():
+            greedy.sendall(get() * 2000)
+            modest.sendall(get() * 50 + get(path=b"/metrics"))
+        body = b""
+        while b"# HELP smithers_http_requests " not in body:
+            body += modest.recv(65536)
+        self.assertLessEqual(self.count_health(body.decode()), 2 * 50 + 4)
+
+    @unittest.skipUnless(sys.platform == "linux", "elsewhere the socket takes what it can hold")
+    def test_few_answers_are_made_for_a_client_that_does_not_read(self) -> None:
+        self.served = self.at_gate()
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect((LOOPBACK, self.served.port))
+            deaf.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    deaf.send(get() * 400)
+            network = self.served.server.network
+            eventually(lambda: [c.events for c in network._connections] == [selectors.EVENT_WRITE])
+            text = self.served.app.request("GET", "/metrics", headers={"Host": "localhost"}).body
+            size = len(send(self.served.port, get(b"Connection: close")))
+            self.assertLess(size * self.count_health(text.decode()), 200_000)
+
     def test_streams_do_not_count_as_connections(self) -> None:
         self.limit("MAX_CONNECTIONS", 2)
         with contextlib.ExitStack() as stack:
