@@ -10229,10 +10229,11 @@ class Streams:
 
     def expire(self, stream: Connection) -> None:
         """Say that a silent stream lives; drop one that takes nothing."""
-        if stream.pending:
+        if stream.events & selectors.EVENT_WRITE:
             self._drop(stream)
         else:
-            stream.pending = chunk(KEEP_ALIVE) if stream.is_chunked else KEEP_ALIVE
+            word = chunk(KEEP_ALIVE) if stream.is_chunked else KEEP_ALIVE
+            stream.pending = stream.pending or word
             self.pump(stream)
 
     def next_to_send(self) -> Iterator[Connection]:
@@ -10295,7 +10296,7 @@ class Streams:
         # will tell.
         stream.is_half_closed = True
         self._listen(stream, stream.events & ~selectors.EVENT_READ)
-        if not stream.pending:
+        if not stream.events & selectors.EVENT_WRITE:
             stream.state.deadline = 0.0
 
     def _let_lag(self, stream: Connection) -> None:
@@ -10672,7 +10673,8 @@ class Network:
 
     def _tick(self, now: float) -> None:
         for connection in [c for c in self._connections if c.state.deadline < now]:
-            self._expire(connection)
+            if connection.want is not NEXT:  # whose move is ours
+                self._expire(connection)
         for stream in [s for s in self._streams.open if s.state.deadline < now]:
             self._guarded(self._streams.expire, stream)
 
