@@ -4356,7 +4356,7 @@ class EventStreamTest(ServerCase):
                     quick.until(last)
                     with self.assertLogs("smithers_serve", logging.ERROR) as logs:
                         change(served.path, "alter table _smithers_events rename to hidden")
-                        slow.until(100)  # its socket takes more now, which is not to be had
+                        slow.until(10)  # its socket takes more now, which is not to be had
                         count = len(logs.output)
                         eventually(lambda: len(logs.output) > count + 3)
                         change(served.path, "alter table hidden rename to _smithers_events")
