@@ -1,6 +1,7 @@
 """The specification of smithers_serve as tests: real sockets, real processes, real databases.
 
-python3 -m unittest                      every test, nothing to install
+python3 test_smithers_serve.py           every test, several at once; nothing to install
+python3 test_smithers_serve.py NAME...   these classes or tests, as `python3 -m unittest` does
 python3 test_smithers_serve.py bench     measure
                                          (also: crash N, crash-server N, restart N, power [ROUNDS],
                                          fuzz SECONDS, fuzz-server SECONDS, model SECONDS,
@@ -14735,6 +14736,97 @@ def executors_command(arguments: argparse.Namespace) -> int:
 
 
 # ---------------------------------------------------------------------------
+# Every test, several at once
+# ---------------------------------------------------------------------------
+
+WORKERS = 3 * (os.cpu_count() or 1)  # most tests wait most of the time
+
+
+def make_portions() -> list[list[Any]]:
+    """Return every test as a portion, but every third of a class whose tests share something.
+
+    Those come first, and then the file from its end: what takes long is there.
+    """
+    shared: list[list[Any]] = []
+    alone: list[list[Any]] = []
+    for suite in unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__]):
+        tests: list[Any] = list(suite)
+        if tests and tests[0].setUpClass.__func__ is not unittest.TestCase.setUpClass.__func__:
+            shared += filter(None, (tests[number::3] for number in range(3)))
+        else:
+            alone += ([test] for test in tests)
+    return shared + alone[::-1]
+
+
+def run_portion(tests: list[Any]) -> tuple[int, int, list[str]]:
+    """Return how many tests were run and skipped, and what there is to tell of failures."""
+    runner = unittest.TextTestRunner(stream=io.StringIO(), verbosity=0)
+    result = runner.run(unittest.TestSuite(tests))
+    wrong: list[Any] = [("ERROR", *error) for error in result.errors]
+    wrong += [("FAIL", *failure) for failure in result.failures]
+    wrong += [("UNEXPECTED SUCCESS", test, "") for test in result.unexpectedSuccesses]
+    told = [f"{what}: {test}\n{'-' * 70}\n{trace}" for what, test, trace in wrong]
+    print("F" if told else "." * result.testsRun, end="", file=sys.stderr, flush=True)
+    return result.testsRun, len(result.skipped), told
+
+
+def work(portions: list[list[Any]], numbers: int, path: str) -> None:
+    """Run the portions whose numbers come out of a pipe; note that each begins, and its end."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    with open(path, "w", encoding="utf-8") as notes:
+        while parent and parent.is_alive() and (number := os.read(numbers, 4)):
+            tests = portions[int(number)]
+            died = f"ERROR: {' '.join(test.id() for test in tests)}\nits process has died\n"
+            print(json.dumps([int(number), 0, 0, [died]]), file=notes, flush=True)
+            try:
+                print(json.dumps([int(number), *run_portion(tests)]), file=notes, flush=True)
+            except KeyboardInterrupt:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                for test in tests:
+                    test.doCleanups()
+                tests[0].doClassCleanups()
+                return
+
+
+def run_all() -> int:
+    """Run every test in several processes; tell how they ended, and return, as unittest does."""
+    began, portions, fork = time.monotonic(), make_portions(), multiprocessing.get_context("fork")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run_child("-c", "import smithers_serve")  # compiled once for all
+    numbers, queue = os.pipe()
+    os.write(queue, b"".join(b"%4d" % number for number in range(len(portions))))
+    os.close(queue)
+    ended = {
+        number: (0, 0, [f"ERROR: {tests}\nnot run\n"]) for number, tests in enumerate(portions)
+    }
+    with tempfile.TemporaryDirectory(prefix="smithers-suite-") as folder:
+        paths = [os.path.join(folder, str(number)) for number in range(WORKERS)]
+        workers = [fork.Process(target=work, args=(portions, numbers, path)) for path in paths]
+        try:
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+        except KeyboardInterrupt:
+            for worker in workers:
+                if worker.pid and worker.is_alive():
+                    os.kill(worker.pid, signal.SIGINT)
+                    worker.join()
+            return 130
+        for path in filter(os.path.exists, paths):
+            with open(path, encoding="utf-8") as notes:
+                ended.update((number, rest) for number, *rest in map(json.loads, notes))
+    counts, skips, texts = zip(*ended.values())
+    told = sum(texts, [])
+    marks = [f"failures={len(told)}"] * bool(told) + [f"skipped={sum(skips)}"] * any(skips)
+    end = " ".join(["FAILED" if told else "OK", f"({', '.join(marks)})" if marks else ""])
+    took = f"{'-' * 70}\nRan {sum(counts)} tests in {time.monotonic() - began:.3f}s\n\n"
+    print("", *told, took + end.rstrip(), sep=f"\n{'=' * 70}\n", file=sys.stderr)
+    return 1 if told else 0
+
+
+# ---------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------
 
@@ -14799,17 +14891,8 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and sys.argv[1] in (
-        *CHILDREN,
-        "bench",
-        "crash",
-        "crash-server",
-        "restart",
-        "power",
-        "executors",
-        "fuzz",
-        "fuzz-server",
-        "model",
-    ):
+    if len(sys.argv) == 1:
+        raise SystemExit(run_all())
+    if sys.argv[1][0].islower() or sys.argv[1] in CHILDREN:
         raise SystemExit(main(sys.argv[1:]))
     unittest.main()
