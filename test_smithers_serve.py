@@ -3087,7 +3087,8 @@ def remote_die() -> None:
     os._exit(7)
 
 
-def remote_wait() -> str:
+def remote_wait(begun: str = os.devnull) -> str:
+    remote_touch(begun)
     told = current_task().cancelled.wait(PATIENCE)
     current_task().log("told" if told else "not told")
     return "half done"
@@ -3126,6 +3127,7 @@ class ExecutorTest(RunCase):
     def setUpClass(cls) -> None:
         try:
             cls.processes = cls.make_processes()
+            cls.processes.submit(int).result()  # there is a worker: no timeout is its start's
         except OSError as error:
             raise unittest.SkipTest(f"no process pools here: {error}") from error
         cls.addClassCleanup(cls.processes.shutdown)
@@ -3191,17 +3193,26 @@ class ExecutorTest(RunCase):
         for node_id in ("a", "b"):
             self.assertIn("BrokenProcessPool", self.error_of(node_id)["message"])
 
+    def cancel_begun(self, tells: str, run_id: str, executor: Any, *others: Any) -> None:
+        """Cancel a run whose task waits in its worker, beside others."""
+        begun = self.in_folder(f"{run_id} begun")
+        tree = Parallel(Task("a", remote_wait, args=[begun]), *others)
+        live = self.start(tree, run_id, executor=executor)
+        eventually(lambda: os.path.exists(begun))
+        for other in others:
+            live.wait(f"NodeStarted {other.id}")
+        self.cancel(run_id)
+        self.assertEqual(live.end().status, "cancelled")
+        why = "the run was cancelled"
+        tells = f"NodeOutput a 0 0 told stdout, NodeCancelled a 0 0 {why}{tells and tells + why}"
+        self.check_told(tells, run_id)
+
     def test_worker_is_told_to_stop(self) -> None:
-        pool = {"executor": self.processes}
-        told = "NodeOutput a 0 0 told stdout"
-        late = f"{told}, NodeFailed a 0 0 TASK_TIMEOUT"
-        for number, run in enumerate((remote_wait, remote_sleep)):
-            tree = Task("a", run, timeout=0.1)
-            self.play(tree, "", "failed", late, run_id=f"late{number}", options=pool)
-        cancelled = f"{told}, NodeCancelled a 0 0 the run was cancelled"
-        self.play(
-            Task("a", remote_wait), "NodeStarted a; cancel", "cancelled", cancelled, options=pool
-        )
+        late = "NodeOutput a 0 0 told stdout, NodeFailed a 0 0 TASK_TIMEOUT"
+        for run in (remote_wait, remote_sleep):
+            tree, options = Task("a", run, timeout=0.3), {"executor": self.processes}
+            self.play(tree, "", "failed", late, run_id=run.__name__, options=options)
+        self.cancel_begun("", "cancelled", self.processes)
 
     def test_worker_that_gave_up_has_not_finished(self) -> None:
         engine = ss.Engine(as_workflow(Task("a", remote_wait)), self.db, "r", patience="timed",
@@ -3250,16 +3261,8 @@ class ExecutorTest(RunCase):
     def test_what_is_told_to_stop_in_a_queue_never_begins(self) -> None:
         for run_id, pool in (("threads", self.threads(1)), ("processes", self.processes)):
             path = self.in_folder(f"{run_id} ran")
-            tree = Parallel(Task("a", remote_wait), Task("b", remote_touch, args=[path]))
-            why = "the run was cancelled"
-            self.play(
-                tree,
-                "NodeStarted b; cancel",
-                "cancelled",
-                f"NodeOutput a 0 0 told stdout, NodeCancelled a 0 0 {why}, b 0 0 {why}",
-                run_id=run_id,
-                options={"executor": Opaque(pool)},
-            )
+            waiting = Task("b", remote_touch, args=[path])
+            self.cancel_begun(", b 0 0 ", run_id, Opaque(pool), waiting)
             self.assertFalse(os.path.exists(path))
 
     @IMPATIENT
@@ -10231,15 +10234,14 @@ class ReplayTest(ManyCase):
     @staticmethod
     def is_settled(many: Many) -> bool:
         """Return whether every run has ended, waits without a process, or is a slow one at work."""
-        found = many.read("""select count(*) from _smithers_runs where not (
+        left = """select run_id from _smithers_runs where not (
             status in ('finished', 'failed', 'cancelled')
             or status = 'waiting-approval' and runtime_owner_id is null
+              and run_id not in (select run_id from _smithers_woken)
             or status = 'running' and cancel_requested_at_ms is null and exists (
               select 1 from _smithers_nodes n where n.run_id = _smithers_runs.run_id
-              and node_id = 'slow' and state = 'in-progress'))""")  # fmt: skip
-        woken = many.read("select count(*) from _smithers_woken join _smithers_runs using (run_id)"
-                          " where status not in ('finished', 'failed', 'cancelled')")  # fmt: skip
-        return bool(found[0][0] + woken[0][0] == 0)
+              and node_id = 'slow' and state = 'in-progress'))"""
+        return not many.read(left)
 
     def replay(self, record: dict[str, Any]) -> tuple[list[str], str]:
         """Put a recorded question to ours and return the lines of its head, and its body."""
