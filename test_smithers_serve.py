@@ -4463,6 +4463,8 @@ REQUESTS: tuple[tuple[bytes, list[int]], ...] = (
 
 
 class StrictRequestTest(ServerCase):
+    context: ssl.SSLContext | None = None
+
     def check(self, name: str, request: bytes, pieces: Seq[bytes], expected: list[int]) -> None:
         with self.subTest(sent=name, request=request[:150], size=len(request)):
             replies = split(send(self.served.port, *pieces))
@@ -5727,6 +5729,7 @@ class BrowserTest(ServerCase):
         self.browser.click("All runs")
         self.see_rows(RUN)
         self.browser.ask("POST", "/back")
+        self.browser.see("No engine drives this run")
         self.browser.click("Approve deploy", "Yes, approve deploy")
         self.browser.see("It counts when somebody resumes the run")
         self.assertEqual(self.gate(RUN).status, "approved")
@@ -9321,7 +9324,8 @@ def held(ctx):
     return Workflow("held", Task("before", step), Task("hold", hold), Task("after", step))
 
 def slowly_timed(ctx):
-    return Workflow("timed", Approval("ok", timeout=1.2, on_timeout="approve"))
+    seconds = ctx.input.get("seconds", 1.2)
+    return Workflow("timed", Approval("ok", timeout=seconds, on_timeout="approve"))
 
 def finish_slowly():
     current_task().log("holding")
@@ -9370,10 +9374,10 @@ class Many:
         """Let a task that holds go on."""
         self.write(f"go-{run_id}", "")
 
-    def start(self, *flags: str, **env: str) -> Child:
+    def start(self, *flags: str, command: Seq[str] = MODULE) -> Child:
         """Start the server's next life; it serves on return."""
         words = ("server", "--root", "flows", "--port", "0", *flags)
-        self.child = Child(*MODULE, *words, folder=self.folder, **env)
+        self.child = Child(*command, *words, folder=self.folder)
         self.port = self.child.port
         return self.child
 
@@ -9877,11 +9881,11 @@ class ServerLifeTest(ManyCase):
         self.addCleanup(self.many.close)
         super().setUp()
 
-    def restart(self, number: int, *flags: str) -> None:
+    def restart(self, number: int, *flags: str, command: Seq[str] = MODULE) -> None:
         """End the server by a signal and start the next one."""
         self.many.child.finish(number)
         self.many.child.close()
-        self.many.start(*flags)
+        self.many.start(*flags, command=command)
 
     def test_a_server_of_another_root_starts_no_run_of_this_one(self) -> None:
         parked = self.park("a")
@@ -10097,14 +10101,18 @@ class ServerLifeTest(ManyCase):
 
     def test_somebody_is_told_of_a_parked_gate_that_expires_soon(self) -> None:
         said = os.path.join(self.folder, "said")
-        self.restart(signal.SIGTERM, "--notify", f"sh -c 'cat >> {said}; echo >> {said}'")
-        self.begin("jobs.py:slowly_timed", "a")
-        self.assert_ends("a")
+        early = "import smithers_serve as ss; ss.Notifier.SOON_SHARE = 0.9975; ss.main()"
+        notify = f"sh -c 'cat >> {said}; echo >> {said}'"
+        self.restart(signal.SIGTERM, "--notify", notify, command=("-c", early))
+        self.begin("jobs.py:slowly_timed", "a", input={"seconds": 600})
 
         def told() -> list[str]:
             with open(said, encoding="utf-8") as file:
                 return [json.loads(line)["event"] for line in file if line.endswith("}\n")]
 
+        eventually(lambda: os.path.exists(said) and "gate-expiring" in told())
+        self.many.ask("POST", "/v1/runs/a/nodes/ok/approve")
+        self.assert_ends("a")
         eventually(lambda: "run-ended" in told())
         self.assertEqual(told(), ["gate-opened", "gate-expiring", "run-ended"])
 
