@@ -4462,12 +4462,27 @@ REQUESTS: tuple[tuple[bytes, list[int]], ...] = (
 # fmt: on
 
 
-class StrictRequestTest(ServerCase):
-    context: ssl.SSLContext | None = None
+def ways(request: bytes) -> Iterator[tuple[str, list[bytes]]]:
+    """Yield every way in which a request is sent, and its pieces."""
+    yield "whole", [request]
+    if len(request) < 1000:
+        yield "byte by byte", [request[i : i + 1] for i in range(len(request))]
+    marks = [match.end() for match in re.finditer(rb"\r\n|[ :]|\r", request)][:400]
+    cuts = [0, *marks, len(request)]
+    yield "split", [request[a:b] for a, b in zip(cuts, cuts[1:]) if a < b]
+    middle = len(request) - len(request) // 3
+    yield "in two", [request[:middle], request[middle:]]
+
+
+class RequestsCase(ServerCase):
+    """Raw bytes, and the answers to them."""
+
+    def send(self, *pieces: bytes) -> bytes:
+        return send(self.served.port, *pieces)
 
     def check(self, name: str, request: bytes, pieces: Seq[bytes], expected: list[int]) -> None:
         with self.subTest(sent=name, request=request[:150], size=len(request)):
-            replies = split(send(self.served.port, *pieces))
+            replies = split(self.send(*pieces))
             self.assertEqual([reply.status for reply in replies], expected)
             for status, headers, body in replies:
                 self.assertEqual(headers["content-type"], "application/json")
@@ -4476,26 +4491,17 @@ class StrictRequestTest(ServerCase):
                 if status in (400, 413, 414, 431, 501, 505):
                     self.assertEqual(headers["connection"], "close")
 
-    def test_requests_sent_whole(self) -> None:
+    def check_requests(self) -> None:
         before = rows(self.path)
         for request, expected in REQUESTS:
-            self.check("whole", request, [request], expected)
+            for name, pieces in ways(request):
+                self.check(name, request, pieces, expected)
         self.assertEqual(rows(self.path), before)
 
-    def test_requests_sent_byte_by_byte(self) -> None:
-        for request, expected in REQUESTS:
-            if len(request) < 1000:
-                pieces = [request[i : i + 1] for i in range(len(request))]
-                self.check("byte by byte", request, pieces, expected)
 
-    def test_requests_split_at_boundaries(self) -> None:
-        for request, expected in REQUESTS:
-            marks = [match.end() for match in re.finditer(rb"\r\n|[ :]|\r", request)][:400]
-            cuts = [0, *marks, len(request)]
-            pieces = [request[a:b] for a, b in zip(cuts, cuts[1:]) if a < b]
-            self.check("split", request, pieces, expected)
-            middle = len(request) - len(request) // 3
-            self.check("halves", request, [request[:middle], request[middle:]], expected)
+class StrictRequestTest(RequestsCase):
+    def test_requests_are_answered_however_they_are_cut(self) -> None:
+        self.check_requests()
 
     def test_every_split_of_a_request_counts_the_same(self) -> None:
         request = chunked(b"2;x=y\r\n{}\r\n0\r\nT: t\r\n\r\n") + get()
@@ -5073,7 +5079,7 @@ def trust_all(maximum: ssl.TLSVersion | None = None) -> ssl.SSLContext:
     return context
 
 
-class TlsTest(ServerCase):
+class TlsTest(RequestsCase):
     def setUp(self) -> None:
         super().setUp()
         context = ss.make_ssl_context(make_certificate(self.folder), None)
@@ -5087,6 +5093,34 @@ class TlsTest(ServerCase):
         self.assertTrue(self.served.server.url.startswith("https://127.0.0.1:"))
         self.assertEqual(self.ask("GET", "/").body["status"], "waiting-approval")
         self.assertEqual(self.ask("POST", "/approve/deploy").status, 200)
+
+    def send(self, *pieces: bytes) -> bytes:
+        """Send every piece as a record of its own, and a farewell; return all that comes back."""
+        received, coming, going = b"", ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = self.secure["context"].wrap_bio(coming, going)
+        with connect(self.served.port) as sock:
+
+            def finish(act: Callable[[], Any]) -> Any:
+                while True:
+                    try:
+                        return act()
+                    except ssl.SSLWantReadError:
+                        sock.sendall(going.read())
+                        coming.write(sock.recv(65536)) or coming.write_eof()
+
+            finish(tls.do_handshake)
+            for piece in pieces:
+                tls.write(piece)
+            with contextlib.suppress(ssl.SSLWantReadError):
+                tls.unwrap()
+            # With a farewell, or without one: the length of an answer tells its end.
+            with contextlib.suppress(ssl.SSLZeroReturnError, ssl.SSLEOFError, ConnectionError):
+                while data := finish(lambda: tls.read(65536)):
+                    received += data
+        return received
+
+    def test_requests_are_answered_over_tls_however_they_are_cut(self) -> None:
+        self.check_requests()
 
     def test_streams_follow_a_run_over_tls(self) -> None:
         with self.served.listen(**self.secure) as reader:
