@@ -13786,7 +13786,8 @@ static void record(char kind, uint64_t inode, int64_t number, const void *data, 
 static int matters(const char *path)
 {
     size_t length = strlen(database);
-    return trace >= 0 && strncmp(path, database, length) == 0 && strcmp(path + length, "-shm") != 0;
+    return trace >= 0 && strncmp(path, database, length) == 0
+        && strncmp(path + length, "-shm", 4) != 0; /* nor as it is called when it is deleted */
 }
 
 /* Return the inode behind a descriptor, 0 when it is nothing that is looked at. */
@@ -13813,9 +13814,11 @@ static uint64_t inode_of(int fd)
         if (!matters(path)) \
             return real(path, flags, mode); \
         pthread_mutex_lock(&turn); \
-        int is_new = access(path, F_OK) != 0, fd = real(path, flags, mode); \
-        if (fd >= 0 && is_new) \
+        int fd = flags & O_CREAT ? real(path, flags | O_EXCL, mode) : -1; \
+        if (fd >= 0) \
             record('O', inode_of(fd), 0, path, strlen(path)); \
+        else \
+            fd = real(path, flags, mode); \
         pthread_mutex_unlock(&turn); \
         return fd; \
     }
