@@ -1458,15 +1458,20 @@ class AuthoringTest(RunCase):
         self.assertEqual(self.db.list_runs(ss.TERMINAL_STATUSES + ss.ACTIVE_STATUSES), [])
 
     def test_a_path_is_no_adapter(self) -> None:
-        wrong: Any = self.path
+        wrong: Any = self.in_folder("x.db")
         for use in (
             lambda: ss.run_workflow(Workflow("w"), adapter=wrong),
             lambda: ss.create_serve_app(adapter=wrong, run_id="r"),
         ):
-            with self.assertRaisesRegex(ss.AuthoringError, "opens a file"):
+            with self.assertRaisesRegex(ss.AuthoringError, "SmithersDb.* opens a file"):
                 use()
-        with self.assertRaisesRegex(ss.StorageError, "kept in a file"):
-            ss.SmithersDb(":memory:")
+            self.assertFalse(os.path.exists(wrong))
+
+    def test_database_without_a_file_is_refused(self) -> None:
+        for name in (":memory:", "", "file:x.db"):
+            with self.subTest(name=name), self.assertRaisesRegex(ss.StorageError, "in a file"):
+                ss.SmithersDb(name)
+            self.assertFalse(os.path.exists(name))
 
     def test_run_id_can_be_used_once(self) -> None:
         self.drive(Task("a", answer))
@@ -2560,9 +2565,9 @@ class RehearsalTest(RunCase):
 # Durability: crash, resume, ownership, control from outside
 # ---------------------------------------------------------------------------
 
-# Lives a life of a run for every line of `[path, effects, kill_at]`: a process of its own that kills
-# itself right after the commit of the kill_at-th event that its engine tells of, so that no point
-# between two commits is left out. Answers with its exit code.
+# Lives a life of a run for every line of `[path, effects, kill_at]`: in a process of its own that
+# kills itself right after the commit of the kill_at-th event that its engine tells of. Answers with
+# what became of that process.
 CRASH_SCRIPT = """
 import json, os, signal, sys
 from smithers_serve import (
@@ -6416,32 +6421,24 @@ workflow = Workflow("logs", Task("work", work))
         self.assertEqual(oct(mode), oct(0o600))
 
     def test_server_flags_are_honoured(self) -> None:
-        with self.up("workflow", "--no-metrics", "--allowed-host", "box.example") as child:
-            for host, path, status in (
-                ("box.example", "/", 200),
-                ("evil.example", "/", 403),
-                ("box.example", "/metrics", 404),
-            ):
-                reply = ask(child.port, "GET", path, None, {"Host": host})
-                self.assertEqual(reply.status, status, (host, path))
-
-    def test_a_token_comes_from_a_file(self) -> None:
         self.write("token", "  from-file\n")
-        flags = ("--auth-token-file", "token", "--metrics", "false")
-        with self.up("workflow", *flags, SMITHERS_API_KEY="env") as child:
-            for token, path, status in (
-                ("from-file", "/", 200),
-                ("env", "/", 401),
-                ("from-file", "/metrics", 404),
-            ):
-                reply = ask(child.port, "GET", path, None, bearer(token))
-                self.assertEqual(reply.status, status, (token, path))
-
-    def test_a_wide_bind_without_token_warns(self) -> None:
-        flags = ("--host", "0.0.0.0", "--metrics", "true")
-        with self.up("workflow", *flags) as child:
-            child.wait_for("WARNING.*--auth-token")
-            self.assertEqual(ask(child.port, "GET", "/metrics").status, 200)
+        evil, box = {"Host": "evil.example"}, {"Host": "box.example"}
+        for flags, env, answers in (
+            ("--no-metrics --allowed-host box.example", {},
+             ((box, "/", 200), (evil, "/", 403), (box, "/metrics", 404))),
+            ("--auth-token-file token --metrics false", {"SMITHERS_API_KEY": "env"},
+             ((bearer("from-file"), "/", 200), (bearer("env"), "/", 401),
+              (bearer("from-file"), "/metrics", 404))),
+            ("--host 0.0.0.0 --metrics true", {}, (({}, "/metrics", 200),)),
+        ):  # fmt: skip
+            with self.subTest(flags=flags), self.up("workflow", *flags.split(), **env) as child:
+                for headers, path, status in answers:
+                    reply = ask(child.port, "GET", path, None, headers)
+                    self.assertEqual(reply.status, status, (headers, path))
+                if "0.0.0.0" in flags:
+                    child.wait_for("WARNING.*--auth-token")
+                child.finish(signal.SIGINT)
+            os.remove(self.path)
 
     def test_a_gate_prints_how_to_approve_it(self) -> None:
         with self.up("workflow", "--host", "0.0.0.0", SMITHERS_API_KEY="tok") as child:
@@ -6474,11 +6471,9 @@ class ExitCodeTest(CommandCase):
                 self.assertIn("[smithers] fail failed: it broke\n", err)
 
     def test_with_a_server_the_runs_own(self) -> None:
-        for name, line, expected in (
-            ("other", "Workflow finished", 0),
-            ("failing", r"Workflow failed\. Server still running", 1),
-            ("workflow", "waits for approval", 3),
-        ):
+        failed = r"Workflow failed\. Server still running"
+        rows = (("other", "Workflow finished", 0), ("failing", failed, 1))
+        for name, line, expected in (*rows, ("workflow", "waits for approval", 3)):
             with self.subTest(name=name), self.up(name, "-r", name) as child:
                 child.wait_for(line)
                 self.assertEqual(child.finish(signal.SIGTERM)[0], expected)
@@ -6516,40 +6511,62 @@ class MistakeTest(CommandCase):
                     found[name] = file.read()
         return found
 
-    def test_an_executor_that_cannot_be_made(self) -> None:
-        self.assert_mistakes(
+    # The files that are there, and of every kind of mistake what is said and the command line.
+    FILES = {
+        "broken.py": "x = 1\ndef f(:\n",
+        "raises.py": "x = 1\n\n1 / 0\n",
+        "exits.py": "import sys\nsys.exit(0)\n",
+        "notes.txt": "hello",
+        "text.db": "this is not a database, but a letter to a friend\n" * 100,
+        "open": "alice approver a\n",
+        "boss": "alice boss a\n",
+    }
+    # fmt: off
+    MISTAKES = {
+        "an executor that cannot be made": (
             ("nowhere.*No module named", "flow.py:other --executor nowhere:make"),
             ("flow:none.*MODULE:FACTORY", "flow.py:other --executor flow:none"),
             ("flow:fail: RuntimeError: it broke", "flow.py:other --executor flow:fail"),
-            ("flow:is_other: dict is not an executor", "flow.py:other --executor flow:is_other"),
-        )
-
-    def test_a_file_that_cannot_be_loaded(self) -> None:
-        self.write("broken.py", "x = 1\ndef f(:\n")
-        self.write("raises.py", "x = 1\n\n1 / 0\n")
-        self.write("exits.py", "import sys\nsys.exit(0)\n")
-        self.write("notes.txt", "hello")
-        self.assert_mistakes(
-            ("missing.py", "missing.py"),
-            ("missing.py", "missing.py:workflow"),
+            ("flow:is_other: dict is not an executor", "flow.py:other --executor flow:is_other")),
+        "a file that cannot be loaded": (
+            ("missing.py", "missing.py"), ("missing.py", "missing.py:workflow"),
             ("broken.py, line 2.*SyntaxError", "broken.py"),
-            ("raises.py, line 3.*ZeroDivisionError", "raises.py"),
-            ("exits.py", "exits.py"),
-            ("notes.txt", "notes.txt"),
-            ("nothing", "flow.py:nothing"),
-            ("number", "flow.py:number"),
-        )
-
-    def test_an_input_that_is_not_json(self) -> None:
-        self.assert_mistakes(
-            ("--input", "flow.py -i {"),
-            ("--input", "flow.py -i NaN"),
+            ("raises.py, line 3.*ZeroDivisionError", "raises.py"), ("exits.py", "exits.py"),
+            ("notes.txt", "notes.txt"), ("nothing", "flow.py:nothing"),
+            ("number", "flow.py:number")),
+        "an input that is not JSON": (
+            ("--input", "flow.py -i {"), ("--input", "flow.py -i NaN"),
             *(("--input", f"flow.py -i '{text}'") for text in ("[1]", '"text"', "1", "null")),
             ("1e400", "flow.py -i '{\"x\": 1e400}'"),
             ("--input", 'flow.py -i \'{"a": 1, "a": 2}\''),
-            ("missing.json", "flow.py -i @missing.json"),
-            ("--input", "flow.py -d -i {"),
-        )
+            ("missing.json", "flow.py -i @missing.json"), ("--input", "flow.py -d -i {")),
+        "a database that cannot be used": (
+            ("text.db.*not a database", "flow.py --db text.db"),
+            ("folder", "flow.py --db no/folder.db"), ("database", "flow.py --db .")),
+        "a secret that cannot be used": (
+            ("token", "flow.py --serve --auth-token ''"),
+            ("token", "flow.py --serve --auth-token 'a b'"),
+            ("missing", "flow.py --serve --auth-token-file missing"),
+            ("missing.pem", "flow.py --serve --certfile missing.pem"),
+            ("--certfile", "flow.py --serve --keyfile missing.pem")),
+        "a file of tokens that cannot be used": (
+            ("missing", "flow.py --serve --port 0 --tokens missing"),
+            ("open.*others", "flow.py --serve --port 0 --tokens open"),
+            ("boss.*role", "flow.py --serve --port 0 --tokens boss")),
+        "words to notify that cannot be split": (
+            ("--notify", 'flow.py --notify "it\'s"'), ("--notify", "flow.py --notify ''")),
+        "flags that do not exist": tuple(("--help", line) for line in (
+            "", "flow.py --port 70000", "flow.py --port ²", "flow.py --metrics perhaps",
+            "flow.py -c 0", "flow.py --nonsense")),
+    }
+    # fmt: on
+
+    def test_every_mistake_is_told_in_a_line(self) -> None:
+        for name, text in self.FILES.items():
+            os.chmod(self.write(name, text), 0o644 if name == "open" else 0o600)
+        for kind, mistakes in self.MISTAKES.items():
+            with self.subTest(kind=kind):
+                self.assert_mistakes(*mistakes)
 
     def test_an_address_that_cannot_be_bound(self) -> None:
         with contextlib.closing(socket.socket()) as taken:
@@ -6572,53 +6589,11 @@ class MistakeTest(CommandCase):
             ("--force", "flow.py:other --force"),
         )
 
-    def test_databases_that_cannot_be_used(self) -> None:
-        self.write("text.db", "this is not a database, but a letter to a friend\n" * 100)
-        self.assert_mistakes(
-            ("text.db.*not a database", "flow.py --db text.db"),
-            ("folder", "flow.py --db no/folder.db"),
-            ("database", "flow.py --db ."),
-        )
-
-    def test_secrets_that_cannot_be_used(self) -> None:
-        self.assert_mistakes(
-            ("token", "flow.py --serve --auth-token ''"),
-            ("token", "flow.py --serve --auth-token 'a b'"),
-            ("missing", "flow.py --serve --auth-token-file missing"),
-            ("missing.pem", "flow.py --serve --certfile missing.pem"),
-            ("--certfile", "flow.py --serve --keyfile missing.pem"),
-        )
-
-    def test_token_files_that_cannot_be_used(self) -> None:
-        os.chmod(self.write("open", "alice approver a\n"), 0o644)
-        os.chmod(self.write("broken", "alice boss a\n"), 0o600)
-        self.assert_mistakes(
-            ("missing", "flow.py --serve --port 0 --tokens missing"),
-            ("open.*others", "flow.py --serve --port 0 --tokens open"),
-            ("broken.*role", "flow.py --serve --port 0 --tokens broken"),
-        )
-
-    def test_notify_words_that_cannot_be_split(self) -> None:
-        self.assert_mistakes(
-            ("--notify", 'flow.py --notify "it\'s"'), ("--notify", "flow.py --notify ''")
-        )
-
-    def test_flags_that_do_not_exist(self) -> None:
-        for line in (
-            "up",
-            "up flow.py --port 70000",
-            "up flow.py --port ²",
-            "up flow.py --metrics perhaps",
-            "up flow.py -c 0",
-            "up flow.py --nonsense",
-            "down",
-            "",
-        ):
-            with self.subTest(line=line):
-                code, out, err = self.main(*line.split())
-                self.assertEqual((code, out), (4, ""))
-                self.assertRegex(err, r"\A\[smithers\] Error: .*--help\n\Z")
-        self.assertEqual(os.listdir(self.folder), ["flow.py"])
+    def test_no_such_command_is_a_mistake(self) -> None:
+        for line in ("down", ""):
+            code, out, err = self.main(*line.split())
+            self.assertEqual((code, out), (4, ""))
+            self.assertRegex(err, r"\A\[smithers\] Error: .*--help\n\Z")
 
     def test_help_is_no_mistake(self) -> None:
         code, out, err = self.main("up", "--help")
@@ -7620,17 +7595,10 @@ def deaf():
     current_task().log("holding")
     time.sleep(60)
 
-def ignoring(ctx):
-    return Workflow("ignoring", Task("deaf", deaf), Task("after", step))
-
-def gated(ctx):
-    return Workflow("gated", Task("before", step), Approval("ok"), Task("after", step))
-
-def held(ctx):
-    return Workflow("held", Task("before", step), Task("hold", hold), Task("after", step))
-
-def commanded(ctx):
-    return Workflow("commanded", Task("command", COMMAND), Task("after", step))
+ignoring = Workflow("ignoring", Task("deaf", deaf), Task("after", step))
+gated = Workflow("gated", Task("before", step), Approval("ok"), Task("after", step))
+held = Workflow("held", Task("before", step), Task("hold", hold), Task("after", step))
+commanded = Workflow("commanded", Task("command", COMMAND), Task("after", step))
 
 def grandchild(ctx):
     script = ('env -i sh -c "echo child \\$\\$; exec sleep 60" >> "$EFFECTS" & '
@@ -7662,8 +7630,7 @@ def good():
     time.sleep(float(os.environ.get("GOOD", "0.3")))
     note("done")
 
-def poisoned(ctx):
-    return Workflow("poisoned",
+poisoned = Workflow("poisoned",
         Parallel(Task("poison", poison, retries=2, continue_on_fail=True),
                  Task("good", good), Task("other", good)),
         Task("after", step))
@@ -7715,13 +7682,10 @@ def lose_folder():
     os.rmdir(os.getcwd())
     raise RuntimeError("no folder")
 
-def homeless(ctx):
-    return Workflow("homeless", Task("lose", lose_folder, timeout=30, continue_on_fail=True),
+homeless = Workflow("homeless", Task("lose", lose_folder, timeout=30, continue_on_fail=True),
                     Approval("ok"), Task("after", step))
-
-def moving(ctx):
-    return Workflow("moving", Task("move", lambda: os.chdir("/")), Approval("ok"),
-                    Task("after", step))
+moving = Workflow("moving", Task("move", lambda: os.chdir("/")), Approval("ok"),
+                  Task("after", step))
 
 def freeze():
     import ctypes
@@ -7730,8 +7694,7 @@ def freeze():
         ctypes.PyDLL(None).read(fifo.fileno(), ctypes.create_string_buffer(1), 1)
     note("done")
 
-def frozen(ctx):
-    return Workflow("frozen", Task("freeze", freeze), Task("after", step))
+frozen = Workflow("frozen", Task("freeze", freeze), Task("after", step))
 
 def cooperative():
     note("begin")
@@ -7744,8 +7707,7 @@ def cooperative():
             done += 1
     return {"done": done}
 
-def polite(ctx):
-    return Workflow("polite", Task("work", cooperative))
+polite = Workflow("polite", Task("work", cooperative))
 
 def fork():
     pid = os.fork()
@@ -7756,8 +7718,7 @@ def fork():
     current_task().log("holding")
     current_task().cancelled.wait(60)
 
-def forking(ctx):
-    return Workflow("forking", Task("fork", fork))
+forking = Workflow("forking", Task("fork", fork))
 
 def return_twice():
     pid = os.fork()
@@ -7765,8 +7726,7 @@ def return_twice():
         os.waitpid(pid, 0)
     return {"is_child": pid == 0}
 
-def returning(ctx):
-    return Workflow("returning", Task("twice", return_twice), Task("after", step))
+returning = Workflow("returning", Task("twice", return_twice), Task("after", step))
 
 def fork_and_wait():
     pid = os.fork()
@@ -7774,8 +7734,7 @@ def fork_and_wait():
         os._exit(0)
     return os.waitpid(pid, 0)[1]
 
-def waiting(ctx):
-    return Workflow("waiting", Task("status", fork_and_wait))
+waiting = Workflow("waiting", Task("status", fork_and_wait))
 
 def sleepers():
     found = 0
@@ -9304,17 +9263,6 @@ class MinorFaultTest(FaultCase):
             self.assertEqual(result.status, "finished")
             self.assertEqual(db.get_summary("r"), {"failed": 20})
 
-    def test_adapter_must_be_an_open_one(self) -> None:
-        with self.assertRaisesRegex(ss.AuthoringError, "SmithersDb"):
-            ss.run_workflow(Workflow("w"), adapter="x.db")  # type: ignore[arg-type]
-        self.assertFalse(os.path.exists("x.db"))
-
-    def test_database_in_memory_is_refused(self) -> None:
-        for name in (":memory:", "", "file:x.db"):
-            with self.subTest(name=name), self.assertRaises(ss.StorageError):
-                ss.SmithersDb(name)
-            self.assertFalse(os.path.exists(name))
-
     def test_linked_workflow_finds_its_siblings(self) -> None:
         os.mkdir(self.in_folder("real"))
         self.write("real/sibling.py", "def work():\n    return 7\n")
@@ -9367,15 +9315,10 @@ def die():
 def workflow(ctx):
     return Workflow("two", Task("one", step, label=str(ctx.input.get("n"))), Task("two", step))
 
-def gated(ctx):
-    return Workflow("gated", Task("before", step), Approval("ok"), Task("after", step))
-
-def timed(ctx):
-    return Workflow("timed", Approval("ok", timeout=0.3, on_timeout="approve"),
-                    Task("after", step))
-
-def held(ctx):
-    return Workflow("held", Task("before", step), Task("hold", hold), Task("after", step))
+gated = Workflow("gated", Task("before", step), Approval("ok"), Task("after", step))
+timed = Workflow("timed", Approval("ok", timeout=0.3, on_timeout="approve"),
+                 Task("after", step))
+held = Workflow("held", Task("before", step), Task("hold", hold), Task("after", step))
 
 def slowly_timed(ctx):
     seconds = ctx.input.get("seconds", 1.2)
@@ -9389,9 +9332,7 @@ def finish_slowly():
     return {}
 
 slow_to_leave = Workflow("slow", Task("hold", finish_slowly), Task("after", step))
-
-def gated_hold(ctx):
-    return Workflow("gated", Task("before", step), Approval("ok"), Task("hold", hold))
+gated_hold = Workflow("gated", Task("before", step), Approval("ok"), Task("hold", hold))
 
 def broken(ctx):
     return Workflow("broken", Task("fail", ["test", "-e", f"go-{ctx.run_id}"]),
@@ -14835,7 +14776,8 @@ def work(portions: list[list[Any]], numbers: int, path: str) -> None:
 def run_all() -> int:
     """Run every test in several processes; tell how they ended, and return, as unittest does."""
     began, portions, fork = time.monotonic(), make_portions(), multiprocessing.get_context("fork")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     run_child("-c", "import smithers_serve")  # compiled once for all
     numbers, queue = os.pipe()
     os.write(queue, b"".join(b"%4d" % number for number in range(len(portions))))
