@@ -565,14 +565,14 @@ class Child:
         self,
         *argv: object,
         folder: str | None = None,
-        limit: str = "",
+        shell: str = "",  # with "$@" for the command
         python: str = sys.executable,
         **env: str,
     ) -> None:
         command = [python, *map(str, argv)]
         self.started_at = time.perf_counter()
         self.process = subprocess.Popen(
-            ["sh", "-c", f'{limit}; exec "$@"', "sh", *command] if limit else command,
+            ["sh", "-c", shell, "sh", *command] if shell else command,
             cwd=folder,
             env=child_environment(**env),
             stdin=subprocess.PIPE,
@@ -3577,10 +3577,14 @@ class DecisionTest(ServerCase):
 
     def test_a_gate_asked_twice_needs_its_iteration(self) -> None:
         self.served = self.fresh()
-        live = self.served.start(loop(Approval("ok")), "NodeWaitingApproval ok 0")
-        self.assert_ask(200, "POST", "/approve/ok")
+        tree = loop(Approval("ok", on_deny="continue"))
+        live = self.served.start(tree, "NodeWaitingApproval ok 0")
+        self.assert_ask(200, "POST", "/deny/ok")
         live.wait("NodeWaitingApproval ok 1")
         self.refuse_decision(400, "INVALID_REQUEST", "iteration: 0, 1", "ok")
+        self.assert_ask(200, "POST", "/deny/ok", {"iteration": 0})  # a late repetition
+        gates = {gate.iteration: gate.status for gate in self.db.list_gates(self.served.run_id)}
+        self.assertEqual(gates, {0: "denied", 1: "requested"})
         self.assert_ask(200, "POST", "/approve/ok", {"iteration": 1})
         self.assertEqual(live.end().status, "finished")
 
@@ -4705,7 +4709,7 @@ class ConnectionLimitTest(FramesCase):
     def test_few_descriptors_mean_503_and_not_silence(self) -> None:
         """A server with 100 descriptors, asked for 150 streams, answers everybody."""
         flow = "from smithers_serve import *\nworkflow = Workflow('w', Approval('gate'))\n"
-        options = {"limit": "ulimit -n 100"}
+        options = {"shell": 'ulimit -n 100; exec "$@"'}
         with serve_child(self.folder, flow, "--db", "child.db", **options) as child:
             readers = [EventReader(child.port) for _ in range(150)]
             self.assertEqual({reader.status for reader in readers}, {200, 503})
@@ -7894,10 +7898,11 @@ class SuspendTest(FaultCase):
     """SIGTERM and SIGHUP are the machine's: the run goes on later, as if nothing had been."""
 
     def test_signals_of_machine_suspend(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            self.run_id = f"run-{number}"
-            with self.subTest(number=number):
-                self.assertEqual(self.end_life("gated", "ok waits", number), 3)
+        """And the line that is printed then goes on, also where a task has moved elsewhere."""
+        for flow, number in (("gated", signal.SIGTERM), ("moving", signal.SIGHUP)):
+            self.run_id = flow
+            with self.subTest(flow=flow, number=number):
+                self.assertEqual(self.end_life(flow, "ok waits", number), 3)
                 self.assertEqual(self.row(), ("waiting-approval", None))
                 sql = "select status from _smithers_approvals where run_id = ?"
                 self.assertEqual(self.read(sql, self.run_id), [("requested",)])
@@ -7905,7 +7910,8 @@ class SuspendTest(FaultCase):
                 self.paste(self.said)
 
     def test_suspended_attempts_run_again(self) -> None:
-        for flow, node in (("held", "hold"), ("commanded", "command")):
+        """Also a function that looks at its flag and returns early: it has not done its work."""
+        for flow, node in (("held", "hold"), ("commanded", "command"), ("polite", "work")):
             self.run_id = flow
             with self.subTest(flow=flow):
                 self.assertEqual(self.end_life(flow, "holding", signal.SIGTERM), 3)
@@ -7914,13 +7920,7 @@ class SuspendTest(FaultCase):
                 self.assert_status(0, "finished", flow)
                 self.assertEqual(self.ends(node), ["cancelled", "finished"])
         self.assertEqual(self.effects().count("before 0 done"), 1)
-
-    def test_function_told_to_stop_runs_again(self) -> None:
-        """A function that looks at its flag and returns early has not done its work."""
-        self.assertEqual(self.end_life("polite", "holding", signal.SIGTERM), 3)
-        self.assertEqual(self.ends("work"), ["cancelled"])
-        self.assert_status(0, "finished", "polite")
-        output = self.read("select output_json from _smithers_outputs")
+        output = self.read("select output_json from _smithers_outputs where run_id = 'polite'")
         self.assertEqual(output, [('{"done":3}',)])
 
     def test_three_suspended_lives_are_no_crash(self) -> None:
@@ -7957,11 +7957,6 @@ class SuspendTest(FaultCase):
         self.assertNotIn("Traceback", child.text())
         self.approve()
         self.paste(child.text())
-
-    def test_line_is_right_after_task_has_moved(self) -> None:
-        self.assertEqual(self.end_life("moving", "ok waits", signal.SIGTERM), 3)
-        self.approve()
-        self.paste(self.said)
 
 
 class ResumeTest(FaultCase):
@@ -8321,10 +8316,12 @@ class OwnerTest(FaultCase):
     """Who lives is what the kernel says, whatever a clock or a heartbeat says."""
 
     def write_row(self, **values: Any) -> None:
-        with contextlib.closing(sqlite3.connect(self.path, timeout=PATIENCE)) as db:
-            for name, value in values.items():
-                db.execute(f"update _smithers_runs set {name} = ?", (value,))
-            db.commit()
+        """Change the row of the run."""
+        for name, value in values.items():
+            change(
+                self.path,
+                f"update _smithers_runs set {name} = {value!r} where run_id = '{self.run_id}'",
+            )
 
     @contextlib.contextmanager
     def write_lock(self) -> Iterator[sqlite3.Connection]:
@@ -8341,28 +8338,28 @@ class OwnerTest(FaultCase):
         self.assertEqual(code, 4, err)
         self.assertIn("living process", err)
 
-    def test_living_owner_with_old_heartbeat_is_kept(self) -> None:
-        with self.life("gated") as child:
-            child.wait_for("ok waits")
-            child.process.send_signal(signal.SIGSTOP)
-            try:
-                self.write_row(heartbeat_at_ms=1)
-                self.assert_kept("gated")
-            finally:
-                child.process.send_signal(signal.SIGCONT)
-            self.approve()
-            child.wait_for("Workflow finished")
-        self.assertEqual(self.effects(), ["before 0 done", "after 0 done"])
+    @contextlib.contextmanager
+    def stopped(self, child: Child) -> Iterator[None]:
+        child.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            child.process.send_signal(signal.SIGCONT)
 
-    def test_owner_behind_write_lock_is_kept(self) -> None:
-        """Its heart cannot beat while another program holds the lock."""
-        heartless = "ss.HEARTBEAT_SECONDS = 3600"
-        start = ("-c", f"import sys, smithers_serve as ss; {heartless}; sys.exit(ss.main())")
-        with self.life("gated", start=start) as child:
+    def test_living_owner_is_kept(self) -> None:
+        """Stopped, with a heart that another program's lock keeps from beating, by any clock."""
+        heartless = "import smithers_serve as ss, sys; ss.HEARTBEAT_SECONDS = 3600; "
+        with self.life("gated", start=("-c", heartless + "sys.exit(ss.main())")) as child:
             child.wait_for("ok waits")
             self.write_row(heartbeat_at_ms=1)
-            with self.write_lock():
+            with self.subTest("stopped"), self.stopped(child):
                 self.assert_kept("gated")
+            with self.subTest("behind a lock"), self.write_lock():
+                self.assert_kept("gated")
+            for offset_ms in (7_200_000, -7_200_000):
+                with self.subTest("another clock", offset_ms=offset_ms), stepping_clock() as clock:
+                    clock.offset_ms = offset_ms
+                    self.assert_kept("gated")
             self.approve()
             child.wait_for("Workflow finished")
         self.assertEqual(self.effects(), ["before 0 done", "after 0 done"])
@@ -8378,15 +8375,6 @@ class OwnerTest(FaultCase):
                 fifo.write("x")
             child.wait_for("Workflow finished")
         self.assertEqual(self.effects(), ["freeze 0 begin", "freeze 0 done", "after 0 done"])
-
-    def test_owner_is_kept_when_clock_jumps(self) -> None:
-        with self.life("gated") as child:
-            child.wait_for("ok waits")
-            with stepping_clock() as clock:
-                for clock.offset_ms in (7_200_000, -7_200_000):
-                    self.assert_kept("gated")
-            self.approve()
-            child.wait_for("Workflow finished")
 
     def test_unseen_owner_behind_write_lock_is_kept(self) -> None:
         """While its heart cannot beat, its silence does not count."""
@@ -8448,23 +8436,22 @@ class OwnerTest(FaultCase):
         self.approve()
         self.assert_status(0, "finished", "gated")
 
-    def test_dead_owner_with_new_heartbeat_is_dead(self) -> None:
-        self.end_life("gated", "ok waits", signal.SIGKILL)
-        self.write_row(heartbeat_at_ms=2**45)
-        self.approve()
-        self.assert_status(0, "finished", "gated")
-
-    def test_other_process_with_owners_number_is_nobody(self) -> None:
-        """A process id is given anew; the time of its start tells."""
-        with self.life("gated") as child:
-            child.wait_for("ok waits")
-            owner = self.row()[1]
-            assert owner is not None
-            child.finish(signal.SIGKILL)
-        host, _, start, token = owner.rsplit("|", 3)
-        self.write_row(runtime_owner_id="|".join([host, str(os.getpid()), start, token]))
-        self.approve()
-        self.assert_status(0, "finished", "gated")
+    def test_dead_owner_is_dead(self) -> None:
+        """Whatever its heartbeat says, and when its process id was given anew."""
+        for how in ("new heartbeat", "used number"):
+            self.run_id = how.replace(" ", "-")
+            with self.subTest(how=how):
+                with self.life("gated") as child:
+                    child.wait_for("ok waits")
+                    host, _, start, token = str(self.row()[1]).rsplit("|", 3)
+                    child.finish(signal.SIGKILL)
+                if how == "new heartbeat":
+                    self.write_row(heartbeat_at_ms=2**45)
+                else:
+                    other = "|".join([host, str(os.getpid()), start, token])
+                    self.write_row(runtime_owner_id=other)
+                self.approve()
+                self.assert_status(0, "finished", "gated")
 
     def test_unseen_owner_lives_by_its_heart(self) -> None:
         """Not by what its clock says: by whether the heartbeat moves."""
@@ -8634,61 +8621,35 @@ sys.exit(smithers_serve.main(sys.argv[1:]))
 class StandardStreamTest(FaultCase):
     """Standard streams that are closed, full or left cost no run."""
 
-    def shell(self, redirection: str, *extra: str) -> tuple[int, str]:
-        """Run `printing` with a redirection; return the exit code and what was said."""
-        line = shlex.join([sys.executable, "-m", "smithers_serve", *self.words("printing"), *extra])
-        done = subprocess.run(
-            ["sh", "-c", f"exec {line} {redirection}"],
-            cwd=self.folder, env=child_environment(EFFECTS=self.effects_path), text=True,
-            stdin=subprocess.DEVNULL, capture_output=True, timeout=60,
-        )  # fmt: skip
-        return done.returncode, done.stdout + done.stderr
+    def printing(self, shell: str, *flags: str) -> Child:
+        """Run a flow that prints, by a shell or with a redirection."""
+        shell = shell if "$@" in shell else f'exec "$@" {shell}'
+        options = {"shell": shell, "folder": self.folder, "EFFECTS": self.effects_path}
+        return Child(*MODULE, *self.words("printing", *flags), **options)
 
     def test_missing_and_full_streams_are_borne(self) -> None:
         for number, redirection in enumerate(
             ("<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full")
         ):
             self.run_id = f"run-{number}"
-            with self.subTest(redirection=redirection):
-                code, said = self.shell(redirection)
-                self.assertNotIn("Traceback", said)
-                self.assertEqual(code, 0, said)
-                status = self.read(
-                    "select status from _smithers_runs where run_id = ?", self.run_id
-                )
-                self.assertEqual(status, [("finished",)])
-
-    def test_lost_result_is_told(self) -> None:
-        self.assertIn("The result could not be written: No space left", self.shell(">/dev/full")[1])
+            with self.subTest(redirection=redirection), self.printing(redirection) as child:
+                code, out = child.finish()
+                self.assertNotIn("Traceback", out + child.text())
+                self.assertEqual((code, self.row()), (0, ("finished", None)), child.text())
+                if redirection == ">/dev/full":
+                    said = "The result could not be written: No space left"
+                    self.assertIn(said, child.text())
 
     def test_served_run_needs_no_stderr(self) -> None:
-        words = [*self.words("printing"), "--serve", "--port", "0"]
-        line = shlex.join([sys.executable, "-m", "smithers_serve", *words])
-        process = subprocess.Popen(
-            ["sh", "-c", f"exec {line} 2>&-"],
-            cwd=self.folder, env=child_environment(EFFECTS=self.effects_path),
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        try:
+        with self.printing("2>&-", "--serve", "--port", "0") as child:
             eventually(lambda: self.has_begun and self.row()[0] == "finished")
-            process.send_signal(signal.SIGTERM)
-            self.assertEqual(process.wait(PATIENCE), 0)
-        finally:
-            process.kill()
-            process.wait()
+            self.assertEqual(child.finish(signal.SIGTERM)[0], 0)
 
     def test_reader_may_leave_early(self) -> None:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "smithers_serve", *self.words("printing")],
-            cwd=self.folder, env=child_environment(EFFECTS=self.effects_path),
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert process.stdout is not None and process.stderr is not None
-        with process, process.stdout:
-            with process.stderr:
-                process.stderr.readline()
-            self.assertEqual(json.loads(process.stdout.read())["status"], "finished")
-            self.assertEqual(process.wait(PATIENCE), 0)
+        shell = 'exec 3>&1; { "$@" 2>&1 >&3 && echo well >&3; } | head -n 1 >&2'
+        with self.printing(shell) as child:
+            out = child.finish()[1].splitlines()
+            self.assertEqual((json.loads(out[0])["status"], out[1:]), ("finished", ["well"]))
 
 
 class ScaleTest(RunCase):
@@ -9097,18 +9058,6 @@ class TwoProgramsTest(CommandCase):
 
 class AccidentTest(ServerCase):
     """Nothing is decided or told by accident."""
-
-    def test_late_repetition_decides_no_other_iteration(self) -> None:
-        self.served = self.fresh()
-        tree = loop(Approval("ok", on_deny="continue"), turns=3)
-        live = self.served.start(tree, "NodeWaitingApproval ok 0")
-        self.assert_ask(200, "POST", "/deny/ok")
-        live.wait("NodeWaitingApproval ok 1")
-        reply = self.assert_ask(400, "POST", "/deny/ok")
-        self.assert_error(reply, 400, "INVALID_REQUEST", "0, 1")
-        self.assert_ask(200, "POST", "/deny/ok", {"iteration": 0})
-        gates = {gate.iteration: gate.status for gate in self.db.list_gates(self.served.run_id)}
-        self.assertEqual(gates, {0: "denied", 1: "requested"})
 
     def test_event_id_of_another_run_begins_anew(self) -> None:
         headers = {"Last-Event-ID": str(self.served.newest() + 50)}
