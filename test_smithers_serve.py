@@ -2727,7 +2727,7 @@ class DurabilityTest(RunCase):
                 check_integrity(paths[0])
 
             live("whole", 0, 0)
-            with contextlib.closing(ss.SmithersDb(self.in_folder("whole.db"))) as db:
+            with ss.SmithersDb(self.in_folder("whole.db")) as db:
                 whole = len(db.list_events("r"))
             for point in range(1, whole + 1, 2):
                 with self.subTest(kill_at=point):
@@ -2737,7 +2737,7 @@ class DurabilityTest(RunCase):
                     self.check_crashed(self.in_folder(f"kill-{point}"))
 
     def check_crashed(self, name: str) -> None:
-        with contextlib.closing(ss.SmithersDb(f"{name}.db")) as db:
+        with ss.SmithersDb(f"{name}.db") as db:
             self.check_database(db)
             states = {(n.node_id, n.iteration): n.state for n in db.list_nodes("r")}
             attempts = db.list_attempts("r")
@@ -2935,7 +2935,7 @@ class DurabilityTest(RunCase):
             "insert into _smithers_nodes values ('old', 'a', 0, 'finished', 'kept')",
             "create table foreign_table (x)",
         )
-        with contextlib.closing(ss.SmithersDb(path)) as db:
+        with ss.SmithersDb(path) as db:
             app = ss.create_serve_app(adapter=db, run_id="old")
             shown = app.request("GET", "/", headers={"Host": "localhost"}).json()
             self.assertEqual((shown["status"], shown["summary"]), ("finished", {"finished": 1}))
@@ -2961,7 +2961,7 @@ class DurabilityTest(RunCase):
     def test_without_shared_memory_the_file_works_too(self) -> None:
         path = self.in_folder("network.db")
         os.mkdir(path + "-shm")  # sqlite cannot make its shared memory here
-        with contextlib.closing(ss.SmithersDb(path)) as db:
+        with ss.SmithersDb(path) as db:
             self.play_in(db, "run")
             # Of a rollback journal the removal is the commit: its folder has to be synced.
             self.assertEqual(db._writer.execute("pragma journal_mode").fetchone(), ("delete",))
@@ -2969,10 +2969,10 @@ class DurabilityTest(RunCase):
 
     def test_file_may_move_to_where_shared_memory_is_missing(self) -> None:
         path = self.in_folder("moved.db")
-        with contextlib.closing(ss.SmithersDb(path)) as db:
+        with ss.SmithersDb(path) as db:
             self.play_in(db, "here")
         os.mkdir(path + "-shm")
-        with contextlib.closing(ss.SmithersDb(path)) as db:
+        with ss.SmithersDb(path) as db:
             self.play_in(db, "there")
 
     def test_commit_waits_for_reader_of_rollback_journal(self) -> None:
@@ -2980,7 +2980,7 @@ class DurabilityTest(RunCase):
         os.mkdir(path + "-shm")
         with (
             mock.patch.object(ss.SmithersDb, "BUSY_SECONDS", 0.01),
-            contextlib.closing(ss.SmithersDb(path)) as db,
+            ss.SmithersDb(path) as db,
             contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader,
         ):
             live = self.start(Task("wait", wait_for_go), adapter=db)
@@ -3004,7 +3004,7 @@ class DurabilityTest(RunCase):
 
         with (
             mock.patch.object(ss.SmithersDb, "BUSY_SECONDS", 0.01),
-            contextlib.closing(ss.SmithersDb(path)) as db,
+            ss.SmithersDb(path) as db,
             contextlib.closing(
                 sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             ) as other,
@@ -3035,11 +3035,11 @@ class DurabilityTest(RunCase):
 
         ids = [f"gate{n}" for n in range(30)]
         tree = Workflow("test", Parallel(Task("chat", chat), *map(Approval, ids)))
-        with contextlib.closing(ss.SmithersDb(path)) as db:
+        with ss.SmithersDb(path) as db:
             live = self.start(tree, adapter=db)
             for id in ids:
                 live.wait(f"NodeWaitingApproval {id}")
-                with contextlib.closing(ss.SmithersDb(path, create=False)) as other:
+                with ss.SmithersDb(path, create=False) as other:
                     ss.decide(other, "r", id, ss.Decision("approved"))
                 live.wait(f"NodeFinished {id}")
             GO.set()
@@ -8535,7 +8535,7 @@ while not failures.empty(): print(failures.get())
                 with db.transaction("r") as tx:
                     tx.put_output((f"node{number}", 0), output)
 
-        with contextlib.closing(ss.SmithersDb(self.path)) as db:
+        with ss.SmithersDb(self.path) as db:
             write(db, 1)
             with contextlib.closing(sqlite3.connect(self.path)) as reader:
                 reader.execute("begin")
@@ -8848,16 +8848,23 @@ class TwoProgramsTest(CommandCase):
 
     def theirs(self, *statements: tuple[Any, ...]) -> None:
         """Write as another program does: on its own connection, in one transaction."""
-        with contextlib.closing(sqlite3.connect(self.path, timeout=PATIENCE)) as db:
+        with contextlib.closing(sqlite3.connect(self.path, timeout=PATIENCE)) as db, db:
             for sql, *parameters in statements:
                 db.execute(sql, parameters)
-            db.commit()
 
     def original_file(self) -> str:
         path = self.in_folder("original.db")
         with contextlib.closing(sqlite3.connect(path)) as db:
             db.executescript(ORIGINAL_SCHEMA)
         return path
+
+    @contextlib.contextmanager
+    def serving(self, path: str) -> Iterator[Any]:
+        """Yield an app of the original's run."""
+        with ss.SmithersDb(path) as db:
+            app = ss.create_serve_app(adapter=db, run_id="r", abort=threading.Event())
+            with contextlib.closing(app):
+                yield app
 
     def deny_like_original(self) -> None:
         """What its `deny` writes when no engine runs."""
@@ -8877,21 +8884,20 @@ class TwoProgramsTest(CommandCase):
             self.theirs((ORIGINAL_UPSERT, "theirs", state, 1), (ORIGINAL_UPSERT, "gate", state, 1))
         self.assertEqual(self.db.get_summary("r"), {"finished": 3})
 
-    def test_denial_without_engine_is_not_asked_again(self) -> None:
-        tree = [Approval("gate", on_deny="fail"), Task("after", answer)]
+    def resume_denied(self, on_deny: str) -> tuple[str, str]:
+        """Return how a run ends whose gate the original has denied, and what was started then."""
+        tree = [Approval("gate", on_deny=on_deny), Task("after", answer)]
         self.drive(tree, park=False)
         self.deny_like_original()
         result = self.drive(tree, resume=True, park=False)
-        self.assertEqual(result.status, "failed")
         self.assertEqual(len(self.told("ApprovalRequested")), 1)
-        self.assertEqual(self.starts(), "")
+        return result.status, self.starts()
+
+    def test_denial_without_engine_is_not_asked_again(self) -> None:
+        self.assertEqual(self.resume_denied("fail"), ("failed", ""))
 
     def test_denial_without_engine_may_continue(self) -> None:
-        tree = [Approval("gate", on_deny="continue"), Task("after", answer)]
-        self.drive(tree, park=False)
-        self.deny_like_original()
-        result = self.drive(tree, resume=True, park=False)
-        self.assertEqual((result.status, self.starts()), ("finished", "after"))
+        self.assertEqual(self.resume_denied("continue"), ("finished", "after"))
         self.assertEqual(self.output("gate")["approved"], False)
 
     def test_wiped_labels_come_back(self) -> None:
@@ -8936,30 +8942,23 @@ class TwoProgramsTest(CommandCase):
         path = self.original_file()
         with open(path, "rb") as file:
             before = file.read()
-        with contextlib.closing(ss.SmithersDb(path)) as db:
-            app = ss.create_serve_app(adapter=db, run_id="r", abort=threading.Event())
-            for route in ("/", "/events", "/frames", "/metrics", "/nodes", "/nodes/gate",
-                          "/approvals", "/why"):  # fmt: skip
-                with self.subTest(route=route):
-                    if route != "/events":
-                        self.assertEqual(app.request("GET", route).status, 200)
-            self.assertEqual(app.request("GET", "/").json()["summary"],
-                             {"finished": 1, "waiting-approval": 1})  # fmt: skip
-            app.close()
-        for words in (["ps"], ["status", "r"], ["show", "r"], ["logs", "r"], ["history", "r"],
-                      ["output", "r", "lint"]):  # fmt: skip
-            _, _, err = self.main(*words, "--db", path)
+        with self.serving(path) as app:
+            app.request("GET", "/events")
+            for route in "/ /frames /metrics /nodes /nodes/gate /approvals /why".split():
+                self.assertEqual(app.request("GET", route).status, 200, route)
+            summary = {"finished": 1, "waiting-approval": 1}
+            self.assertEqual(app.request("GET", "/").json()["summary"], summary)
+        for line in ("ps", "status r", "show r", "logs r", "history r", "output r lint"):
+            _, _, err = self.main(*line.split(), "--db", path)
             self.assertNotIn("Traceback", err)
         with open(path, "rb") as file:
             self.assertTrue(file.read() == before, "the file was changed")
-        self.assertEqual(
-            sorted(name for name in os.listdir(self.folder) if name.startswith("original")),
-            ["original.db"],
-        )
+        found = [name for name in os.listdir(self.folder) if name.startswith("original")]
+        self.assertEqual(found, ["original.db"])
 
     def test_decision_is_written_into_originals_file(self) -> None:
         path = self.original_file()
-        with contextlib.closing(ss.SmithersDb(path)) as db:
+        with ss.SmithersDb(path) as db:
             ss.decide(db, "r", "gate", ss.Decision("approved", note="go"))
         with contextlib.closing(sqlite3.connect(path)) as theirs:
             row = theirs.execute("select status, requested_at_ms, note from _smithers_approvals")
@@ -8967,21 +8966,21 @@ class TwoProgramsTest(CommandCase):
             theirs.execute(ORIGINAL_UPSERT, ("gate", "finished", 1))
             theirs.execute(ORIGINAL_UPSERT, ("next", "pending", None))
             theirs.commit()
-        with contextlib.closing(ss.SmithersDb(path)) as db:
+        with ss.SmithersDb(path) as db:
             self.assertEqual(db.get_summary("r"), {"finished": 2, "pending": 1})
 
     def test_old_triggers_are_mended_on_open(self) -> None:
         self.db.close()
-        with contextlib.closing(sqlite3.connect(self.path)) as db:
-            db.execute("drop trigger _smithers_nodes_moved")
-            db.execute(
-                """create trigger _smithers_nodes_moved after update of state on _smithers_nodes
-                   when old.state <> new.state begin
-                     insert or ignore into _smithers_summary values (new.run_id, new.state, 0);
-                     update _smithers_summary set nodes = nodes + 1
-                       where run_id = new.run_id and state = new.state;
-                   end"""
-            )
+        change(
+            self.path,
+            "drop trigger _smithers_nodes_moved",
+            """create trigger _smithers_nodes_moved after update of state on _smithers_nodes
+               when old.state <> new.state begin
+                 insert or ignore into _smithers_summary values (new.run_id, new.state, 0);
+                 update _smithers_summary set nodes = nodes + 1
+                   where run_id = new.run_id and state = new.state;
+               end""",
+        )
         self.db = self.adapter()
         self.drive([Approval("gate"), Task("a", answer)], park=False)
         for state in ("finished", "pending", "finished"):
@@ -8990,40 +8989,34 @@ class TwoProgramsTest(CommandCase):
 
     def test_frames_that_are_deltas_are_no_trees(self) -> None:
         path = self.original_file()
-        with contextlib.closing(sqlite3.connect(path)) as db:
-            db.execute("alter table _smithers_frames add column encoding text default 'full'")
-            db.execute(
-                """insert into _smithers_frames (run_id, frame_no, created_at_ms, xml_json,
-                     xml_hash, encoding)
-                   values ('r', 2, 2000, '{"version":1,"ops":[]}', 'hash', 'delta')"""
-            )
-            db.commit()
-        with contextlib.closing(ss.SmithersDb(path)) as db:
-            app = ss.create_serve_app(adapter=db, run_id="r", abort=threading.Event())
+        change(
+            path,
+            "alter table _smithers_frames add column encoding text default 'full'",
+            """insert into _smithers_frames (run_id, frame_no, created_at_ms, xml_json, xml_hash,
+               encoding) values ('r', 2, 2000, '{"version":1,"ops":[]}', 'hash', 'delta')""",
+        )
+        with self.serving(path) as app:
             frames = app.request("GET", "/frames").json()
             self.assertNotIn("ops", "".join(frame["xmlJson"] for frame in frames))
             self.assertEqual(frames[-1]["frameNo"], 1)
-            app.close()
 
     def test_unknown_statuses_are_what_they_say(self) -> None:
         """`continued` is an end; `paused` and other ways to wait are none."""
         path = self.original_file()
         for status, is_ended in (("continued", True), ("paused", False), ("waiting-timer", False)):
-            with self.subTest(status=status):
-                with contextlib.closing(sqlite3.connect(path)) as db:
-                    db.execute("update _smithers_runs set status = ?", (status,))
-                    db.execute("update _smithers_approvals set status = 'requested'")
-                    db.commit()
-                with contextlib.closing(ss.SmithersDb(path)) as db:
-                    app = ss.create_serve_app(adapter=db, run_id="r", abort=threading.Event())
-                    self.assertEqual(app.request("GET", "/").json()["status"], status)
-                    answer = app.request("POST", "/approve/gate")
-                    self.assertEqual(answer.status, 409 if is_ended else 200)
-                    if is_ended:
-                        tree = Workflow("deploy", Task("never", fail))
-                        result = ss.run_workflow(tree, adapter=db, run_id="r", resume=True)
-                        self.assertEqual(result.status, status)
-                    app.close()
+            change(
+                path,
+                f"update _smithers_runs set status = '{status}'",
+                "update _smithers_approvals set status = 'requested'",
+            )
+            with self.subTest(status=status), self.serving(path) as app:
+                self.assertEqual(app.request("GET", "/").json()["status"], status)
+                answer = app.request("POST", "/approve/gate")
+                self.assertEqual(answer.status, 409 if is_ended else 200)
+                if is_ended:
+                    tree = Workflow("deploy", Task("never", fail))
+                    result = ss.run_workflow(tree, adapter=app.adapter, run_id="r", resume=True)
+                    self.assertEqual(result.status, status)
 
     def test_its_real_files_are_shown_and_steered(self) -> None:
         shared = os.path.join(HERE, os.pardir, "shared", "interop")
@@ -9205,7 +9198,7 @@ class MinorFaultTest(FaultCase):
             start(thread)
 
         tasks = [Task(f"t{number}", answer, continue_on_fail=True) for number in range(20)]
-        with contextlib.closing(ss.SmithersDb(self.path)) as db:
+        with ss.SmithersDb(self.path) as db:
             with mock.patch.object(threading.Thread, "start", refuse):
                 tree = Workflow("w", Parallel(*tasks))
                 result = ss.run_workflow(tree, adapter=db, run_id="r")
@@ -9507,42 +9500,31 @@ class ServerTest(ManyCase):
         attempts = [a for a in self.attempts(run_id).split(", ") if a.startswith("hold")]
         self.assertEqual(attempts, ["hold 0 cancelled", "hold 1 finished"])
 
-    def test_task_that_kills_its_worker_fails(self) -> None:
-        run_id = self.begin("jobs.py:poisoned")
-        self.assert_ends(run_id, "failed")
-        self.assertEqual(self.error_of("poison", run_id)["code"], "TASK_CRASHED")
-        self.assertEqual(len(self.told("NodeStarted", run_id=run_id)), 3)
-
-    def test_render_that_kills_its_worker_fails_run(self) -> None:
-        for code in (0, 3, 7):
-            run_id = self.begin("jobs.py:leaving", f"{self.run_id}-{code}", input={"code": code})
-            self.assert_ends(run_id, "failed")
-            error = self.error_of_run(run_id)
-            self.assertEqual(error["code"], "WORKER_CRASHED")
-            self.assertIn(f"leaving for {run_id}", error["message"])
-
-    def test_import_that_kills_its_worker_fails_run(self) -> None:
-        texts = {"segfault": "import ctypes; ctypes.string_at(0)", "exit": "os._exit(0)"}
-        for name, text in texts.items():
-            self.many.write(f"{name}.py", f"import os, sys\nprint('so long', flush=True)\n{text}")
-            run_id = self.begin(f"{name}.py", f"{self.run_id}-{name}")
-            self.assert_ends(run_id, "failed")
-            error = self.error_of_run(run_id)
-            self.assertEqual(error["code"], "WORKER_CRASHED")
-            self.assertIn("so long", error["message"])
-
-    def test_workflow_that_cannot_be_loaded_fails_run(self) -> None:
+    def test_what_kills_a_worker_or_is_no_workflow_fails_its_run(self) -> None:
+        exits = "import os\nprint('so long', flush=True)\nos._exit(0)"
+        self.many.write("exit.py", exits)
+        self.many.write("segfault.py", exits.replace("os._exit(0)", "os.kill(os.getpid(), 11)"))
         self.many.write("raises.py", "import os\n\nos.nothing\n")
-        for workflow, says in (
-            ("raises.py", "raises.py, line 3: AttributeError"),
-            ("jobs.py:nothing", "no object called 'nothing'"),
-            ("jobs.py:number", "not a workflow function but a int"),
-        ):
-            run_id = self.begin(workflow, f"{self.run_id}-{workflow.replace(':', '-')}")
-            self.assert_ends(run_id, "failed")
-            error = self.error_of_run(run_id)
-            self.assertEqual(error["code"], "WORKFLOW_INVALID")
-            self.assertIn(says, error["message"])
+        for workflow, body, code, says in (
+            ("jobs.py:poisoned", {}, "TASK_FAILED", "Task(s) failed: poison"),
+            *(("jobs.py:leaving", {"input": {"code": code}}, "WORKER_CRASHED", "leaving for ")
+              for code in (0, 3, 7)),
+            ("exit.py", {}, "WORKER_CRASHED", "so long"),
+            ("segfault.py", {}, "WORKER_CRASHED", "so long"),
+            ("raises.py", {}, "WORKFLOW_INVALID", "raises.py, line 3: AttributeError"),
+            ("jobs.py:nothing", {}, "WORKFLOW_INVALID", "no object called 'nothing'"),
+            ("jobs.py:number", {}, "WORKFLOW_INVALID", "not a workflow function but a int"),
+        ):  # fmt: skip
+            with self.subTest(workflow=workflow, body=body):
+                number = len(self.db.list_runs(ss.TERMINAL_STATUSES))
+                run_id = self.begin(workflow, f"{self.run_id}-{number}", **body)
+                self.assert_ends(run_id, "failed")
+                error = self.error_of_run(run_id)
+                self.assertEqual(error["code"], code)
+                self.assertIn(says, error["message"])
+                if workflow == "jobs.py:poisoned":
+                    self.assertEqual(self.error_of("poison", run_id)["code"], "TASK_CRASHED")
+                    self.assertEqual(len(self.told("NodeStarted", run_id=run_id)), 3)
 
     def test_file_that_is_no_workflow_is_refused(self) -> None:
         self.many.write("syntax.py", "a = 1\nb = = 2\n")
@@ -12035,7 +12017,7 @@ for _name, _path, _rate in (
 
 def fill_nodes(path: str, nodes: int, events: int) -> None:
     """Make a parked run of many nodes, all finished but its gate."""
-    with contextlib.closing(ss.SmithersDb(path)) as db:
+    with ss.SmithersDb(path) as db:
         ss.run_workflow(Workflow("bench", Approval("ship")), adapter=db, run_id=RUN, park=False)
         first = db.list_events(RUN)[-1].seq + 1
     with contextlib.closing(sqlite3.connect(path)) as raw, raw:
@@ -12069,7 +12051,7 @@ def bench_big(options: Options) -> list[Measure]:
         opened, answered = [], []
         for _ in range(max(3, options.rounds)):
             began = time.perf_counter()
-            with contextlib.closing(ss.SmithersDb(path)) as db:
+            with ss.SmithersDb(path) as db:
                 opened.append(1000 * (time.perf_counter() - began))
                 app = ss.create_serve_app(adapter=db, run_id=RUN)
                 began = time.perf_counter()
@@ -12940,7 +12922,7 @@ class Watcher:
                     self.note_answer(node, iteration)
 
     def decide_apart(self, node: str, iteration: int, verdict: str) -> None:
-        with contextlib.closing(ss.SmithersDb(self._path)) as db:
+        with ss.SmithersDb(self._path) as db:
             ss.decide(db, RUN, node, ss.Decision(verdict, iteration))
 
     def note_answer(self, node: str, iteration: int) -> None:
@@ -13180,7 +13162,7 @@ class Crash:
         while not self.watcher.has_ended and time.monotonic() < deadline:
             time.sleep(0.01)
         self.wrong += inspect(self.path, self.effects, list(self.watcher.seen))
-        with contextlib.closing(ss.SmithersDb(self.path)) as db:
+        with ss.SmithersDb(self.path) as db:
             log = [(event.seq, event.payload) for event in db.list_events(RUN)]
             run_row = db.get_run(RUN)
             nodes = db.list_nodes(RUN)
@@ -13252,7 +13234,7 @@ class CancelCrash(Crash):
             answer = ask(run.port, "POST", "/cancel")
             self.wrong += [] if answer.status == 200 else [f"cancel: {answer}"]
         else:
-            with contextlib.closing(ss.SmithersDb(self.path)) as db:
+            with ss.SmithersDb(self.path) as db:
                 ss.cancel_run(db, RUN)
         with contextlib.closing(sqlite3.connect(self.path, timeout=10)) as plain:
             sql = "select max(seq) from _smithers_events"
@@ -13359,7 +13341,7 @@ class ServerCrash:
 
     def _decide(self, stop: threading.Event) -> None:
         """Decide every gate that waits: over HTTP, or straight in the file."""
-        with contextlib.closing(ss.SmithersDb(self.many.path)) as db:
+        with ss.SmithersDb(self.many.path) as db:
             while not stop.wait(0.02):
                 for run_id, gate in db.list_open_gates():
                     verdict = "denied" if gate.key == ("again", 2) else "approved"
