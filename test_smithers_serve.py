@@ -1626,13 +1626,10 @@ class ScheduleTest(RunCase):
     def test_renders_only_after_what_was_read(self) -> None:
         for number, (reads, expected) in enumerate(
             (
-                ("", 1),
-                ("output b", 2),
-                ("output ghost", 1),
-                ("output a, output c", 3),
+                ("", 1), ("output b", 2), ("output ghost", 1), ("output a, output c", 3),
                 ("error b", 1),
             )
-        ):
+        ):  # fmt: skip
             calls: list[int] = []
 
             def workflow(ctx: Ctx, reads: str = reads, calls: list[int] = calls) -> Workflow:
@@ -1795,16 +1792,11 @@ class RunningTest(RunCase):
         self.assertEqual(
             self.told(),
             [
-                "RunStarted",
-                "RunStatusChanged running",
-                "NodePending a 0",
-                f"FrameCommitted 1 {self.db.list_frames('r', 1)[0].xml_hash}",
-                "NodeStarted a 0 0",
-                "NodeFinished a 0 0",
-                "RunStatusChanged finished",
-                "RunFinished",
+                "RunStarted", "RunStatusChanged running", "NodePending a 0",
+                f"FrameCommitted 1 {self.db.list_frames('r', 1)[0].xml_hash}", "NodeStarted a 0 0",
+                "NodeFinished a 0 0", "RunStatusChanged finished", "RunFinished",
             ],
-        )
+        )  # fmt: skip
 
     def test_every_attempt_has_its_row(self) -> None:
         self.drive(Task("a", fail_once, retries=2))
@@ -1813,10 +1805,8 @@ class RunningTest(RunCase):
 
     def test_backoff_grows_as_named(self) -> None:
         for backoff, delays in (
-            ("fixed", [2] * 4),
-            ("linear", [2, 4, 6, 8]),
-            ("exponential", [2, 4, 8, 16]),
-        ):
+            ("fixed", [2] * 4), ("linear", [2, 4, 6, 8]), ("exponential", [2, 4, 8, 16]),
+        ):  # fmt: skip
             task = Task("a", answer, retry_delay=2, backoff=backoff)
             self.assertEqual([task.retry_delay_after(n) for n in (1, 2, 3, 4)], delays)
         far = Task("a", answer, retry_delay=60, backoff="exponential").retry_delay_after(10_000)
@@ -1930,15 +1920,9 @@ class RunningTest(RunCase):
         ring: list[Any] = []
         ring.append(ring)
         wrong = (
-            object(),
-            {1, 2},
-            float("nan"),
-            b"bytes",
-            "\ud800",
-            {(1, 2): 3},
-            {1: "a", "1": "b"},
+            object(), {1, 2}, float("nan"), b"bytes", "\ud800", {(1, 2): 3}, {1: "a", "1": "b"},
             ring,
-        )
+        )  # fmt: skip
         for number, value in enumerate(wrong):
             with self.subTest(value=repr(value)):
                 self.play(
@@ -2221,14 +2205,11 @@ class GateTest(RunCase):
         self.assertEqual(
             self.told("RunStatusChanged", "ApprovalRequested", "ApprovalGranted"),
             [
-                "RunStatusChanged running",
-                "ApprovalRequested gate 0",
-                "RunStatusChanged waiting-approval",
-                "ApprovalGranted gate 0 Looks good alice",
-                "RunStatusChanged running",
-                "RunStatusChanged finished",
+                "RunStatusChanged running", "ApprovalRequested gate 0",
+                "RunStatusChanged waiting-approval", "ApprovalGranted gate 0 Looks good alice",
+                "RunStatusChanged running", "RunStatusChanged finished",
             ],
-        )
+        )  # fmt: skip
         gate = self.gate()
         said = {"approved": True, "note": "Looks good", "decidedBy": "alice"}
         self.assertEqual(self.output("after"), {**said, "decidedAtMs": gate.decided_at_ms})
@@ -3155,14 +3136,12 @@ class ExecutorTest(RunCase):
     def test_process_pool_runs_tasks_elsewhere(self) -> None:
         self.play(
             [
-                Task("a", remote_double, args=[4], kwargs={"by": 3}),
-                Task("b", remote_coroutine),
-                Task("c", ["sh", "-c", "echo local"]),
-                Task("d", remote_keep, needs={"value": "a"}),
+                Task("a", remote_double, args=[4], kwargs={"by": 3}), Task("b", remote_coroutine),
+                Task("c", ["sh", "-c", "echo local"]), Task("d", remote_keep, needs={"value": "a"}),
             ],
             tells="NodeOutput a 0 0 doubling 4 stdout, c 0 0 local stdout",
             options={"executor": self.processes},
-        )
+        )  # fmt: skip
         output = self.output("a")
         self.assertEqual(self.output("d"), output)
         self.assertNotEqual(output.pop("pid"), os.getpid())
@@ -3303,13 +3282,11 @@ class StatusTest(ServerCase):
         self.assertEqual(
             body,
             {
-                "runId": RUN,
-                "workflowName": "release",
-                "status": "waiting-approval",
+                "runId": RUN, "workflowName": "release", "status": "waiting-approval",
                 "finishedAtMs": None,
                 "summary": {"finished": 1, "waiting-approval": 1, "pending": 1},
             },
-        )
+        )  # fmt: skip
 
     def test_json_is_compact_and_private(self) -> None:
         raw = send(self.served.port, get(path=b"/"))
@@ -3771,11 +3748,9 @@ class NodesTest(ServerCase):
         nested = loop(loop(Task("in", turn), id="inner"), id="outer")
         self.look("/nodes", loop(Task("m", turn)), nested)
         for path, output in (
-            ("m", 1),
-            ("m?iteration=0", 0),
-            ("in@@outer=1", 1),
+            ("m", 1), ("m?iteration=0", 0), ("in@@outer=1", 1),
             ("in%40%40outer%3D1?iteration=0", 0),
-        ):
+        ):  # fmt: skip
             self.assertEqual(self.look(f"/nodes/{path}")["output"], output, path)
 
     def test_what_is_not_there_is_named(self) -> None:
@@ -3787,18 +3762,13 @@ class NodesTest(ServerCase):
 
     def test_bad_parameters_are_refused_and_named(self) -> None:
         for path, says in (
-            ("/nodes?stat=failed", "'stat'"),
-            ("/nodes?state=faild", "state"),
-            ("/nodes?limit=0", "limit"),
-            ("/nodes?limit=many", "limit"),
-            ("/nodes?after=build", "after"),
-            ("/nodes?after=build::x", "after"),
-            ("/nodes/build?iteration=-1", "iteration"),
-            ("/nodes/build?attempt=0", "'attempt'"),
-            ("/approvals?limit=1", "'limit'"),
-            ("/approvals?status=open", "status"),
+            ("/nodes?stat=failed", "'stat'"), ("/nodes?state=faild", "state"),
+            ("/nodes?limit=0", "limit"), ("/nodes?limit=many", "limit"),
+            ("/nodes?after=build", "after"), ("/nodes?after=build::x", "after"),
+            ("/nodes/build?iteration=-1", "iteration"), ("/nodes/build?attempt=0", "'attempt'"),
+            ("/approvals?limit=1", "'limit'"), ("/approvals?status=open", "status"),
             ("/why?node=build", "'node'"),
-        ):
+        ):  # fmt: skip
             self.assert_refused(400, "INVALID_REQUEST", says, "GET", path)
 
 
@@ -3982,15 +3952,12 @@ class WhyTest(ServerCase):
         dead, far = f"'{ss._host()}|{os.getpid()}|1|x'", "'elsewhere|1|1|x'"
         now = ss.now_ms()
         for status, owner, heartbeat, state in (
-            ("finished", "null", "null", "succeeded"),
-            ("continued", "null", "null", "succeeded"),
-            ("cancelled", "null", "null", "cancelled"),
-            ("running", dead, now, "orphaned"),
-            ("running", far, now, "running"),
-            ("running", far, now - 60_000, "stale"),
+            ("finished", "null", "null", "succeeded"), ("continued", "null", "null", "succeeded"),
+            ("cancelled", "null", "null", "cancelled"), ("running", dead, now, "orphaned"),
+            ("running", far, now, "running"), ("running", far, now - 60_000, "stale"),
             ("waiting-approval", far, now, "waiting-approval"),
             ("queued", "null", "null", "queued"),
-        ):
+        ):  # fmt: skip
             change(
                 self.served.path,
                 f"""update _smithers_runs set status = '{status}', runtime_owner_id = {owner},
@@ -4540,14 +4507,12 @@ class StrictRequestTest(RequestsCase):
         length = b"Content-Length: %d" % len(smuggled)
         pieces = b"%x\r\n%b\r\n0\r\n\r\n" % (len(smuggled), smuggled)
         for request in (
-            post(smuggled, length, path=b"/nowhere"),
-            post(smuggled, length, path=b"/health"),
+            post(smuggled, length, path=b"/nowhere"), post(smuggled, length, path=b"/health"),
             post(smuggled, length, b"Origin: http://evil"),
             post(smuggled, length, b"Sec-Fetch-Site: cross-site", path=b"/cancel"),
             post(pieces, b"Transfer-Encoding: chunked", path=b"/no"),
-            post(smuggled, b"Content-Length: 1048577"),
-            post(smuggled, b"Transfer-Encoding: gzip"),
-        ):
+            post(smuggled, b"Content-Length: 1048577"), post(smuggled, b"Transfer-Encoding: gzip"),
+        ):  # fmt: skip
             with self.subTest(request=request):
                 (reply,) = split(send(self.served.port, request, end=False))
                 self.assertGreaterEqual(reply.status, 400)
@@ -4574,12 +4539,9 @@ class StrictRequestTest(RequestsCase):
 
     def test_refusals_never_quote_the_request(self) -> None:
         for request in (
-            get(b"X: <script>\x00"),
-            get(path=b"/<script>%"),
-            get(host=b"Host: <script>"),
-            get(path=b"/<script>"),
-            b"GET /<script> HTTP/9.9\r\n\r\n",
-        ):
+            get(b"X: <script>\x00"), get(path=b"/<script>%"), get(host=b"Host: <script>"),
+            get(path=b"/<script>"), b"GET /<script> HTTP/9.9\r\n\r\n",
+        ):  # fmt: skip
             self.assertNotIn(b"<script>", send(self.served.port, request))
 
     def test_requests_leave_no_thread_behind(self) -> None:
@@ -4824,30 +4786,23 @@ class TokenTest(ServerCase):
 
     def test_both_header_forms_are_accepted(self) -> None:
         for headers in (
-            {"Authorization": "Bearer sk-secret"},
-            {"authorization": "bearer sk-secret"},
-            {"AUTHORIZATION": "BEARER  sk-secret "},
-            {"x-smithers-key": "sk-secret"},
+            {"Authorization": "Bearer sk-secret"}, {"authorization": "bearer sk-secret"},
+            {"AUTHORIZATION": "BEARER  sk-secret "}, {"x-smithers-key": "sk-secret"},
             {"X-Smithers-Key": "sk-secret"},
             {"Authorization": "Basic xyz", "X-Smithers-Key": "sk-secret"},
-        ):
+        ):  # fmt: skip
             self.assert_ask(200, "GET", "/", None, headers)
 
     def test_missing_and_wrong_tokens_are_unauthorized(self) -> None:
         wrong = ["wrong", "sk-secret2", "sk-secre", "SK-SECRET", "", "sk-secret sk-secret"]
         before = rows(self.path)
         for headers in (
-            {},
-            *map(bearer, wrong),
-            {"Authorization": "Basic sk-secret"},
-            {"Authorization": "sk-secret"},
-            {"Authorization": "Bearer"},
-            {"Authorization": "Bearer\tsk-secret"},
-            {"x-smithers-key": ""},
-            {"x-smithers-key": "s\xe9cret"},
-            {"x-smithers-key": "Bearer sk-secret"},
+            {}, *map(bearer, wrong), {"Authorization": "Basic sk-secret"},
+            {"Authorization": "sk-secret"}, {"Authorization": "Bearer"},
+            {"Authorization": "Bearer\tsk-secret"}, {"x-smithers-key": ""},
+            {"x-smithers-key": "s\xe9cret"}, {"x-smithers-key": "Bearer sk-secret"},
             {"Cookie": "x-smithers-key=sk-secret"},
-        ):
+        ):  # fmt: skip
             for method, path in (("GET", "/"), ("POST", "/approve/deploy"), ("POST", "/cancel")):
                 with self.subTest(headers=headers, path=path):
                     reply = self.served.ask(method, path, None, headers)
@@ -4857,17 +4812,10 @@ class TokenTest(ServerCase):
 
     def test_401_comes_before_404_and_bodies(self) -> None:
         for question in (
-            "GET /",
-            "GET /events",
-            "GET /frames",
-            "GET /metrics",
-            "GET /frames?limit=x",
-            "GET /nowhere",
-            "DELETE /",
-            "POST /health",
-            "POST /approve/nobody",
+            "GET /", "GET /events", "GET /frames", "GET /metrics", "GET /frames?limit=x",
+            "GET /nowhere", "DELETE /", "POST /health", "POST /approve/nobody",
             "GET /?token=sk-secret&authToken=sk-secret",
-        ):
+        ):  # fmt: skip
             method, path = question.split()
             with self.subTest(question=question):
                 reply = self.served.ask(method, path)
@@ -4921,11 +4869,9 @@ class NamedTokenTest(ServerCase):
 
     def test_each_role_may_do_its_part(self) -> None:
         for path, allowed in (
-            ("GET /why", "v a b o"),
-            ("GET /metrics", "v a b o"),
-            ("POST /deny/nobody", "a b o"),
+            ("GET /why", "v a b o"), ("GET /metrics", "v a b o"), ("POST /deny/nobody", "a b o"),
             ("POST /cancel", "o"),
-        ):
+        ):  # fmt: skip
             for token in "x v a b o".split():
                 expected = (200, 404) if token in allowed else (401,) if token == "x" else (403,)
                 self.assertIn(self.status_of(token, *path.split()), expected, (path, token))
@@ -4947,11 +4893,9 @@ class NamedTokenTest(ServerCase):
 
     def test_only_approvers_decide_their_gate(self) -> None:
         for approvers, allowed in (
-            (["alice"], "a"),
-            (["alice", "bob"], "a b"),
-            (["operator"], "o"),
+            (["alice"], "a"), (["alice", "bob"], "a b"), (["operator"], "o"),
             (["approver", "vera"], "a b"),
-        ):
+        ):  # fmt: skip
             gates = [Approval(f"g-{token}", approvers=approvers) for token in "vabo"]
             self.served = self.at_gate([Parallel(*gates)], tokens=self.tokens)
             found = [t for t in "vabo" if self.status_of(t, "POST", f"/approve/g-{t}") == 200]
@@ -5245,12 +5189,10 @@ class PageTest(ServerCase):
     def test_its_headers_keep_it_to_itself(self) -> None:
         headers = self.assert_ask(200, "HEAD", "/ui").headers
         for line in (
-            "content-type: text/html; charset=utf-8",
-            "cache-control: no-store",
-            "referrer-policy: no-referrer",
-            "x-content-type-options: nosniff",
+            "content-type: text/html; charset=utf-8", "cache-control: no-store",
+            "referrer-policy: no-referrer", "x-content-type-options: nosniff",
             "x-frame-options: DENY",
-        ):
+        ):  # fmt: skip
             name, value = line.split(": ")
             self.assertEqual(headers[name], value)
 
@@ -5864,21 +5806,14 @@ class BrowserTest(ServerCase):
                 Approval("deploy", metadata={"to": "all"}, needs=["fails"]),
             )
         places = [
-            (served, GATE_AT, ""),
-            (served, GATE_AT, "Approve deploy"),
-            (served, "#/node/fails/0", ""),
-            (served, "#/log", ""),
-            (served, "#/timeline", ""),
-            (served, "#/", ""),
-            (served, "#/", "Cancel run…"),
-            (self.served, GATE_AT, ""),
-            (self.at_gate(token="tok"), "#/", ""),
-            (self.serve("broken"), "#/", "Retry run…"),
-            (self.serve("broken"), "#/node/fails/0", ""),
-            (self.serve_all(), "#/", ""),
+            (served, GATE_AT, ""), (served, GATE_AT, "Approve deploy"),
+            (served, "#/node/fails/0", ""), (served, "#/log", ""), (served, "#/timeline", ""),
+            (served, "#/", ""), (served, "#/", "Cancel run…"), (self.served, GATE_AT, ""),
+            (self.at_gate(token="tok"), "#/", ""), (self.serve("broken"), "#/", "Retry run…"),
+            (self.serve("broken"), "#/node/fails/0", ""), (self.serve_all(), "#/", ""),
             (self.serve_all(), f"#/runs/{RUN}", ""),
             (self.serve_all(self.foreign_database()), "#/", ""),
-        ]
+        ]  # fmt: skip
         for is_dark in (False, True):
             for width in (1280, 360):
                 self.browser.show(width, 800, is_dark)
@@ -5995,22 +5930,13 @@ class MetricsTest(ServerCase):
         served.ask("POST", "/approve/deploy")
         live.end()
         expected = {
-            "runs_total": 1,
-            "runs_finished_total": 1,
-            "runs_failed_total": 0,
-            "runs_cancelled_total": 0,
-            "nodes_started": 2,
-            "nodes_failed": 0,
-            "node_retries_total": 1,
-            "errors_total": 1,
-            "events_emitted_total": len(served.events()),
-            "approvals_requested": 1,
-            "approvals_granted": 1,
-            "approvals_denied": 0,
-            "run_duration_ms_count": 1,
-            "attempt_duration_ms_count": 2,
-            "approval_wait_duration_ms_count": 1,
-        }
+            "runs_total": 1, "runs_finished_total": 1, "runs_failed_total": 0,
+            "runs_cancelled_total": 0, "nodes_started": 2, "nodes_failed": 0,
+            "node_retries_total": 1, "errors_total": 1,
+            "events_emitted_total": len(served.events()), "approvals_requested": 1,
+            "approvals_granted": 1, "approvals_denied": 0, "run_duration_ms_count": 1,
+            "attempt_duration_ms_count": 2, "approval_wait_duration_ms_count": 1,
+        }  # fmt: skip
         values = served.metrics()
         self.assertEqual({name: int(values[name]) for name in expected}, expected)
 
@@ -6036,13 +5962,9 @@ class MetricsTest(ServerCase):
 
     def test_requests_are_labelled_by_pattern(self) -> None:
         for method, path in (
-            ("GET", "/?x=secret-path"),
-            ("POST", "/approve/secret-node"),
-            ("GET", "/secret-path"),
-            ("GET", "/approve/secret-node"),
-            ("SECRET", "/"),
-            ("HEAD", "/health"),
-        ):
+            ("GET", "/?x=secret-path"), ("POST", "/approve/secret-node"), ("GET", "/secret-path"),
+            ("GET", "/approve/secret-node"), ("SECRET", "/"), ("HEAD", "/health"),
+        ):  # fmt: skip
             self.served.ask(method, path)
         send(self.served.port, b"secret-line\r\n\r\n")
         text = self.assert_ask(200, "GET", "/metrics").body
@@ -6097,21 +6019,13 @@ class MountTest(ServerCase):
     def test_a_mount_answers_like_the_server(self) -> None:
         port = self.mount()
         for method, path, body in (
-            ("GET", "/health", None),
-            ("GET", "/", None),
-            ("HEAD", "/", None),
-            ("GET", "/frames?limit=1", None),
-            ("GET", "/frames?limit=x", None),
-            ("POST", "/approve/nobody", {"note": "x"}),
-            ("POST", "/approve/deploy", b"["),
-            ("POST", "/approve/%2564eploy", None),
-            ("DELETE", "/frames", None),
-            ("GET", "/nowhere", None),
-            ("POST", "/approve/deploy", {"note": "yes"}),
-            ("POST", "/approve/deploy", None),
-            ("GET", "/", None),
-            ("POST", "/deny/deploy", None),
-        ):
+            ("GET", "/health", None), ("GET", "/", None), ("HEAD", "/", None),
+            ("GET", "/frames?limit=1", None), ("GET", "/frames?limit=x", None),
+            ("POST", "/approve/nobody", {"note": "x"}), ("POST", "/approve/deploy", b"["),
+            ("POST", "/approve/%2564eploy", None), ("DELETE", "/frames", None),
+            ("GET", "/nowhere", None), ("POST", "/approve/deploy", {"note": "yes"}),
+            ("POST", "/approve/deploy", None), ("GET", "/", None), ("POST", "/deny/deploy", None),
+        ):  # fmt: skip
             with self.subTest(method=method, path=path):
                 own = self.served.ask(method, path, body, bearer())
                 mounted = ask(port, method, "/smithers" + path, body, bearer())
@@ -6462,10 +6376,8 @@ workflow = Workflow("logs", Task("work", work))
 class ExitCodeTest(CommandCase):
     def test_without_a_server(self) -> None:
         for name, expected, status in (
-            ("other", 0, "finished"),
-            ("failing", 1, "failed"),
-            ("workflow", 3, "waiting-approval"),
-        ):
+            ("other", 0, "finished"), ("failing", 1, "failed"), ("workflow", 3, "waiting-approval"),
+        ):  # fmt: skip
             code, out, err = self.main("up", f"flow.py:{name}")
             self.assertEqual((code, json.loads(out)["status"]), (expected, status), err)
             if name == "failing":
@@ -6515,14 +6427,11 @@ class MistakeTest(CommandCase):
 
     # The files that are there, and of every kind of mistake what is said and the command line.
     FILES = {
-        "broken.py": "x = 1\ndef f(:\n",
-        "raises.py": "x = 1\n\n1 / 0\n",
-        "exits.py": "import sys\nsys.exit(0)\n",
-        "notes.txt": "hello",
+        "broken.py": "x = 1\ndef f(:\n", "raises.py": "x = 1\n\n1 / 0\n",
+        "exits.py": "import sys\nsys.exit(0)\n", "notes.txt": "hello",
         "text.db": "this is not a database, but a letter to a friend\n" * 100,
-        "open": "alice approver a\n",
-        "boss": "alice boss a\n",
-    }
+        "open": "alice approver a\n", "boss": "alice boss a\n",
+    }  # fmt: skip
     # fmt: off
     MISTAKES = {
         "an executor that cannot be made": (
@@ -7151,13 +7060,10 @@ class SeatTest(SeatCase):
                      "output ship build more", "show ship build more", "logs a b c"):  # fmt: skip
             self.refused(4, "", line)
         for line, says in (
-            ("show ship nobody", "nobody"),
-            ("output ship nobody", "nobody"),
-            ("approve ship nobody -y", "nobody"),
-            ("logs --since soon", "soon"),
-            ("gc --older-than 3", "3"),
-            ("retry ship nobody", "nobody"),
-        ):
+            ("show ship nobody", "nobody"), ("output ship nobody", "nobody"),
+            ("approve ship nobody -y", "nobody"), ("logs --since soon", "soon"),
+            ("gc --older-than 3", "3"), ("retry ship nobody", "nobody"),
+        ):  # fmt: skip
             self.refused(4, says, line)
 
     def test_approve_says_when_nothing_waits(self) -> None:
