@@ -1516,49 +1516,38 @@ class ScheduleTest(RunCase):
         "empty containers finish at once": Row([Sequence(), Parallel(), loop()]),
         "children run in order": Row(
             [*tasks("a"), Sequence(*tasks("b"), Sequence(*tasks("c"))), *tasks("d")],
-            tells=in_turn("a b c d"),
-        ),
+            tells=in_turn("a b c d")),
         "needs by list only wait": Row(
             Parallel(*tasks("late", needs=["a", "b"]), *tasks("a"), *tasks("b", needs=("a",))),
-            tells="NodeStarted a 0 0, b 0 0, late 0 0",
-        ),
+            tells="NodeStarted a 0 0, b 0 0, late 0 0"),
         "place of static task goes on": Row(
-            Parallel(*MIXED, max_concurrency=1), tells=in_turn("n0 n1 n2 n3 n4")
-        ),
+            Parallel(*MIXED, max_concurrency=1), tells=in_turn("n0 n1 n2 n3 n4")),
         "loop runs until condition holds": Row(until_one, tells="NodeStarted t 0 0, t 1 0"),
         "loop already done never begins": Row(
-            [loop(*tasks("t"), until=True), *tasks("next")], tells="NodeStarted next 0 0"
-        ),
+            [loop(*tasks("t"), until=True), *tasks("next")], tells="NodeStarted next 0 0"),
         "loop ends after max iterations": Row(
             [loop(*tasks("t"), turns=3), *tasks("next")],
-            tells="NodeStarted t 0 0, t 1 0, t 2 0, next 0 0",
-        ),
+            tells="NodeStarted t 0 0, t 1 0, t 2 0, next 0 0"),
         "nested loop carries outer iteration": Row(
             nested_loops,
             tells="NodeStarted t@@outer=0 0 0, t@@outer=0 1 0, o 0 0, "
-            "t@@outer=1 0 0, t@@outer=1 1 0, o 1 0",
-        ),
+            "t@@outer=1 0 0, t@@outer=1 1 0, o 1 0"),
         "third level carries both outer iterations": Row(
             loop(loop(loop(*tasks("t"), id="c"), id="b"), id="a"),
             tells="NodeStarted t@@a=0,b=0 0 0, t@@a=0,b=0 1 0, t@@a=0,b=1 0 0, t@@a=0,b=1 1 0, "
-            "t@@a=1,b=0 0 0, t@@a=1,b=0 1 0, t@@a=1,b=1 0 0, t@@a=1,b=1 1 0",
-        ),
+            "t@@a=1,b=0 0 0, t@@a=1,b=0 1 0, t@@a=1,b=1 0 0, t@@a=1,b=1 1 0"),
         "skipped tasks do not run": Row(
             [Task("a", fail, skip_if=True), Approval("g", skip_if=True), *tasks("b")],
             tells="NodeSkipped a 0, g 0, NodeStarted b 0 0, no ApprovalRequested",
-            states="a skipped, g skipped, b finished",
-        ),
+            states="a skipped, g skipped, b finished"),
         "continue on fail goes on": Row(
             [*tasks("a", fail, continue_on_fail=True), *tasks("b")],
-            states="a failed, b finished",
-        ),
+            states="a failed, b finished"),
         "dropped gate is closed": Row(
-            drop_gate,
-            "NodeWaitingApproval gate; go",
-            tells="NodeCancelled gate 0 no longer in the tree",
-        ),
+            drop_gate, "NodeWaitingApproval gate; go",
+            tells="NodeCancelled gate 0 no longer in the tree"),
         "limit holds over new renders": Row(grow, tells=in_turn("n0 n1 n2 n3 n4 extra")),
-    }
+    }  # fmt: skip
 
     def test_loop_may_fail_at_max(self) -> None:
         result = self.play(
@@ -1738,54 +1727,39 @@ class RunningTest(RunCase):
         "failed attempts are tried again": Row(
             Task("a", fail_once, retries=2),
             tells="NodeStarted a 0 0, NodeFailed a 0 0 ValueError, NodeRetrying a 0 1, "
-            "NodeStarted a 0 1, NodeFinished a 0 1",
-        ),
+            "NodeStarted a 0 1, NodeFinished a 0 1"),
         "retries end": Row(
-            Task("a", fail, retries=2, retry_delay=0.001),
-            ends="failed",
+            Task("a", fail, retries=2, retry_delay=0.001), ends="failed",
             tells="NodeStarted a 0 0, NodeFailed a 0 0 ValueError, NodeRetrying a 0 1, "
             "NodeStarted a 0 1, NodeFailed a 0 1 ValueError, NodeRetrying a 0 2, "
-            "NodeStarted a 0 2, NodeFailed a 0 2 ValueError",
-        ),
+            "NodeStarted a 0 2, NodeFailed a 0 2 ValueError"),
         "delayed retry leaves place to others": Row(
             Parallel(Task("a", fail_once, retries=1, retry_delay=0.1), *tasks("b")),
-            tells="NodeStarted a 0 0, b 0 0, a 0 1",
-            options={"max_concurrency": 1},
-        ),
+            tells="NodeStarted a 0 0, b 0 0, a 0 1", options={"max_concurrency": 1}),
         "after failure in flight drains only": Row(
             [
                 Parallel(Task("slow", wait_for_go), *tasks("bad", fail), *tasks("queued")),
                 *tasks("after"),
             ],
-            "NodeFailed bad; go",
-            ends="failed",
+            "NodeFailed bad; go", ends="failed",
             states="slow finished, bad failed, queued pending, after pending",
-            options={"max_concurrency": 2},
-        ),
+            options={"max_concurrency": 2}),
         "exception without words fails task": Row(
-            Task("a", fail_mutely), ends="failed", tells="NodeFailed a 0 0 Mute"
-        ),
+            Task("a", fail_mutely), ends="failed", tells="NodeFailed a 0 0 Mute"),
         "timeout stops function and retries": Row(
-            Task("a", wait_for_stop, timeout=0.05, retries=1),
-            ends="failed",
+            Task("a", wait_for_stop, timeout=0.05, retries=1), ends="failed",
             tells="NodeStarted a 0 0, NodeFailed a 0 0 TASK_TIMEOUT, "
-            "NodeStarted a 0 1, NodeFailed a 0 1 TASK_TIMEOUT",
-        ),
+            "NodeStarted a 0 1, NodeFailed a 0 1 TASK_TIMEOUT"),
         "timeout stops command and retries": Row(
-            Task("a", ["sleep", "60"], timeout=0.05, retries=1),
-            ends="failed",
+            Task("a", ["sleep", "60"], timeout=0.05, retries=1), ends="failed",
             tells="NodeStarted a 0 0, NodeFailed a 0 0 TASK_TIMEOUT, "
-            "NodeStarted a 0 1, NodeFailed a 0 1 TASK_TIMEOUT",
-        ),
+            "NodeStarted a 0 1, NodeFailed a 0 1 TASK_TIMEOUT"),
         "missing command fails its task": Row(
-            Task("a", ["no-such-command-here"]),
-            ends="failed",
-            tells="NodeFailed a 0 0 FileNotFoundError",
-        ),
+            Task("a", ["no-such-command-here"]), ends="failed",
+            tells="NodeFailed a 0 0 FileNotFoundError"),
         "cancel ends waiting retry": Row(
-            Task("a", fail, retries=1, retry_delay=600), "NodeRetrying a; cancel", "cancelled"
-        ),
-    }
+            Task("a", fail, retries=1, retry_delay=600), "NodeRetrying a; cancel", "cancelled"),
+    }  # fmt: skip
 
     def test_event_log_tells_whole_run(self) -> None:
         self.drive(Task("a", answer))
@@ -2080,71 +2054,46 @@ class GateTest(RunCase):
     ROWS = {
         "denied gate fails by default": denied(Approval("gate"), "failed", "failed", "pending"),
         "denied gate may continue": denied(
-            Approval("gate", on_deny="continue"), "finished", "finished"
-        ),
+            Approval("gate", on_deny="continue"), "finished", "finished"),
         "denied gate may be skipped": denied(
-            Approval("gate", on_deny="skip"), "finished", "skipped"
-        ),
+            Approval("gate", on_deny="skip"), "finished", "skipped"),
         "denied task fails by default": denied(
-            asking(), "failed", "failed", "pending", "no NodeStarted"
-        ),
+            asking(), "failed", "failed", "pending", "no NodeStarted"),
         "denied task never runs to continue": denied(
-            asking(on_deny="continue"), "finished", "skipped", tells="NodeStarted after 0 0"
-        ),
+            asking(on_deny="continue"), "finished", "skipped", tells="NodeStarted after 0 0"),
         "denied task may be skipped": denied(
-            asking(on_deny="skip"), "finished", "skipped", tells="NodeStarted after 0 0"
-        ),
+            asking(on_deny="skip"), "finished", "skipped", tells="NodeStarted after 0 0"),
         "denied task may fail and continue": denied(
-            asking(continue_on_fail=True), "finished", "failed", tells="NodeStarted after 0 0"
-        ),
+            asking(continue_on_fail=True), "finished", "failed", tells="NodeStarted after 0 0"),
         "approved task runs with retries": Row(
-            Task("gate", fail_once, needs_approval=True, retries=1),
-            f"{WAITS}; approve gate",
-            tells="ApprovalRequested gate 0, NodeStarted gate 0 0, gate 0 1",
-        ),
+            Task("gate", fail_once, needs_approval=True, retries=1), f"{WAITS}; approve gate",
+            tells="ApprovalRequested gate 0, NodeStarted gate 0 0, gate 0 1"),
         "gate timeout may fail": Row(
-            Approval("gate", **QUICK),
-            ends="failed",
-            tells="ApprovalRequested gate 0, NodeFailed gate 0 0 APPROVAL_TIMEOUT",
-        ),
+            Approval("gate", **QUICK), ends="failed",
+            tells="ApprovalRequested gate 0, NodeFailed gate 0 0 APPROVAL_TIMEOUT"),
         "gate timeout may approve": Row(
             Approval("gate", on_timeout="approve", **QUICK),
-            tells="ApprovalGranted gate 0 nobody decided within 0.02 s",
-            states="gate finished",
-        ),
+            tells="ApprovalGranted gate 0 nobody decided within 0.02 s", states="gate finished"),
         "gate timeout may deny and fail": Row(
-            Approval("gate", on_timeout="deny", **QUICK),
-            ends="failed",
-            tells="ApprovalDenied gate 0 nobody decided within 0.02 s",
-            states="gate failed",
-        ),
+            Approval("gate", on_timeout="deny", **QUICK), ends="failed",
+            tells="ApprovalDenied gate 0 nobody decided within 0.02 s", states="gate failed"),
         "gate timeout may deny and continue": Row(
             Approval("gate", on_timeout="deny", on_deny="continue", **QUICK),
-            tells="ApprovalDenied gate 0 nobody decided within 0.02 s",
-            states="gate finished",
-        ),
+            tells="ApprovalDenied gate 0 nobody decided within 0.02 s", states="gate finished"),
         "gate timeout may deny and skip": Row(
             Approval("gate", on_timeout="deny", on_deny="skip", **QUICK),
-            tells="ApprovalDenied gate 0 nobody decided within 0.02 s",
-            states="gate skipped",
-        ),
+            tells="ApprovalDenied gate 0 nobody decided within 0.02 s", states="gate skipped"),
         "each iteration has its gate": Row(
-            loop(Approval("gate")),
-            f"{WAITS} 0; approve gate 0; {WAITS} 1; approve gate 1",
+            loop(Approval("gate")), f"{WAITS} 0; approve gate 0; {WAITS} 1; approve gate 1",
             tells="ApprovalRequested gate 0, NodeWaitingApproval gate 0, ApprovalGranted gate 0, "
-            "ApprovalRequested gate 1, NodeWaitingApproval gate 1, ApprovalGranted gate 1",
-        ),
+            "ApprovalRequested gate 1, NodeWaitingApproval gate 1, ApprovalGranted gate 1"),
         "open gate does not starve retries": Row(
             Parallel(Approval("gate"), Task("a", fail_once, retries=1, retry_delay=0.05)),
-            f"NodeFinished a; {PARKS}; approve gate",
-        ),
+            f"NodeFinished a; {PARKS}; approve gate"),
         "failure closes open gates": Row(
             Parallel(Approval("gate"), Sequence(Task("a", wait_for_go), Task("b", fail))),
-            f"{WAITS}; go",
-            "failed",
-            states="gate cancelled, a finished, b failed",
-        ),
-    }
+            f"{WAITS}; go", "failed", states="gate cancelled, a finished, b failed"),
+    }  # fmt: skip
 
     def tearDown(self) -> None:
         """A decision is stored with its gate: what the log says of it, the row says too."""
@@ -2655,48 +2604,31 @@ class DurabilityTest(RunCase):
     ROWS = {
         "cancelled run resumes": Row(
             [*tasks("a"), Task("hold", wait_once), Approval("gate", skip_if=True)],
-            "NodeStarted hold; cancel; retry",
-            tells="NodeStarted a 0 0, hold 0 0, hold 0 1",
-        ),
+            "NodeStarted hold; cancel; retry", tells="NodeStarted a 0 0, hold 0 0, hold 0 1"),
         "cancelled gate is asked again": Row(
-            Approval("gate"), f"{WAITS}; cancel; retry; {WAITS}; approve gate"
-        ),
+            Approval("gate"), f"{WAITS}; cancel; retry; {WAITS}; approve gate"),
         "denied gate of failed run asks again": Row(
-            Approval("gate"), f"{WAITS}; deny gate; retry; {WAITS}; approve gate"
-        ),
+            Approval("gate"), f"{WAITS}; deny gate; retry; {WAITS}; approve gate"),
         "failed nodes get fresh try": Row(
-            [*tasks("a"), Task("b", fail_until_go, retries=1), *tasks("c")],
-            "end; go; retry",
-            tells="NodeStarted a 0 0, b 0 0, b 0 1, b 0 2, c 0 0",
-        ),
+            [*tasks("a"), Task("b", fail_until_go, retries=1), *tasks("c")], "end; go; retry",
+            tells="NodeStarted a 0 0, b 0 0, b 0 1, b 0 2, c 0 0"),
         "run cancelled while draining resumes": Row(
             Parallel(Task("bad", fail_until_go), Task("hold", wait_once)),
-            "NodeFailed bad; cancel; end; go; retry",
-        ),
+            "NodeFailed bad; cancel; end; go; retry"),
         "resume still knows old errors": Row(
-            mended,
-            "NodeStarted mend; cancel; retry",
-            tells="NodeStarted a 0 0, mend 0 0, mend 0 1",
-            states="a failed, mend finished",
-        ),
+            mended, "NodeStarted mend; cancel; retry",
+            tells="NodeStarted a 0 0, mend 0 0, mend 0 1", states="a failed, mend finished"),
         "resume still knows nested iteration": Row(
-            held_in_second_turn,
-            "NodeStarted hold@@outer=0; cancel; retry",
-            states="t@@outer=0 finished, hold@@outer=0 finished",
-        ),
+            held_in_second_turn, "NodeStarted hold@@outer=0; cancel; retry",
+            states="t@@outer=0 finished, hold@@outer=0 finished"),
         "loop goes on at its iteration": Row(
-            loop(Task("t", wait_in_second_turn), turns=3),
-            "NodeStarted t 1; cancel; retry",
-            tells="NodeStarted t 0 0, t 1 0, t 1 1, t 2 0",
-        ),
+            loop(Task("t", wait_in_second_turn), turns=3), "NodeStarted t 1; cancel; retry",
+            tells="NodeStarted t 0 0, t 1 0, t 1 1, t 2 0"),
         "retries are counted over resume": Row(
-            Task("a", fail_after_stop, retries=1),
-            "NodeStarted a 0 1; cancel; retry",
-            "failed",
+            Task("a", fail_after_stop, retries=1), "NodeStarted a 0 1; cancel; retry", "failed",
             "NodeStarted a 0 0, NodeFailed a 0 0 ValueError, "
-            "NodeStarted a 0 1, a 0 2, NodeFailed a 0 2 ValueError",
-        ),
-    }
+            "NodeStarted a 0 1, a 0 2, NodeFailed a 0 2 ValueError"),
+    }  # fmt: skip
 
     def test_killed_run_resumes_at_every_point(self) -> None:
         """Its resume is killed too, and the third life goes to the end."""
