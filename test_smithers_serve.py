@@ -8231,7 +8231,7 @@ class OwnerTest(FaultCase):
                 if how == "new heartbeat":
                     self.write_row(heartbeat_at_ms=2**45)
                 else:
-                    other = "|".join([host, str(os.getpid()), start, token])
+                    other = "|".join([host, str(os.getppid()), start, token])
                     self.write_row(runtime_owner_id=other)
                 self.approve()
                 self.assert_status(0, "finished", "gated")
