@@ -904,6 +904,8 @@ def rows(path: str) -> dict[str, list[Any]]:
     return found
 
 
+# Rows by the number, up to a count, for a statement that goes on.
+NUMBERS = "with recursive numbers(n) as (select 1 union all select n + 1 from numbers where n < {})"
 RUN_ROW = "select status, runtime_owner_id from _smithers_runs where run_id = ?"
 
 
@@ -3247,8 +3249,7 @@ class FramesCase(ServerCase):
         change(
             served.path,
             "delete from _smithers_frames",
-            f"""with recursive numbers(n) as (select 1 union all select n + 1 from numbers
-            where n < {count}) insert into _smithers_frames
+            f"""{NUMBERS.format(count)} insert into _smithers_frames
             (run_id, frame_no, xml_json, xml_hash, mounted_task_ids_json, task_index_json)
             select '{served.run_id}', n, printf('%.{size - 4}c', 'x'), 'hash', '[]', '[]'
             from numbers""",
@@ -3624,11 +3625,9 @@ class NodesTest(ServerCase):
                 seq > {seq}""",
             f"""update _smithers_attempts set finished_at_ms = finished_at_ms + 60000,
                 started_at_ms = started_at_ms {later} attempt = 1""",
-            f"""with recursive numbers(n) as (select 1 union all select n + 1 from numbers
-                where n < 200000)
-                insert into _smithers_events select '{served.run_id}', {seq} + n,
-                (select timestamp_ms + 30000 from _smithers_events where seq = {seq}),
-                'NodeOutput', '{{}}' from numbers""",
+            f"""{NUMBERS.format(200_000)} insert into _smithers_events
+                select '{served.run_id}', {seq} + n, (select timestamp_ms + 30000 from _smithers_events
+                where seq = {seq}), 'NodeOutput', '{{}}' from numbers""",
         )
         found = [line["text"] for line in self.look("/nodes/a")["log"]]
         self.assertEqual(found, ["attempt 0", "attempt 1"])
@@ -3885,10 +3884,8 @@ def fill(served: RunServer, count: int, size: int = 1) -> int:
     """Add events with so much text to the log of a run, as another process would."""
     change(
         served.path,
-        f"""with recursive numbers(n) as (select 1 union all select n + 1 from numbers
-        where n < {count})
-        insert into _smithers_events (run_id, seq, timestamp_ms, type, payload_json)
-        select '{served.run_id}', {served.newest()} + n, {ss.now_ms()}, 'NodeOutput',
+        f"""{NUMBERS.format(count)}
+        insert into _smithers_events (run_id, seq, timestamp_ms, type, payload_json) select '{served.run_id}', {served.newest()} + n, {ss.now_ms()}, 'NodeOutput',
         '{{"type":"NodeOutput","runId":"{served.run_id}","nodeId":"build","iteration":0,'
         || '"attempt":0,"text":"{"x" * size}","stream":"stdout","timestampMs":0}}'
         from numbers""",
@@ -5204,6 +5201,7 @@ class Browser:
 GATE_AT = "#/node/deploy/0"
 TAB, ENTER, ESCAPE = "\ue004", "\ue007", "\ue00c"
 FOCUSED = "return document.activeElement.innerText"
+NOTE = "return document.querySelector('textarea').value"
 MARKUP = "<img src=x onerror=document.title='hit'><b>bold</b>"
 
 
@@ -5294,8 +5292,7 @@ class BrowserTest(ServerCase):
         """Add older runs, `old-1` the newest of them."""
         change(
             self.path,
-            f"""with recursive numbers(n) as (select 1 union all select n + 1
-            from numbers where n < {count}) insert into _smithers_runs
+            f"""{NUMBERS.format(count)} insert into _smithers_runs
             (run_id, workflow_name, status, created_at_ms)
             select 'old-' || n, 'nightly', '{status}', {ss.now_ms()} - 60000 * n from numbers""",
         )
@@ -5377,9 +5374,7 @@ class BrowserTest(ServerCase):
         self.browser.type("Note", "please")
         self.browser.click("Deny deploy", "Yes, deny deploy")
         self.browser.see("You may not do this", "decided by ops", "Your note is kept")
-        self.assertEqual(
-            self.browser.run("return document.querySelector('textarea').value"), "please"
-        )
+        self.assertEqual(self.browser.run(NOTE), "please")
         self.assertEqual(self.gate(served.run_id).status, "requested")
 
     def test_decisions_are_off_until_the_server_is_back(self) -> None:
@@ -5404,8 +5399,7 @@ class BrowserTest(ServerCase):
         served.stop()
         self.browser.click("Yes, deny deploy")
         self.browser.see("may have arrived or not", "Your note is kept")
-        note = self.browser.run("return document.querySelector('textarea').value")
-        self.assertEqual(note, "half said")
+        self.assertEqual(self.browser.run(NOTE), "half said")
 
     def tab_to(self, text: str) -> None:
         for _ in range(30):
@@ -5499,8 +5493,7 @@ class BrowserTest(ServerCase):
     def test_ten_thousand_nodes_and_a_long_log_stay_small(self) -> None:
         change(
             self.path,
-            f"""with recursive numbers(n) as (select 1 union all select n + 1
-            from numbers where n < 10000) insert into _smithers_nodes
+            f"""{NUMBERS.format(10_000)} insert into _smithers_nodes
             (run_id, node_id, iteration, state) select '{RUN}', 'n' || n, 0, 'finished'
             from numbers""",
         )
@@ -8531,10 +8524,8 @@ class ScaleTest(RunCase):
         ss.run_workflow(as_workflow(tree), adapter=self.db, run_id=f"r{nodes}", park=False)
         change(
             self.path,
-            f"""with recursive numbers(n) as (select 1 union all select n + 1 from numbers
-                where n < {nodes})
-                insert into _smithers_nodes (run_id, node_id, state, last_attempt)
-                select 'r{nodes}', 'n' || n, 'finished', 0 from numbers""",
+            f"""{NUMBERS.format(nodes)}
+                insert into _smithers_nodes (run_id, node_id, state, last_attempt) select 'r{nodes}', 'n' || n, 'finished', 0 from numbers""",
         )
         with self.counted_steps() as steps, self.adapter().snapshot() as reads:
             steps[0] = 0
@@ -13008,6 +12999,15 @@ class CancelCrash(Crash):
 CRASHES = (Crash, CancelCrash, PoolCrash, CancelCrash, SuspectCrash)
 
 
+def is_wrong(said: str, wrong: list[str], folder: str) -> bool:
+    """Remove the folder of a trial; or, when something is wrong, tell of it and keep it."""
+    if wrong:
+        print(f"{said}; kept: {folder}", *(f"VIOLATION {text}" for text in wrong), sep="\n")
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    return bool(wrong)
+
+
 def crash_command(arguments: argparse.Namespace) -> int:
     """Kill and resume N times, over as many runs as that takes."""
     chance = random.Random(arguments.seed)
@@ -13021,12 +13021,10 @@ def crash_command(arguments: argparse.Namespace) -> int:
         kills, runs = kills + crash.kills, runs + 1
         reconnects, events = reconnects + crash.watcher.reconnects, events + crash.events
         moments += crash.moments
-        if crash.wrong:
-            print(f"seed {arguments.seed}, run {runs}, {type(crash).__name__}, after {crash.kills} "
-                  f"kills; kept: {folder}")  # fmt: skip
-            print("\n".join(f"VIOLATION {text}" for text in crash.wrong))
+        name = type(crash).__name__
+        said = f"seed {arguments.seed}, run {runs}, {name}, after {crash.kills} kills"
+        if is_wrong(said, crash.wrong, folder):
             return 1
-        shutil.rmtree(folder, ignore_errors=True)
     said = ", ".join(f"{count} {moment}" for moment, count in sorted(moments.items()))
     print(f"{kills} kills ({said}) over {runs} runs in {time.monotonic() - began:.0f} s: every run "
           f"ended as it should, {events} events, {reconnects} connections of the client, seed "
@@ -13196,12 +13194,9 @@ def server_crash_command(arguments: argparse.Namespace) -> int:
     memory = ", ".join(f"{rss:.1f}" for rss in crash.memory)
     print(f"{crash.rounds} rounds in {took:.0f} s, seed {arguments.seed}")
     print(f"killed {dict(crash.kills)}, runs {dict(crash.ended)}, server's MiB: {memory}")
-    if crash.wrong:
-        print(f"kept: {folder}")
-        print("\n".join(f"VIOLATION {text}" for text in crash.wrong))
+    if is_wrong("after these", crash.wrong, folder):
         return 1
     print("no violation")
-    shutil.rmtree(folder, ignore_errors=True)
     return 0
 
 
@@ -13354,12 +13349,9 @@ def restart_command(arguments: argparse.Namespace) -> int:
         restart = Restart(folder, chance)
         restart.stop_often(arguments.count - stops - kills)
         stops, kills, runs = stops + restart.stops, kills + restart.kills, runs + 1
-        if restart.wrong:
-            print(f"seed {arguments.seed}, run {runs}, after {restart.stops} stops and "
-                  f"{restart.kills} kills; kept: {folder}")  # fmt: skip
-            print("\n".join(f"VIOLATION {text}" for text in restart.wrong))
+        after = f"{restart.stops} stops and {restart.kills} kills"
+        if is_wrong(f"seed {arguments.seed}, run {runs}, after {after}", restart.wrong, folder):
             return 1
-        shutil.rmtree(folder, ignore_errors=True)
     print(f"{stops} stops and {kills} kills over {runs} runs in {time.monotonic() - began:.0f} s: "
           f"every run finished, seed {arguments.seed}: no violation")  # fmt: skip
     return 0
@@ -13819,11 +13811,8 @@ def power_command(arguments: argparse.Namespace) -> int:
             power.check(resumes=6)
             syncs, images = syncs + power.syncs, images + power.images
             resumed, events = resumed + power.resumed, events + len(power.log)
-            if power.wrong:
-                print(f"seed {arguments.seed}, {mode}, round {number}; kept: {folder}")
-                print("\n".join(f"VIOLATION {text}" for text in power.wrong))
+            if is_wrong(f"seed {arguments.seed}, {mode}, round {number}", power.wrong, folder):
                 return 1
-            shutil.rmtree(folder, ignore_errors=True)
         print(f"{mode}: {images} images at {syncs} syncs of {arguments.count} runs, {events} "
               f"events, {resumed} of the images gone on with")  # fmt: skip
     print(f"{time.monotonic() - began:.0f} s, seed {arguments.seed}: no violation")
