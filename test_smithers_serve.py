@@ -3626,8 +3626,8 @@ class NodesTest(ServerCase):
             f"""update _smithers_attempts set finished_at_ms = finished_at_ms + 60000,
                 started_at_ms = started_at_ms {later} attempt = 1""",
             f"""{NUMBERS.format(200_000)} insert into _smithers_events
-                select '{served.run_id}', {seq} + n, (select timestamp_ms + 30000 from _smithers_events
-                where seq = {seq}), 'NodeOutput', '{{}}' from numbers""",
+                select '{served.run_id}', {seq} + n, (select timestamp_ms + 30000
+                from _smithers_events where seq = {seq}), 'NodeOutput', '{{}}' from numbers""",
         )
         found = [line["text"] for line in self.look("/nodes/a")["log"]]
         self.assertEqual(found, ["attempt 0", "attempt 1"])
@@ -3885,7 +3885,8 @@ def fill(served: RunServer, count: int, size: int = 1) -> int:
     change(
         served.path,
         f"""{NUMBERS.format(count)}
-        insert into _smithers_events (run_id, seq, timestamp_ms, type, payload_json) select '{served.run_id}', {served.newest()} + n, {ss.now_ms()}, 'NodeOutput',
+        insert into _smithers_events (run_id, seq, timestamp_ms, type, payload_json)
+        select '{served.run_id}', {served.newest()} + n, {ss.now_ms()}, 'NodeOutput',
         '{{"type":"NodeOutput","runId":"{served.run_id}","nodeId":"build","iteration":0,'
         || '"attempt":0,"text":"{"x" * size}","stream":"stdout","timestampMs":0}}'
         from numbers""",
@@ -8525,7 +8526,8 @@ class ScaleTest(RunCase):
         change(
             self.path,
             f"""{NUMBERS.format(nodes)}
-                insert into _smithers_nodes (run_id, node_id, state, last_attempt) select 'r{nodes}', 'n' || n, 'finished', 0 from numbers""",
+                insert into _smithers_nodes (run_id, node_id, state, last_attempt)
+                select 'r{nodes}', 'n' || n, 'finished', 0 from numbers""",
         )
         with self.counted_steps() as steps, self.adapter().snapshot() as reads:
             steps[0] = 0
