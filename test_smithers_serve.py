@@ -5116,12 +5116,18 @@ class Browser:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            self.path = self._start_session()
+            undo.pop_all()
+
+    def _start_session(self) -> str:
         wait_for_answer(self.port, "/status")
         options = {"args": [*self.FLAGS, f"--user-data-dir={self.folder}"]}
         logs = {"performance": "ALL", "browser": "ALL"}
         wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": logs}
         made = self.ask("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
-        self.path = f"/session/{made['sessionId']}"
+        return f"/session/{made['sessionId']}"
 
     def close(self) -> None:
         with contextlib.suppress(Exception):
@@ -9156,8 +9162,8 @@ class ManyCase(RunCase):
         folder = tempfile.TemporaryDirectory(prefix="smithers-test-")
         cls.addClassCleanup(folder.cleanup)
         cls.many = Many(folder.name)
-        cls.many.start(*cls.FLAGS)
         cls.addClassCleanup(cls.many.close)
+        cls.many.start(*cls.FLAGS)
 
     def setUp(self) -> None:
         self.folder, self.path = self.many.folder, self.many.path
@@ -9583,8 +9589,8 @@ class ServerLifeTest(ManyCase):
         folder = tempfile.TemporaryDirectory(prefix="smithers-test-")
         self.addCleanup(folder.cleanup)
         self.many = Many(folder.name)
-        self.many.start()
         self.addCleanup(self.many.close)
+        self.many.start()
         super().setUp()
 
     def restart(self, number: int, *flags: str, command: Seq[str] = MODULE) -> None:
@@ -9882,8 +9888,8 @@ class ReplayTest(ManyCase):
             os.mkdir(outside)
             shutil.copyfile(os.path.join(many.root, "flows", "ok.py"), f"{outside}/x.py")
             os.symlink(f"{outside}/x.py", os.path.join(many.root, "flows", "link.py"))
-            many.start(*(("--auth-token", "sk") if name == "B" else ()))
             self.addCleanup(many.close)
+            many.start(*(("--auth-token", "sk") if name == "B" else ()))
 
     def tearDown(self) -> None:
         for many in getattr(self, "servers", {}).values():
