@@ -7056,9 +7056,10 @@ class SeatTest(SeatCase):
 
     def test_lines_are_cut_for_a_terminal_alone(self) -> None:
         self.begin("ship", "a-run-with-a-long-name")
-        whole = self.tell("status")
+        ageless = functools.partial(re.sub, r"\b\d+ s\b", "0 s")
+        whole = ageless(self.tell("status"))
         for is_piped in (True, False):
-            out = on_terminal(self.folder, "status", columns=40, is_piped=is_piped)
+            out = ageless(on_terminal(self.folder, "status", columns=40, is_piped=is_piped))
             hints = [line for line in out.splitlines() if " approve " in line]
             self.assertEqual(hints, [line for line in whole.splitlines() if " approve " in line])
             self.assertEqual(out == whole, is_piped)
