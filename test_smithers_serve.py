@@ -14479,10 +14479,12 @@ def run_all() -> int:
             for worker in workers:
                 worker.join()
         except KeyboardInterrupt:
-            for worker in workers:
-                if worker.pid and worker.is_alive():
-                    os.kill(worker.pid, signal.SIGINT)
-                    worker.join()
+            begun = [worker for worker in workers if worker.pid]
+            for worker in begun:
+                if worker.is_alive():
+                    os.kill(worker.pid or 0, signal.SIGINT)
+            for worker in begun:
+                worker.join()
             return 130
         for path in filter(os.path.exists, paths):
             with open(path, encoding="utf-8") as notes:
@@ -14492,7 +14494,8 @@ def run_all() -> int:
     marks = [f"failures={len(told)}"] * bool(told) + [f"skipped={sum(skips)}"] * any(skips)
     end = " ".join(["FAILED" if told else "OK", f"({', '.join(marks)})" if marks else ""])
     took = f"{'-' * 70}\nRan {sum(counts)} tests in {time.monotonic() - began:.3f}s\n\n"
-    print("", *told, took + end.rstrip(), sep=f"\n{'=' * 70}\n", file=sys.stderr)
+    shown = "".join(f"\n{'=' * 70}\n{text}" for text in told)
+    print(shown, took + end.rstrip(), sep="\n", file=sys.stderr)
     return 1 if told else 0
 
 
