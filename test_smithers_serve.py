@@ -1,6 +1,7 @@
 """The specification of smithers_serve as tests: real sockets, real processes, real databases.
 
-python3 -m unittest                      every test, nothing to install
+python3 test_smithers_serve.py           every test, several at once; nothing to install
+python3 test_smithers_serve.py NAME...   these classes or tests, as `python3 -m unittest` does
 python3 test_smithers_serve.py bench     measure
                                          (also: crash N, crash-server N, restart N, power [ROUNDS],
                                          fuzz SECONDS, fuzz-server SECONDS, model SECONDS,
@@ -564,14 +565,14 @@ class Child:
         self,
         *argv: object,
         folder: str | None = None,
-        limit: str = "",
+        shell: str = "",  # with "$@" for the command
         python: str = sys.executable,
         **env: str,
     ) -> None:
         command = [python, *map(str, argv)]
         self.started_at = time.perf_counter()
         self.process = subprocess.Popen(
-            ["sh", "-c", f'{limit}; exec "$@"', "sh", *command] if limit else command,
+            ["sh", "-c", shell, "sh", *command] if shell else command,
             cwd=folder,
             env=child_environment(**env),
             stdin=subprocess.PIPE,
@@ -901,6 +902,16 @@ def rows(path: str) -> dict[str, list[Any]]:
     for run in found["_smithers_runs"]:
         del run["heartbeat_at_ms"]
     return found
+
+
+# Rows by the number, up to a count, for a statement that goes on.
+NUMBERS = "with recursive numbers(n) as (select 1 union all select n + 1 from numbers where n < {})"
+RUN_ROW = "select status, runtime_owner_id from _smithers_runs where run_id = ?"
+
+
+def read_rows(path: str, sql: str, *parameters: Any) -> list[Any]:
+    with contextlib.closing(sqlite3.connect(path, timeout=PATIENCE)) as db:
+        return db.execute(sql, parameters).fetchall()
 
 
 def change(path: str, *statements: str) -> None:
@@ -1410,10 +1421,6 @@ class AuthoringTest(RunCase):
             self.assertIn(f'{SELF}", line', first)
             self.assertIn(f"in {run.__name__}", first)
 
-    def test_current_task_outside_of_task_raises(self) -> None:
-        with self.assertRaises(RuntimeError):
-            current_task()
-
     def test_current_task_knows_its_attempt(self) -> None:
         seen: list[Any] = []
 
@@ -1457,22 +1464,20 @@ class AuthoringTest(RunCase):
         self.assertEqual(self.db.list_runs(ss.TERMINAL_STATUSES + ss.ACTIVE_STATUSES), [])
 
     def test_a_path_is_no_adapter(self) -> None:
-        wrong: Any = self.path
+        wrong: Any = self.in_folder("x.db")
         for use in (
             lambda: ss.run_workflow(Workflow("w"), adapter=wrong),
             lambda: ss.create_serve_app(adapter=wrong, run_id="r"),
         ):
-            with self.assertRaisesRegex(ss.AuthoringError, "opens a file"):
+            with self.assertRaisesRegex(ss.AuthoringError, "SmithersDb.* opens a file"):
                 use()
-        with self.assertRaisesRegex(ss.StorageError, "kept in a file"):
-            ss.SmithersDb(":memory:")
+            self.assertFalse(os.path.exists(wrong))
 
-    def test_run_id_can_be_used_once(self) -> None:
-        self.drive(Task("a", answer))
-        before = self.told()
-        with self.assertRaises(ss.RunExists):
-            self.drive(Task("a", answer))
-        self.assertEqual(self.told(), before)
+    def test_database_without_a_file_is_refused(self) -> None:
+        for name in (":memory:", "", "file:x.db"):
+            with self.subTest(name=name), self.assertRaisesRegex(ss.StorageError, "in a file"):
+                ss.SmithersDb(name)
+            self.assertFalse(os.path.exists(name))
 
 
 # ---------------------------------------------------------------------------
@@ -1510,49 +1515,38 @@ class ScheduleTest(RunCase):
         "empty containers finish at once": Row([Sequence(), Parallel(), loop()]),
         "children run in order": Row(
             [*tasks("a"), Sequence(*tasks("b"), Sequence(*tasks("c"))), *tasks("d")],
-            tells=in_turn("a b c d"),
-        ),
+            tells=in_turn("a b c d")),
         "needs by list only wait": Row(
             Parallel(*tasks("late", needs=["a", "b"]), *tasks("a"), *tasks("b", needs=("a",))),
-            tells="NodeStarted a 0 0, b 0 0, late 0 0",
-        ),
+            tells="NodeStarted a 0 0, b 0 0, late 0 0"),
         "place of static task goes on": Row(
-            Parallel(*MIXED, max_concurrency=1), tells=in_turn("n0 n1 n2 n3 n4")
-        ),
+            Parallel(*MIXED, max_concurrency=1), tells=in_turn("n0 n1 n2 n3 n4")),
         "loop runs until condition holds": Row(until_one, tells="NodeStarted t 0 0, t 1 0"),
         "loop already done never begins": Row(
-            [loop(*tasks("t"), until=True), *tasks("next")], tells="NodeStarted next 0 0"
-        ),
+            [loop(*tasks("t"), until=True), *tasks("next")], tells="NodeStarted next 0 0"),
         "loop ends after max iterations": Row(
             [loop(*tasks("t"), turns=3), *tasks("next")],
-            tells="NodeStarted t 0 0, t 1 0, t 2 0, next 0 0",
-        ),
+            tells="NodeStarted t 0 0, t 1 0, t 2 0, next 0 0"),
         "nested loop carries outer iteration": Row(
             nested_loops,
             tells="NodeStarted t@@outer=0 0 0, t@@outer=0 1 0, o 0 0, "
-            "t@@outer=1 0 0, t@@outer=1 1 0, o 1 0",
-        ),
+            "t@@outer=1 0 0, t@@outer=1 1 0, o 1 0"),
         "third level carries both outer iterations": Row(
             loop(loop(loop(*tasks("t"), id="c"), id="b"), id="a"),
             tells="NodeStarted t@@a=0,b=0 0 0, t@@a=0,b=0 1 0, t@@a=0,b=1 0 0, t@@a=0,b=1 1 0, "
-            "t@@a=1,b=0 0 0, t@@a=1,b=0 1 0, t@@a=1,b=1 0 0, t@@a=1,b=1 1 0",
-        ),
+            "t@@a=1,b=0 0 0, t@@a=1,b=0 1 0, t@@a=1,b=1 0 0, t@@a=1,b=1 1 0"),
         "skipped tasks do not run": Row(
             [Task("a", fail, skip_if=True), Approval("g", skip_if=True), *tasks("b")],
             tells="NodeSkipped a 0, g 0, NodeStarted b 0 0, no ApprovalRequested",
-            states="a skipped, g skipped, b finished",
-        ),
+            states="a skipped, g skipped, b finished"),
         "continue on fail goes on": Row(
             [*tasks("a", fail, continue_on_fail=True), *tasks("b")],
-            states="a failed, b finished",
-        ),
+            states="a failed, b finished"),
         "dropped gate is closed": Row(
-            drop_gate,
-            "NodeWaitingApproval gate; go",
-            tells="NodeCancelled gate 0 no longer in the tree",
-        ),
+            drop_gate, "NodeWaitingApproval gate; go",
+            tells="NodeCancelled gate 0 no longer in the tree"),
         "limit holds over new renders": Row(grow, tells=in_turn("n0 n1 n2 n3 n4 extra")),
-    }
+    }  # fmt: skip
 
     def test_loop_may_fail_at_max(self) -> None:
         result = self.play(
@@ -1620,13 +1614,10 @@ class ScheduleTest(RunCase):
     def test_renders_only_after_what_was_read(self) -> None:
         for number, (reads, expected) in enumerate(
             (
-                ("", 1),
-                ("output b", 2),
-                ("output ghost", 1),
-                ("output a, output c", 3),
+                ("", 1), ("output b", 2), ("output ghost", 1), ("output a, output c", 3),
                 ("error b", 1),
             )
-        ):
+        ):  # fmt: skip
             calls: list[int] = []
 
             def workflow(ctx: Ctx, reads: str = reads, calls: list[int] = calls) -> Workflow:
@@ -1735,70 +1726,50 @@ class RunningTest(RunCase):
         "failed attempts are tried again": Row(
             Task("a", fail_once, retries=2),
             tells="NodeStarted a 0 0, NodeFailed a 0 0 ValueError, NodeRetrying a 0 1, "
-            "NodeStarted a 0 1, NodeFinished a 0 1",
-        ),
+            "NodeStarted a 0 1, NodeFinished a 0 1"),
         "retries end": Row(
-            Task("a", fail, retries=2, retry_delay=0.001),
-            ends="failed",
+            Task("a", fail, retries=2, retry_delay=0.001), ends="failed",
             tells="NodeStarted a 0 0, NodeFailed a 0 0 ValueError, NodeRetrying a 0 1, "
             "NodeStarted a 0 1, NodeFailed a 0 1 ValueError, NodeRetrying a 0 2, "
-            "NodeStarted a 0 2, NodeFailed a 0 2 ValueError",
-        ),
+            "NodeStarted a 0 2, NodeFailed a 0 2 ValueError"),
         "delayed retry leaves place to others": Row(
             Parallel(Task("a", fail_once, retries=1, retry_delay=0.1), *tasks("b")),
-            tells="NodeStarted a 0 0, b 0 0, a 0 1",
-            options={"max_concurrency": 1},
-        ),
+            tells="NodeStarted a 0 0, b 0 0, a 0 1", options={"max_concurrency": 1}),
         "after failure in flight drains only": Row(
             [
                 Parallel(Task("slow", wait_for_go), *tasks("bad", fail), *tasks("queued")),
                 *tasks("after"),
             ],
-            "NodeFailed bad; go",
-            ends="failed",
+            "NodeFailed bad; go", ends="failed",
             states="slow finished, bad failed, queued pending, after pending",
-            options={"max_concurrency": 2},
-        ),
+            options={"max_concurrency": 2}),
         "exception without words fails task": Row(
-            Task("a", fail_mutely), ends="failed", tells="NodeFailed a 0 0 Mute"
-        ),
+            Task("a", fail_mutely), ends="failed", tells="NodeFailed a 0 0 Mute"),
         "timeout stops function and retries": Row(
-            Task("a", wait_for_stop, timeout=0.05, retries=1),
-            ends="failed",
+            Task("a", wait_for_stop, timeout=0.05, retries=1), ends="failed",
             tells="NodeStarted a 0 0, NodeFailed a 0 0 TASK_TIMEOUT, "
-            "NodeStarted a 0 1, NodeFailed a 0 1 TASK_TIMEOUT",
-        ),
+            "NodeStarted a 0 1, NodeFailed a 0 1 TASK_TIMEOUT"),
         "timeout stops command and retries": Row(
-            Task("a", ["sleep", "60"], timeout=0.05, retries=1),
-            ends="failed",
+            Task("a", ["sleep", "60"], timeout=0.05, retries=1), ends="failed",
             tells="NodeStarted a 0 0, NodeFailed a 0 0 TASK_TIMEOUT, "
-            "NodeStarted a 0 1, NodeFailed a 0 1 TASK_TIMEOUT",
-        ),
+            "NodeStarted a 0 1, NodeFailed a 0 1 TASK_TIMEOUT"),
         "missing command fails its task": Row(
-            Task("a", ["no-such-command-here"]),
-            ends="failed",
-            tells="NodeFailed a 0 0 FileNotFoundError",
-        ),
+            Task("a", ["no-such-command-here"]), ends="failed",
+            tells="NodeFailed a 0 0 FileNotFoundError"),
         "cancel ends waiting retry": Row(
-            Task("a", fail, retries=1, retry_delay=600), "NodeRetrying a; cancel", "cancelled"
-        ),
-    }
+            Task("a", fail, retries=1, retry_delay=600), "NodeRetrying a; cancel", "cancelled"),
+    }  # fmt: skip
 
     def test_event_log_tells_whole_run(self) -> None:
         self.drive(Task("a", answer))
         self.assertEqual(
             self.told(),
             [
-                "RunStarted",
-                "RunStatusChanged running",
-                "NodePending a 0",
-                f"FrameCommitted 1 {self.db.list_frames('r', 1)[0].xml_hash}",
-                "NodeStarted a 0 0",
-                "NodeFinished a 0 0",
-                "RunStatusChanged finished",
-                "RunFinished",
+                "RunStarted", "RunStatusChanged running", "NodePending a 0",
+                f"FrameCommitted 1 {self.db.list_frames('r', 1)[0].xml_hash}", "NodeStarted a 0 0",
+                "NodeFinished a 0 0", "RunStatusChanged finished", "RunFinished",
             ],
-        )
+        )  # fmt: skip
 
     def test_every_attempt_has_its_row(self) -> None:
         self.drive(Task("a", fail_once, retries=2))
@@ -1807,10 +1778,8 @@ class RunningTest(RunCase):
 
     def test_backoff_grows_as_named(self) -> None:
         for backoff, delays in (
-            ("fixed", [2] * 4),
-            ("linear", [2, 4, 6, 8]),
-            ("exponential", [2, 4, 8, 16]),
-        ):
+            ("fixed", [2] * 4), ("linear", [2, 4, 6, 8]), ("exponential", [2, 4, 8, 16]),
+        ):  # fmt: skip
             task = Task("a", answer, retry_delay=2, backoff=backoff)
             self.assertEqual([task.retry_delay_after(n) for n in (1, 2, 3, 4)], delays)
         far = Task("a", answer, retry_delay=60, backoff="exponential").retry_delay_after(10_000)
@@ -1924,15 +1893,9 @@ class RunningTest(RunCase):
         ring: list[Any] = []
         ring.append(ring)
         wrong = (
-            object(),
-            {1, 2},
-            float("nan"),
-            b"bytes",
-            "\ud800",
-            {(1, 2): 3},
-            {1: "a", "1": "b"},
+            object(), {1, 2}, float("nan"), b"bytes", "\ud800", {(1, 2): 3}, {1: "a", "1": "b"},
             ring,
-        )
+        )  # fmt: skip
         for number, value in enumerate(wrong):
             with self.subTest(value=repr(value)):
                 self.play(
@@ -2052,13 +2015,6 @@ class RunningTest(RunCase):
         self.play(Task("a", fail), ends="cancelled", options={"abort": abort}, run_id="at-start")
         self.assertEqual(self.told("NodeStarted", run_id="at-start"), [])
 
-    def test_ended_run_cannot_be_cancelled(self) -> None:
-        self.drive(Task("a", answer))
-        with self.assertRaises(ss.RunNotActive):
-            self.cancel()
-        with self.assertRaises(ss.RunNotFound):
-            self.cancel("ghost")
-
     def test_many_tasks_finish_each_once(self) -> None:
         many = [Task(f"n{i}", {"i": i}) for i in range(150)]
         self.play([Parallel(*many[:100]), *many[100:]], options={"max_concurrency": 16})
@@ -2090,71 +2046,46 @@ class GateTest(RunCase):
     ROWS = {
         "denied gate fails by default": denied(Approval("gate"), "failed", "failed", "pending"),
         "denied gate may continue": denied(
-            Approval("gate", on_deny="continue"), "finished", "finished"
-        ),
+            Approval("gate", on_deny="continue"), "finished", "finished"),
         "denied gate may be skipped": denied(
-            Approval("gate", on_deny="skip"), "finished", "skipped"
-        ),
+            Approval("gate", on_deny="skip"), "finished", "skipped"),
         "denied task fails by default": denied(
-            asking(), "failed", "failed", "pending", "no NodeStarted"
-        ),
+            asking(), "failed", "failed", "pending", "no NodeStarted"),
         "denied task never runs to continue": denied(
-            asking(on_deny="continue"), "finished", "skipped", tells="NodeStarted after 0 0"
-        ),
+            asking(on_deny="continue"), "finished", "skipped", tells="NodeStarted after 0 0"),
         "denied task may be skipped": denied(
-            asking(on_deny="skip"), "finished", "skipped", tells="NodeStarted after 0 0"
-        ),
+            asking(on_deny="skip"), "finished", "skipped", tells="NodeStarted after 0 0"),
         "denied task may fail and continue": denied(
-            asking(continue_on_fail=True), "finished", "failed", tells="NodeStarted after 0 0"
-        ),
+            asking(continue_on_fail=True), "finished", "failed", tells="NodeStarted after 0 0"),
         "approved task runs with retries": Row(
-            Task("gate", fail_once, needs_approval=True, retries=1),
-            f"{WAITS}; approve gate",
-            tells="ApprovalRequested gate 0, NodeStarted gate 0 0, gate 0 1",
-        ),
+            Task("gate", fail_once, needs_approval=True, retries=1), f"{WAITS}; approve gate",
+            tells="ApprovalRequested gate 0, NodeStarted gate 0 0, gate 0 1"),
         "gate timeout may fail": Row(
-            Approval("gate", **QUICK),
-            ends="failed",
-            tells="ApprovalRequested gate 0, NodeFailed gate 0 0 APPROVAL_TIMEOUT",
-        ),
+            Approval("gate", **QUICK), ends="failed",
+            tells="ApprovalRequested gate 0, NodeFailed gate 0 0 APPROVAL_TIMEOUT"),
         "gate timeout may approve": Row(
             Approval("gate", on_timeout="approve", **QUICK),
-            tells="ApprovalGranted gate 0 nobody decided within 0.02 s",
-            states="gate finished",
-        ),
+            tells="ApprovalGranted gate 0 nobody decided within 0.02 s", states="gate finished"),
         "gate timeout may deny and fail": Row(
-            Approval("gate", on_timeout="deny", **QUICK),
-            ends="failed",
-            tells="ApprovalDenied gate 0 nobody decided within 0.02 s",
-            states="gate failed",
-        ),
+            Approval("gate", on_timeout="deny", **QUICK), ends="failed",
+            tells="ApprovalDenied gate 0 nobody decided within 0.02 s", states="gate failed"),
         "gate timeout may deny and continue": Row(
             Approval("gate", on_timeout="deny", on_deny="continue", **QUICK),
-            tells="ApprovalDenied gate 0 nobody decided within 0.02 s",
-            states="gate finished",
-        ),
+            tells="ApprovalDenied gate 0 nobody decided within 0.02 s", states="gate finished"),
         "gate timeout may deny and skip": Row(
             Approval("gate", on_timeout="deny", on_deny="skip", **QUICK),
-            tells="ApprovalDenied gate 0 nobody decided within 0.02 s",
-            states="gate skipped",
-        ),
+            tells="ApprovalDenied gate 0 nobody decided within 0.02 s", states="gate skipped"),
         "each iteration has its gate": Row(
-            loop(Approval("gate")),
-            f"{WAITS} 0; approve gate 0; {WAITS} 1; approve gate 1",
+            loop(Approval("gate")), f"{WAITS} 0; approve gate 0; {WAITS} 1; approve gate 1",
             tells="ApprovalRequested gate 0, NodeWaitingApproval gate 0, ApprovalGranted gate 0, "
-            "ApprovalRequested gate 1, NodeWaitingApproval gate 1, ApprovalGranted gate 1",
-        ),
+            "ApprovalRequested gate 1, NodeWaitingApproval gate 1, ApprovalGranted gate 1"),
         "open gate does not starve retries": Row(
             Parallel(Approval("gate"), Task("a", fail_once, retries=1, retry_delay=0.05)),
-            f"NodeFinished a; {PARKS}; approve gate",
-        ),
+            f"NodeFinished a; {PARKS}; approve gate"),
         "failure closes open gates": Row(
             Parallel(Approval("gate"), Sequence(Task("a", wait_for_go), Task("b", fail))),
-            f"{WAITS}; go",
-            "failed",
-            states="gate cancelled, a finished, b failed",
-        ),
-    }
+            f"{WAITS}; go", "failed", states="gate cancelled, a finished, b failed"),
+    }  # fmt: skip
 
     def tearDown(self) -> None:
         """A decision is stored with its gate: what the log says of it, the row says too."""
@@ -2215,14 +2146,11 @@ class GateTest(RunCase):
         self.assertEqual(
             self.told("RunStatusChanged", "ApprovalRequested", "ApprovalGranted"),
             [
-                "RunStatusChanged running",
-                "ApprovalRequested gate 0",
-                "RunStatusChanged waiting-approval",
-                "ApprovalGranted gate 0 Looks good alice",
-                "RunStatusChanged running",
-                "RunStatusChanged finished",
+                "RunStatusChanged running", "ApprovalRequested gate 0",
+                "RunStatusChanged waiting-approval", "ApprovalGranted gate 0 Looks good alice",
+                "RunStatusChanged running", "RunStatusChanged finished",
             ],
-        )
+        )  # fmt: skip
         gate = self.gate()
         said = {"approved": True, "note": "Looks good", "decidedBy": "alice"}
         self.assertEqual(self.output("after"), {**said, "decidedAtMs": gate.decided_at_ms})
@@ -2268,15 +2196,6 @@ class GateTest(RunCase):
         self.assertEqual(self.told("ApprovalDenied"), ["ApprovalDenied gate 0 first alice"])
         self.assertEqual((self.gate().note, self.gate().decided_by), ("first", "alice"))
 
-    def test_opposite_decision_is_refused(self) -> None:
-        live = self.open()
-        self.decide("approved")
-        with self.assertRaises(ss.ApprovalNotPending):
-            self.decide("denied")
-        live.end()
-        self.refused(ss.ApprovalNotPending, "denied")
-        self.assertEqual(self.told("ApprovalDenied"), [])
-
     def test_one_of_many_decisions_wins(self) -> None:
         live = self.open(Approval("gate", on_deny="continue"))
         together = threading.Barrier(8)
@@ -2296,15 +2215,6 @@ class GateTest(RunCase):
         live.end()
         self.assertEqual(said, {"refused": 4, self.gate().status: 4})
         self.assertEqual(len(self.told("ApprovalGranted", "ApprovalDenied")), 1)
-
-    def test_unknown_nodes_are_refused(self) -> None:
-        live = self.open(Approval("gate"), AFTER)
-        self.refused(ss.NodeNotFound, "approved", "ghost")
-        self.refused(ss.NodeNotFound, "approved", iteration=1)
-        self.refused(ss.RunNotFound, "approved", "gate", "ghost")
-        self.refused(ss.ApprovalNotPending, "approved", "after")
-        self.decide("approved", iteration=0)
-        self.assertEqual(live.end().status, "finished")
 
     def test_cancel_closes_open_gate(self) -> None:
         why = "the run was cancelled"
@@ -2559,15 +2469,14 @@ class RehearsalTest(RunCase):
 # Durability: crash, resume, ownership, control from outside
 # ---------------------------------------------------------------------------
 
-# Run as `python -c SCRIPT database effects kill_at`: the process kills itself right after the
-# commit of the kill_at-th event that its engine tells of, so that no point between two commits is
-# left out.
+# Lives a life of a run for every line of `[path, effects, kill_at]`: in a process of its own that
+# kills itself right after the commit of the kill_at-th event that its engine tells of. Answers with
+# what became of that process.
 CRASH_SCRIPT = """
-import os, signal, sys
+import json, os, signal, sys
 from smithers_serve import (
     Approval, Loop, Parallel, SmithersDb, Task, Workflow, current_task, run_workflow)
 
-path, effects, kill_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
 told = 0
 
 def see(event):
@@ -2601,10 +2510,15 @@ def workflow(ctx):
         Approval("gate", timeout=0.01, on_timeout="approve"),
         Task("last", step))
 
-db = SmithersDb(path)
-resume = db.get_run("r") is not None
-result = run_workflow(workflow, adapter=db, run_id="r", resume=resume, on_event=see)
-print(result.status, told)
+for line in sys.stdin:
+    path, effects, kill_at = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        db = SmithersDb(path)
+        resume = db.get_run("r") is not None
+        result = run_workflow(workflow, adapter=db, run_id="r", resume=resume, on_event=see)
+        os._exit(0 if result.status == "finished" else 1)
+    print(os.waitpid(pid, 0)[1], flush=True)
 """
 
 HOLD_SCRIPT = """
@@ -2664,79 +2578,53 @@ class DurabilityTest(RunCase):
     ROWS = {
         "cancelled run resumes": Row(
             [*tasks("a"), Task("hold", wait_once), Approval("gate", skip_if=True)],
-            "NodeStarted hold; cancel; retry",
-            tells="NodeStarted a 0 0, hold 0 0, hold 0 1",
-        ),
+            "NodeStarted hold; cancel; retry", tells="NodeStarted a 0 0, hold 0 0, hold 0 1"),
         "cancelled gate is asked again": Row(
-            Approval("gate"), f"{WAITS}; cancel; retry; {WAITS}; approve gate"
-        ),
+            Approval("gate"), f"{WAITS}; cancel; retry; {WAITS}; approve gate"),
         "denied gate of failed run asks again": Row(
-            Approval("gate"), f"{WAITS}; deny gate; retry; {WAITS}; approve gate"
-        ),
+            Approval("gate"), f"{WAITS}; deny gate; retry; {WAITS}; approve gate"),
         "failed nodes get fresh try": Row(
-            [*tasks("a"), Task("b", fail_until_go, retries=1), *tasks("c")],
-            "end; go; retry",
-            tells="NodeStarted a 0 0, b 0 0, b 0 1, b 0 2, c 0 0",
-        ),
+            [*tasks("a"), Task("b", fail_until_go, retries=1), *tasks("c")], "end; go; retry",
+            tells="NodeStarted a 0 0, b 0 0, b 0 1, b 0 2, c 0 0"),
         "run cancelled while draining resumes": Row(
             Parallel(Task("bad", fail_until_go), Task("hold", wait_once)),
-            "NodeFailed bad; cancel; end; go; retry",
-        ),
+            "NodeFailed bad; cancel; end; go; retry"),
         "resume still knows old errors": Row(
-            mended,
-            "NodeStarted mend; cancel; retry",
-            tells="NodeStarted a 0 0, mend 0 0, mend 0 1",
-            states="a failed, mend finished",
-        ),
+            mended, "NodeStarted mend; cancel; retry",
+            tells="NodeStarted a 0 0, mend 0 0, mend 0 1", states="a failed, mend finished"),
         "resume still knows nested iteration": Row(
-            held_in_second_turn,
-            "NodeStarted hold@@outer=0; cancel; retry",
-            states="t@@outer=0 finished, hold@@outer=0 finished",
-        ),
+            held_in_second_turn, "NodeStarted hold@@outer=0; cancel; retry",
+            states="t@@outer=0 finished, hold@@outer=0 finished"),
         "loop goes on at its iteration": Row(
-            loop(Task("t", wait_in_second_turn), turns=3),
-            "NodeStarted t 1; cancel; retry",
-            tells="NodeStarted t 0 0, t 1 0, t 1 1, t 2 0",
-        ),
+            loop(Task("t", wait_in_second_turn), turns=3), "NodeStarted t 1; cancel; retry",
+            tells="NodeStarted t 0 0, t 1 0, t 1 1, t 2 0"),
         "retries are counted over resume": Row(
-            Task("a", fail_after_stop, retries=1),
-            "NodeStarted a 0 1; cancel; retry",
-            "failed",
+            Task("a", fail_after_stop, retries=1), "NodeStarted a 0 1; cancel; retry", "failed",
             "NodeStarted a 0 0, NodeFailed a 0 0 ValueError, "
-            "NodeStarted a 0 1, a 0 2, NodeFailed a 0 2 ValueError",
-        ),
-    }
-
-    def crash(self, name: str, kill_at: int) -> str:
-        """Live one life of the crash run in database `name`; return what it prints at its end."""
-        paths = [self.in_folder(name + end) for end in (".db", ".effects")]
-        code, out, err = run_child("-c", CRASH_SCRIPT, *paths, kill_at)
-        if code not in (0, -signal.SIGKILL):
-            raise AssertionError(err)
-        return out
-
-    def live_thrice(self, kill_at: int) -> str:
-        """Kill a run at an event, kill its resume too, and let the third life go to the end."""
-        for point in (kill_at, 1 + kill_at % 3):
-            self.crash(f"kill-{kill_at}", point)
-            check_integrity(self.in_folder(f"kill-{kill_at}.db"))
-        return self.crash(f"kill-{kill_at}", 0)
+            "NodeStarted a 0 1, a 0 2, NodeFailed a 0 2 ValueError"),
+    }  # fmt: skip
 
     def test_killed_run_resumes_at_every_point(self) -> None:
-        self.crash("whole", 0)
-        with contextlib.closing(ss.SmithersDb(self.in_folder("whole.db"))) as db:
-            whole = len(db.list_events("r"))
-        points = sorted({1 + whole * number // 14 for number in range(14)})
-        self.assertGreaterEqual(len(points), 8)
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            ends = dict(zip(points, pool.map(self.live_thrice, points)))
-        for point in points:
-            with self.subTest(kill_at=point):
-                self.assertEqual(ends[point].split()[0], "finished")
-                self.check_crashed(self.in_folder(f"kill-{point}"))
+        """Its resume is killed too, and the third life goes to the end."""
+        with Child("-c", CRASH_SCRIPT) as child:
+
+            def live(name: str, kill_at: int, ends: int) -> None:
+                paths = [self.in_folder(name + end) for end in (".db", ".effects")]
+                self.assertIn(child.ask(*paths, kill_at), (ends, 0), child.text())
+                check_integrity(paths[0])
+
+            live("whole", 0, 0)
+            with ss.SmithersDb(self.in_folder("whole.db")) as db:
+                whole = len(db.list_events("r"))
+            for point in range(1, whole + 1, 2):
+                with self.subTest(kill_at=point):
+                    live(f"kill-{point}", point, signal.SIGKILL)
+                    live(f"kill-{point}", 1 + point % 3, signal.SIGKILL)
+                    live(f"kill-{point}", 0, 0)
+                    self.check_crashed(self.in_folder(f"kill-{point}"))
 
     def check_crashed(self, name: str) -> None:
-        with contextlib.closing(ss.SmithersDb(f"{name}.db")) as db:
+        with ss.SmithersDb(f"{name}.db") as db:
             self.check_database(db)
             states = {(n.node_id, n.iteration): n.state for n in db.list_nodes("r")}
             attempts = db.list_attempts("r")
@@ -2783,24 +2671,20 @@ class DurabilityTest(RunCase):
         self.play(tasks("a"), options={"retry": True})
 
     def test_gate_stays_open_over_crash(self) -> None:
-        self.hold("gate", WAITS)
-        requested = self.gate().requested_at_ms
-        self.play(
-            [*tasks("a", fail), Approval("gate")],
-            "RunStatusChanged running; approve gate",
-            tells="ApprovalRequested gate 0, ApprovalGranted gate 0",
-            options={"resume": True},
-        )
-        self.assertEqual(self.gate().requested_at_ms, requested)
-
-    def test_decision_without_engine_counts_at_resume(self) -> None:
-        self.hold("gate", WAITS)
-        self.decide("approved")
-        self.play(
-            [*tasks("a", fail), Approval("gate")],
-            tells="ApprovalRequested gate 0, ApprovalGranted gate 0",
-            options={"resume": True},
-        )
+        """It is decided after the resume, or before it."""
+        for number, script in enumerate(("RunStatusChanged running; approve gate", "")):
+            self.db.close()
+            self.path = self.in_folder(f"crash-{number}.db")
+            self.hold("gate", WAITS)
+            self.db = self.adapter()
+            requested = self.gate().requested_at_ms
+            if not script:
+                self.decide("approved")
+            self.play(
+                [*tasks("a", fail), Approval("gate")], script, options={"resume": True},
+                tells="ApprovalRequested gate 0, ApprovalGranted gate 0",
+            )  # fmt: skip
+            self.assertEqual(self.gate().requested_at_ms, requested)
 
     def test_cancel_with_dead_owner_ends_run(self) -> None:
         self.hold("task", "NodeStarted hold")
@@ -2894,7 +2778,7 @@ class DurabilityTest(RunCase):
         command = ["-m", "smithers_serve", "up", self.write("fill.py", FILL_WORKFLOW)]
         command += ["--run-id", "r", "--db", self.path]
         self.db.close()
-        code, _, err = run_child(*command, limit="ulimit -f 600")  # blocks of 512 bytes
+        code, _, err = run_child(*command, shell='ulimit -f 600; exec "$@"')  # blocks of 512 bytes
         self.db = self.adapter()
         self.assertEqual(code, 1, err)
         stopped = [line for line in err.splitlines() if "n0" not in line]
@@ -2905,16 +2789,6 @@ class DurabilityTest(RunCase):
         self.assertEqual(code, 0, err)
         self.assertEqual(set(self.states().values()), {"finished"})
         self.assertEqual(len(self.told("NodeFinished")), 40)
-
-    def test_file_that_is_no_database_is_refused(self) -> None:
-        path = self.write("notes.txt", "these are my notes\n" * 100)
-        with self.assertRaisesRegex(ss.StorageError, "notes.txt"):
-            ss.SmithersDb(path)
-        with open(path) as file:
-            self.assertEqual(file.read(), "these are my notes\n" * 100)
-        for wrong in (self.folder, self.in_folder("no", "such.db")):
-            with self.assertRaises(ss.StorageError):
-                ss.SmithersDb(wrong)
 
     def test_new_files_are_private(self) -> None:
         self.drive(tasks("a"))
@@ -2934,7 +2808,7 @@ class DurabilityTest(RunCase):
             "insert into _smithers_nodes values ('old', 'a', 0, 'finished', 'kept')",
             "create table foreign_table (x)",
         )
-        with contextlib.closing(ss.SmithersDb(path)) as db:
+        with ss.SmithersDb(path) as db:
             app = ss.create_serve_app(adapter=db, run_id="old")
             shown = app.request("GET", "/", headers={"Host": "localhost"}).json()
             self.assertEqual((shown["status"], shown["summary"]), ("finished", {"finished": 1}))
@@ -2957,10 +2831,14 @@ class DurabilityTest(RunCase):
         GO.set()
         self.assertEqual([live.end().status for live in lives], ["finished"] * 3)
 
-    def test_without_shared_memory_the_file_works_too(self) -> None:
+    def network_path(self) -> str:
+        """Return where sqlite cannot make its shared memory, and falls back to a journal."""
         path = self.in_folder("network.db")
-        os.mkdir(path + "-shm")  # sqlite cannot make its shared memory here
-        with contextlib.closing(ss.SmithersDb(path)) as db:
+        os.mkdir(path + "-shm")
+        return path
+
+    def test_without_shared_memory_the_file_works_too(self) -> None:
+        with ss.SmithersDb(self.network_path()) as db:
             self.play_in(db, "run")
             # Of a rollback journal the removal is the commit: its folder has to be synced.
             self.assertEqual(db._writer.execute("pragma journal_mode").fetchone(), ("delete",))
@@ -2968,18 +2846,17 @@ class DurabilityTest(RunCase):
 
     def test_file_may_move_to_where_shared_memory_is_missing(self) -> None:
         path = self.in_folder("moved.db")
-        with contextlib.closing(ss.SmithersDb(path)) as db:
+        with ss.SmithersDb(path) as db:
             self.play_in(db, "here")
         os.mkdir(path + "-shm")
-        with contextlib.closing(ss.SmithersDb(path)) as db:
+        with ss.SmithersDb(path) as db:
             self.play_in(db, "there")
 
     def test_commit_waits_for_reader_of_rollback_journal(self) -> None:
-        path = self.in_folder("network.db")
-        os.mkdir(path + "-shm")
+        path = self.network_path()
         with (
             mock.patch.object(ss.SmithersDb, "BUSY_SECONDS", 0.01),
-            contextlib.closing(ss.SmithersDb(path)) as db,
+            ss.SmithersDb(path) as db,
             contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader,
         ):
             live = self.start(Task("wait", wait_for_go), adapter=db)
@@ -2994,8 +2871,7 @@ class DurabilityTest(RunCase):
 
     def test_engine_waits_to_read_a_rollback_journal(self) -> None:
         """Between a commit and the render after it another program may take the file for itself."""
-        path = self.in_folder("network.db")
-        os.mkdir(path + "-shm")
+        path = self.network_path()
 
         def workflow(ctx: Ctx) -> Workflow:
             found = ctx.output("a")
@@ -3003,7 +2879,7 @@ class DurabilityTest(RunCase):
 
         with (
             mock.patch.object(ss.SmithersDb, "BUSY_SECONDS", 0.01),
-            contextlib.closing(ss.SmithersDb(path)) as db,
+            ss.SmithersDb(path) as db,
             contextlib.closing(
                 sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             ) as other,
@@ -3024,8 +2900,7 @@ class DurabilityTest(RunCase):
 
     def test_decisions_elsewhere_leave_the_journal_alone(self) -> None:
         """Another process that tried the log would take the file from under the engine's feet."""
-        path = self.in_folder("network.db")
-        os.mkdir(path + "-shm")
+        path = self.network_path()
 
         def chat() -> None:
             while not GO.is_set():
@@ -3034,11 +2909,11 @@ class DurabilityTest(RunCase):
 
         ids = [f"gate{n}" for n in range(30)]
         tree = Workflow("test", Parallel(Task("chat", chat), *map(Approval, ids)))
-        with contextlib.closing(ss.SmithersDb(path)) as db:
+        with ss.SmithersDb(path) as db:
             live = self.start(tree, adapter=db)
             for id in ids:
                 live.wait(f"NodeWaitingApproval {id}")
-                with contextlib.closing(ss.SmithersDb(path, create=False)) as other:
+                with ss.SmithersDb(path, create=False) as other:
                     ss.decide(other, "r", id, ss.Decision("approved"))
                 live.wait(f"NodeFinished {id}")
             GO.set()
@@ -3086,7 +2961,8 @@ def remote_die() -> None:
     os._exit(7)
 
 
-def remote_wait() -> str:
+def remote_wait(begun: str = os.devnull) -> str:
+    remote_touch(begun)
     told = current_task().cancelled.wait(PATIENCE)
     current_task().log("told" if told else "not told")
     return "half done"
@@ -3125,6 +3001,7 @@ class ExecutorTest(RunCase):
     def setUpClass(cls) -> None:
         try:
             cls.processes = cls.make_processes()
+            cls.processes.submit(int).result()  # there is a worker: no timeout is its start's
         except OSError as error:
             raise unittest.SkipTest(f"no process pools here: {error}") from error
         cls.addClassCleanup(cls.processes.shutdown)
@@ -3151,14 +3028,12 @@ class ExecutorTest(RunCase):
     def test_process_pool_runs_tasks_elsewhere(self) -> None:
         self.play(
             [
-                Task("a", remote_double, args=[4], kwargs={"by": 3}),
-                Task("b", remote_coroutine),
-                Task("c", ["sh", "-c", "echo local"]),
-                Task("d", remote_keep, needs={"value": "a"}),
+                Task("a", remote_double, args=[4], kwargs={"by": 3}), Task("b", remote_coroutine),
+                Task("c", ["sh", "-c", "echo local"]), Task("d", remote_keep, needs={"value": "a"}),
             ],
             tells="NodeOutput a 0 0 doubling 4 stdout, c 0 0 local stdout",
             options={"executor": self.processes},
-        )
+        )  # fmt: skip
         output = self.output("a")
         self.assertEqual(self.output("d"), output)
         self.assertNotEqual(output.pop("pid"), os.getpid())
@@ -3190,17 +3065,26 @@ class ExecutorTest(RunCase):
         for node_id in ("a", "b"):
             self.assertIn("BrokenProcessPool", self.error_of(node_id)["message"])
 
+    def cancel_begun(self, tells: str, run_id: str, executor: Any, *others: Any) -> None:
+        """Cancel a run whose task waits in its worker, beside others."""
+        begun = self.in_folder(f"{run_id} begun")
+        tree = Parallel(Task("a", remote_wait, args=[begun]), *others)
+        live = self.start(tree, run_id, executor=executor)
+        eventually(lambda: os.path.exists(begun))
+        for other in others:
+            live.wait(f"NodeStarted {other.id}")
+        self.cancel(run_id)
+        self.assertEqual(live.end().status, "cancelled")
+        why = "the run was cancelled"
+        tells = f"NodeOutput a 0 0 told stdout, NodeCancelled a 0 0 {why}{tells and tells + why}"
+        self.check_told(tells, run_id)
+
     def test_worker_is_told_to_stop(self) -> None:
-        pool = {"executor": self.processes}
-        told = "NodeOutput a 0 0 told stdout"
-        late = f"{told}, NodeFailed a 0 0 TASK_TIMEOUT"
-        for number, run in enumerate((remote_wait, remote_sleep)):
-            tree = Task("a", run, timeout=0.1)
-            self.play(tree, "", "failed", late, run_id=f"late{number}", options=pool)
-        cancelled = f"{told}, NodeCancelled a 0 0 the run was cancelled"
-        self.play(
-            Task("a", remote_wait), "NodeStarted a; cancel", "cancelled", cancelled, options=pool
-        )
+        late = "NodeOutput a 0 0 told stdout, NodeFailed a 0 0 TASK_TIMEOUT"
+        for run in (remote_wait, remote_sleep):
+            tree, options = Task("a", run, timeout=0.3), {"executor": self.processes}
+            self.play(tree, "", "failed", late, run_id=run.__name__, options=options)
+        self.cancel_begun("", "cancelled", self.processes)
 
     def test_worker_that_gave_up_has_not_finished(self) -> None:
         engine = ss.Engine(as_workflow(Task("a", remote_wait)), self.db, "r", patience="timed",
@@ -3249,16 +3133,8 @@ class ExecutorTest(RunCase):
     def test_what_is_told_to_stop_in_a_queue_never_begins(self) -> None:
         for run_id, pool in (("threads", self.threads(1)), ("processes", self.processes)):
             path = self.in_folder(f"{run_id} ran")
-            tree = Parallel(Task("a", remote_wait), Task("b", remote_touch, args=[path]))
-            why = "the run was cancelled"
-            self.play(
-                tree,
-                "NodeStarted b; cancel",
-                "cancelled",
-                f"NodeOutput a 0 0 told stdout, NodeCancelled a 0 0 {why}, b 0 0 {why}",
-                run_id=run_id,
-                options={"executor": Opaque(pool)},
-            )
+            waiting = Task("b", remote_touch, args=[path])
+            self.cancel_begun(", b 0 0 ", run_id, Opaque(pool), waiting)
             self.assertFalse(os.path.exists(path))
 
     @IMPATIENT
@@ -3298,13 +3174,11 @@ class StatusTest(ServerCase):
         self.assertEqual(
             body,
             {
-                "runId": RUN,
-                "workflowName": "release",
-                "status": "waiting-approval",
+                "runId": RUN, "workflowName": "release", "status": "waiting-approval",
                 "finishedAtMs": None,
                 "summary": {"finished": 1, "waiting-approval": 1, "pending": 1},
             },
-        )
+        )  # fmt: skip
 
     def test_json_is_compact_and_private(self) -> None:
         raw = send(self.served.port, get(path=b"/"))
@@ -3317,8 +3191,10 @@ class StatusTest(ServerCase):
 
     def test_status_before_the_run_exists(self) -> None:
         self.served = self.serve("unborn")
-        for question in ("GET /", "GET /frames", "POST /cancel", "POST /approve/deploy"):
-            self.assert_refused(404, "RUN_NOT_FOUND", "unborn", *question.split())
+        gets = "/ /frames /nodes /nodes/build /approvals /why".split()
+        for method, path in (*(("GET", path) for path in gets), ("POST", "/cancel"),
+                             ("POST", "/approve/deploy")):  # fmt: skip
+            self.assert_refused(404, "RUN_NOT_FOUND", "unborn", method, path)
 
     def test_a_run_that_fails_at_render_is_shown(self) -> None:
         served = self.fresh()
@@ -3373,8 +3249,7 @@ class FramesCase(ServerCase):
         change(
             served.path,
             "delete from _smithers_frames",
-            f"""with recursive numbers(n) as (select 1 union all select n + 1 from numbers
-            where n < {count}) insert into _smithers_frames
+            f"""{NUMBERS.format(count)} insert into _smithers_frames
             (run_id, frame_no, xml_json, xml_hash, mounted_task_ids_json, task_index_json)
             select '{served.run_id}', n, printf('%.{size - 4}c', 'x'), 'hash', '[]', '[]'
             from numbers""",
@@ -3573,10 +3448,14 @@ class DecisionTest(ServerCase):
 
     def test_a_gate_asked_twice_needs_its_iteration(self) -> None:
         self.served = self.fresh()
-        live = self.served.start(loop(Approval("ok")), "NodeWaitingApproval ok 0")
-        self.assert_ask(200, "POST", "/approve/ok")
+        tree = loop(Approval("ok", on_deny="continue"))
+        live = self.served.start(tree, "NodeWaitingApproval ok 0")
+        self.assert_ask(200, "POST", "/deny/ok")
         live.wait("NodeWaitingApproval ok 1")
         self.refuse_decision(400, "INVALID_REQUEST", "iteration: 0, 1", "ok")
+        self.assert_ask(200, "POST", "/deny/ok", {"iteration": 0})  # a late repetition
+        gates = {gate.iteration: gate.status for gate in self.db.list_gates(self.served.run_id)}
+        self.assertEqual(gates, {0: "denied", 1: "requested"})
         self.assert_ask(200, "POST", "/approve/ok", {"iteration": 1})
         self.assertEqual(live.end().status, "finished")
 
@@ -3620,10 +3499,6 @@ class SteeringTest(ServerCase):
                 self.assertEqual((body["status"], body["summary"]), (status, summary))
                 self.assertEqual(served.events()[-1].type, LAST_EVENTS[status])
 
-    def test_a_run_without_engine_is_cancelled(self) -> None:
-        self.assert_ask(200, "POST", "/cancel")
-        self.assertEqual(self.served.status(), "cancelled")
-
     def test_an_ended_run_is_not_active(self) -> None:
         self.assert_ask(200, "POST", "/cancel")
         self.assert_refused(409, "RUN_NOT_ACTIVE", "cancelled", "POST", "/cancel")
@@ -3634,6 +3509,7 @@ class SteeringTest(ServerCase):
             self.assert_refused(400, "INVALID_REQUEST", says, "POST", "/cancel", body)
         self.assert_ask(200, "POST", "/cancel", {"decidedBy": "alice", "reason": "wrong branch"})
         self.assertEqual(self.told("RunCancelled", run_id=RUN), ["RunCancelled alice wrong branch"])
+        self.assertEqual(self.served.status(), "cancelled")
 
     def test_a_refused_cancel_aborts_nothing(self) -> None:
         served = self.at_gate(token="tok")
@@ -3749,11 +3625,9 @@ class NodesTest(ServerCase):
                 seq > {seq}""",
             f"""update _smithers_attempts set finished_at_ms = finished_at_ms + 60000,
                 started_at_ms = started_at_ms {later} attempt = 1""",
-            f"""with recursive numbers(n) as (select 1 union all select n + 1 from numbers
-                where n < 200000)
-                insert into _smithers_events select '{served.run_id}', {seq} + n,
-                (select timestamp_ms + 30000 from _smithers_events where seq = {seq}),
-                'NodeOutput', '{{}}' from numbers""",
+            f"""{NUMBERS.format(200_000)} insert into _smithers_events
+                select '{served.run_id}', {seq} + n, (select timestamp_ms + 30000
+                from _smithers_events where seq = {seq}), 'NodeOutput', '{{}}' from numbers""",
         )
         found = [line["text"] for line in self.look("/nodes/a")["log"]]
         self.assertEqual(found, ["attempt 0", "attempt 1"])
@@ -3762,34 +3636,24 @@ class NodesTest(ServerCase):
         nested = loop(loop(Task("in", turn), id="inner"), id="outer")
         self.look("/nodes", loop(Task("m", turn)), nested)
         for path, output in (
-            ("m", 1),
-            ("m?iteration=0", 0),
-            ("in@@outer=1", 1),
+            ("m", 1), ("m?iteration=0", 0), ("in@@outer=1", 1),
             ("in%40%40outer%3D1?iteration=0", 0),
-        ):
+        ):  # fmt: skip
             self.assertEqual(self.look(f"/nodes/{path}")["output"], output, path)
 
     def test_what_is_not_there_is_named(self) -> None:
         for path, says in (("nobody", "'nobody'"), ("build?iteration=7", "iteration 7")):
             self.assert_refused(404, "NODE_NOT_FOUND", says, "GET", f"/nodes/{path}")
-        self.served = self.fresh()
-        for path in ("/nodes", "/nodes/build", "/approvals", "/why"):
-            self.assert_refused(404, "RUN_NOT_FOUND", self.served.run_id, "GET", path)
 
     def test_bad_parameters_are_refused_and_named(self) -> None:
         for path, says in (
-            ("/nodes?stat=failed", "'stat'"),
-            ("/nodes?state=faild", "state"),
-            ("/nodes?limit=0", "limit"),
-            ("/nodes?limit=many", "limit"),
-            ("/nodes?after=build", "after"),
-            ("/nodes?after=build::x", "after"),
-            ("/nodes/build?iteration=-1", "iteration"),
-            ("/nodes/build?attempt=0", "'attempt'"),
-            ("/approvals?limit=1", "'limit'"),
-            ("/approvals?status=open", "status"),
+            ("/nodes?stat=failed", "'stat'"), ("/nodes?state=faild", "state"),
+            ("/nodes?limit=0", "limit"), ("/nodes?limit=many", "limit"),
+            ("/nodes?after=build", "after"), ("/nodes?after=build::x", "after"),
+            ("/nodes/build?iteration=-1", "iteration"), ("/nodes/build?attempt=0", "'attempt'"),
+            ("/approvals?limit=1", "'limit'"), ("/approvals?status=open", "status"),
             ("/why?node=build", "'node'"),
-        ):
+        ):  # fmt: skip
             self.assert_refused(400, "INVALID_REQUEST", says, "GET", path)
 
 
@@ -4050,15 +3914,12 @@ class WhyTest(ServerCase):
         dead, far = f"'{ss._host()}|{os.getpid()}|1|x'", "'elsewhere|1|1|x'"
         now = ss.now_ms()
         for status, owner, heartbeat, state in (
-            ("finished", "null", "null", "succeeded"),
-            ("continued", "null", "null", "succeeded"),
-            ("cancelled", "null", "null", "cancelled"),
-            ("running", dead, now, "orphaned"),
-            ("running", far, now, "running"),
-            ("running", far, now - 60_000, "stale"),
+            ("finished", "null", "null", "succeeded"), ("continued", "null", "null", "succeeded"),
+            ("cancelled", "null", "null", "cancelled"), ("running", dead, now, "orphaned"),
+            ("running", far, now, "running"), ("running", far, now - 60_000, "stale"),
             ("waiting-approval", far, now, "waiting-approval"),
             ("queued", "null", "null", "queued"),
-        ):
+        ):  # fmt: skip
             change(
                 self.served.path,
                 f"""update _smithers_runs set status = '{status}', runtime_owner_id = {owner},
@@ -4100,8 +3961,7 @@ def fill(served: RunServer, count: int, size: int = 1) -> int:
     """Add events with so much text to the log of a run, as another process would."""
     change(
         served.path,
-        f"""with recursive numbers(n) as (select 1 union all select n + 1 from numbers
-        where n < {count})
+        f"""{NUMBERS.format(count)}
         insert into _smithers_events (run_id, seq, timestamp_ms, type, payload_json)
         select '{served.run_id}', {served.newest()} + n, {ss.now_ms()}, 'NodeOutput',
         '{{"type":"NodeOutput","runId":"{served.run_id}","nodeId":"build","iteration":0,'
@@ -4535,10 +4395,27 @@ REQUESTS: tuple[tuple[bytes, list[int]], ...] = (
 # fmt: on
 
 
-class StrictRequestTest(ServerCase):
+def ways(request: bytes) -> Iterator[tuple[str, list[bytes]]]:
+    """Yield every way in which a request is sent, and its pieces."""
+    yield "whole", [request]
+    if len(request) < 1000:
+        yield "byte by byte", [request[i : i + 1] for i in range(len(request))]
+    marks = [match.end() for match in re.finditer(rb"\r\n|[ :]|\r", request)][:400]
+    cuts = [0, *marks, len(request)]
+    yield "split", [request[a:b] for a, b in zip(cuts, cuts[1:]) if a < b]
+    middle = len(request) - len(request) // 3
+    yield "in two", [request[:middle], request[middle:]]
+
+
+class RequestsCase(ServerCase):
+    """Raw bytes, and the answers to them."""
+
+    def send(self, *pieces: bytes) -> bytes:
+        return send(self.served.port, *pieces)
+
     def check(self, name: str, request: bytes, pieces: Seq[bytes], expected: list[int]) -> None:
         with self.subTest(sent=name, request=request[:150], size=len(request)):
-            replies = split(send(self.served.port, *pieces))
+            replies = split(self.send(*pieces))
             self.assertEqual([reply.status for reply in replies], expected)
             for status, headers, body in replies:
                 self.assertEqual(headers["content-type"], "application/json")
@@ -4547,26 +4424,17 @@ class StrictRequestTest(ServerCase):
                 if status in (400, 413, 414, 431, 501, 505):
                     self.assertEqual(headers["connection"], "close")
 
-    def test_requests_sent_whole(self) -> None:
+    def check_requests(self) -> None:
         before = rows(self.path)
         for request, expected in REQUESTS:
-            self.check("whole", request, [request], expected)
+            for name, pieces in ways(request):
+                self.check(name, request, pieces, expected)
         self.assertEqual(rows(self.path), before)
 
-    def test_requests_sent_byte_by_byte(self) -> None:
-        for request, expected in REQUESTS:
-            if len(request) < 1000:
-                pieces = [request[i : i + 1] for i in range(len(request))]
-                self.check("byte by byte", request, pieces, expected)
 
-    def test_requests_split_at_boundaries(self) -> None:
-        for request, expected in REQUESTS:
-            marks = [match.end() for match in re.finditer(rb"\r\n|[ :]|\r", request)][:400]
-            cuts = [0, *marks, len(request)]
-            pieces = [request[a:b] for a, b in zip(cuts, cuts[1:]) if a < b]
-            self.check("split", request, pieces, expected)
-            middle = len(request) - len(request) // 3
-            self.check("halves", request, [request[:middle], request[middle:]], expected)
+class StrictRequestTest(RequestsCase):
+    def test_requests_are_answered_however_they_are_cut(self) -> None:
+        self.check_requests()
 
     def test_every_split_of_a_request_counts_the_same(self) -> None:
         request = chunked(b"2;x=y\r\n{}\r\n0\r\nT: t\r\n\r\n") + get()
@@ -4600,14 +4468,12 @@ class StrictRequestTest(ServerCase):
         length = b"Content-Length: %d" % len(smuggled)
         pieces = b"%x\r\n%b\r\n0\r\n\r\n" % (len(smuggled), smuggled)
         for request in (
-            post(smuggled, length, path=b"/nowhere"),
-            post(smuggled, length, path=b"/health"),
+            post(smuggled, length, path=b"/nowhere"), post(smuggled, length, path=b"/health"),
             post(smuggled, length, b"Origin: http://evil"),
             post(smuggled, length, b"Sec-Fetch-Site: cross-site", path=b"/cancel"),
             post(pieces, b"Transfer-Encoding: chunked", path=b"/no"),
-            post(smuggled, b"Content-Length: 1048577"),
-            post(smuggled, b"Transfer-Encoding: gzip"),
-        ):
+            post(smuggled, b"Content-Length: 1048577"), post(smuggled, b"Transfer-Encoding: gzip"),
+        ):  # fmt: skip
             with self.subTest(request=request):
                 (reply,) = split(send(self.served.port, request, end=False))
                 self.assertGreaterEqual(reply.status, 400)
@@ -4634,12 +4500,9 @@ class StrictRequestTest(ServerCase):
 
     def test_refusals_never_quote_the_request(self) -> None:
         for request in (
-            get(b"X: <script>\x00"),
-            get(path=b"/<script>%"),
-            get(host=b"Host: <script>"),
-            get(path=b"/<script>"),
-            b"GET /<script> HTTP/9.9\r\n\r\n",
-        ):
+            get(b"X: <script>\x00"), get(path=b"/<script>%"), get(host=b"Host: <script>"),
+            get(path=b"/<script>"), b"GET /<script> HTTP/9.9\r\n\r\n",
+        ):  # fmt: skip
             self.assertNotIn(b"<script>", send(self.served.port, request))
 
     def test_requests_leave_no_thread_behind(self) -> None:
@@ -4770,7 +4633,7 @@ class ConnectionLimitTest(FramesCase):
     def test_few_descriptors_mean_503_and_not_silence(self) -> None:
         """A server with 100 descriptors, asked for 150 streams, answers everybody."""
         flow = "from smithers_serve import *\nworkflow = Workflow('w', Approval('gate'))\n"
-        options = {"limit": "ulimit -n 100"}
+        options = {"shell": 'ulimit -n 100; exec "$@"'}
         with serve_child(self.folder, flow, "--db", "child.db", **options) as child:
             readers = [EventReader(child.port) for _ in range(150)]
             self.assertEqual({reader.status for reader in readers}, {200, 503})
@@ -4947,30 +4810,23 @@ class TokenTest(ServerCase):
 
     def test_both_header_forms_are_accepted(self) -> None:
         for headers in (
-            {"Authorization": "Bearer sk-secret"},
-            {"authorization": "bearer sk-secret"},
-            {"AUTHORIZATION": "BEARER  sk-secret "},
-            {"x-smithers-key": "sk-secret"},
+            {"Authorization": "Bearer sk-secret"}, {"authorization": "bearer sk-secret"},
+            {"AUTHORIZATION": "BEARER  sk-secret "}, {"x-smithers-key": "sk-secret"},
             {"X-Smithers-Key": "sk-secret"},
             {"Authorization": "Basic xyz", "X-Smithers-Key": "sk-secret"},
-        ):
+        ):  # fmt: skip
             self.assert_ask(200, "GET", "/", None, headers)
 
     def test_missing_and_wrong_tokens_are_unauthorized(self) -> None:
         wrong = ["wrong", "sk-secret2", "sk-secre", "SK-SECRET", "", "sk-secret sk-secret"]
         before = rows(self.path)
         for headers in (
-            {},
-            *map(bearer, wrong),
-            {"Authorization": "Basic sk-secret"},
-            {"Authorization": "sk-secret"},
-            {"Authorization": "Bearer"},
-            {"Authorization": "Bearer\tsk-secret"},
-            {"x-smithers-key": ""},
-            {"x-smithers-key": "s\xe9cret"},
-            {"x-smithers-key": "Bearer sk-secret"},
+            {}, *map(bearer, wrong), {"Authorization": "Basic sk-secret"},
+            {"Authorization": "sk-secret"}, {"Authorization": "Bearer"},
+            {"Authorization": "Bearer\tsk-secret"}, {"x-smithers-key": ""},
+            {"x-smithers-key": "s\xe9cret"}, {"x-smithers-key": "Bearer sk-secret"},
             {"Cookie": "x-smithers-key=sk-secret"},
-        ):
+        ):  # fmt: skip
             for method, path in (("GET", "/"), ("POST", "/approve/deploy"), ("POST", "/cancel")):
                 with self.subTest(headers=headers, path=path):
                     reply = self.served.ask(method, path, None, headers)
@@ -4980,17 +4836,10 @@ class TokenTest(ServerCase):
 
     def test_401_comes_before_404_and_bodies(self) -> None:
         for question in (
-            "GET /",
-            "GET /events",
-            "GET /frames",
-            "GET /metrics",
-            "GET /frames?limit=x",
-            "GET /nowhere",
-            "DELETE /",
-            "POST /health",
-            "POST /approve/nobody",
+            "GET /", "GET /events", "GET /frames", "GET /metrics", "GET /frames?limit=x",
+            "GET /nowhere", "DELETE /", "POST /health", "POST /approve/nobody",
             "GET /?token=sk-secret&authToken=sk-secret",
-        ):
+        ):  # fmt: skip
             method, path = question.split()
             with self.subTest(question=question):
                 reply = self.served.ask(method, path)
@@ -5044,11 +4893,9 @@ class NamedTokenTest(ServerCase):
 
     def test_each_role_may_do_its_part(self) -> None:
         for path, allowed in (
-            ("GET /why", "v a b o"),
-            ("GET /metrics", "v a b o"),
-            ("POST /deny/nobody", "a b o"),
+            ("GET /why", "v a b o"), ("GET /metrics", "v a b o"), ("POST /deny/nobody", "a b o"),
             ("POST /cancel", "o"),
-        ):
+        ):  # fmt: skip
             for token in "x v a b o".split():
                 expected = (200, 404) if token in allowed else (401,) if token == "x" else (403,)
                 self.assertIn(self.status_of(token, *path.split()), expected, (path, token))
@@ -5070,11 +4917,9 @@ class NamedTokenTest(ServerCase):
 
     def test_only_approvers_decide_their_gate(self) -> None:
         for approvers, allowed in (
-            (["alice"], "a"),
-            (["alice", "bob"], "a b"),
-            (["operator"], "o"),
+            (["alice"], "a"), (["alice", "bob"], "a b"), (["operator"], "o"),
             (["approver", "vera"], "a b"),
-        ):
+        ):  # fmt: skip
             gates = [Approval(f"g-{token}", approvers=approvers) for token in "vabo"]
             self.served = self.at_gate([Parallel(*gates)], tokens=self.tokens)
             found = [t for t in "vabo" if self.status_of(t, "POST", f"/approve/g-{t}") == 200]
@@ -5207,7 +5052,7 @@ def trust_all(maximum: ssl.TLSVersion | None = None) -> ssl.SSLContext:
     return context
 
 
-class TlsTest(ServerCase):
+class TlsTest(RequestsCase):
     def setUp(self) -> None:
         super().setUp()
         context = ss.make_ssl_context(make_certificate(self.folder), None)
@@ -5217,10 +5062,36 @@ class TlsTest(ServerCase):
     def ask(self, method: str, path: str) -> Reply:
         return ask(self.served.port, method, path, **self.secure)
 
-    def test_requests_are_answered_over_tls(self) -> None:
+    def test_its_address_says_so(self) -> None:
         self.assertTrue(self.served.server.url.startswith("https://127.0.0.1:"))
-        self.assertEqual(self.ask("GET", "/").body["status"], "waiting-approval")
-        self.assertEqual(self.ask("POST", "/approve/deploy").status, 200)
+
+    def send(self, *pieces: bytes) -> bytes:
+        """Send every piece as a record of its own, and a farewell; return all that comes back."""
+        received, coming, going = b"", ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = self.secure["context"].wrap_bio(coming, going)
+        with connect(self.served.port) as sock:
+
+            def finish(act: Callable[[], Any]) -> Any:
+                while True:
+                    try:
+                        return act()
+                    except ssl.SSLWantReadError:
+                        sock.sendall(going.read())
+                        coming.write(sock.recv(65536)) or coming.write_eof()
+
+            finish(tls.do_handshake)
+            for piece in pieces:
+                tls.write(piece)
+            with contextlib.suppress(ssl.SSLWantReadError):
+                tls.unwrap()
+            # With a farewell, or without one: the length of an answer tells its end.
+            with contextlib.suppress(ssl.SSLZeroReturnError, ssl.SSLEOFError, ConnectionError):
+                while data := finish(lambda: tls.read(65536)):
+                    received += data
+        return received
+
+    def test_requests_are_answered_over_tls_however_they_are_cut(self) -> None:
+        self.check_requests()
 
     def test_streams_follow_a_run_over_tls(self) -> None:
         with self.served.listen(**self.secure) as reader:
@@ -5342,12 +5213,10 @@ class PageTest(ServerCase):
     def test_its_headers_keep_it_to_itself(self) -> None:
         headers = self.assert_ask(200, "HEAD", "/ui").headers
         for line in (
-            "content-type: text/html; charset=utf-8",
-            "cache-control: no-store",
-            "referrer-policy: no-referrer",
-            "x-content-type-options: nosniff",
+            "content-type: text/html; charset=utf-8", "cache-control: no-store",
+            "referrer-policy: no-referrer", "x-content-type-options: nosniff",
             "x-frame-options: DENY",
-        ):
+        ):  # fmt: skip
             name, value = line.split(": ")
             self.assertEqual(headers[name], value)
 
@@ -5387,12 +5256,18 @@ class Browser:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            self.path = self._start_session()
+            undo.pop_all()
+
+    def _start_session(self) -> str:
         wait_for_answer(self.port, "/status")
         options = {"args": [*self.FLAGS, f"--user-data-dir={self.folder}"]}
         logs = {"performance": "ALL", "browser": "ALL"}
         wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": logs}
         made = self.ask("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
-        self.path = f"/session/{made['sessionId']}"
+        return f"/session/{made['sessionId']}"
 
     def close(self) -> None:
         with contextlib.suppress(Exception):
@@ -5473,6 +5348,7 @@ class Browser:
 GATE_AT = "#/node/deploy/0"
 TAB, ENTER, ESCAPE = "\ue004", "\ue007", "\ue00c"
 FOCUSED = "return document.activeElement.innerText"
+NOTE = "return document.querySelector('textarea').value"
 MARKUP = "<img src=x onerror=document.title='hit'><b>bold</b>"
 
 
@@ -5563,8 +5439,7 @@ class BrowserTest(ServerCase):
         """Add older runs, `old-1` the newest of them."""
         change(
             self.path,
-            f"""with recursive numbers(n) as (select 1 union all select n + 1
-            from numbers where n < {count}) insert into _smithers_runs
+            f"""{NUMBERS.format(count)} insert into _smithers_runs
             (run_id, workflow_name, status, created_at_ms)
             select 'old-' || n, 'nightly', '{status}', {ss.now_ms()} - 60000 * n from numbers""",
         )
@@ -5646,9 +5521,7 @@ class BrowserTest(ServerCase):
         self.browser.type("Note", "please")
         self.browser.click("Deny deploy", "Yes, deny deploy")
         self.browser.see("You may not do this", "decided by ops", "Your note is kept")
-        self.assertEqual(
-            self.browser.run("return document.querySelector('textarea').value"), "please"
-        )
+        self.assertEqual(self.browser.run(NOTE), "please")
         self.assertEqual(self.gate(served.run_id).status, "requested")
 
     def test_decisions_are_off_until_the_server_is_back(self) -> None:
@@ -5673,8 +5546,7 @@ class BrowserTest(ServerCase):
         served.stop()
         self.browser.click("Yes, deny deploy")
         self.browser.see("may have arrived or not", "Your note is kept")
-        note = self.browser.run("return document.querySelector('textarea').value")
-        self.assertEqual(note, "half said")
+        self.assertEqual(self.browser.run(NOTE), "half said")
 
     def tab_to(self, text: str) -> None:
         for _ in range(30):
@@ -5768,8 +5640,7 @@ class BrowserTest(ServerCase):
     def test_ten_thousand_nodes_and_a_long_log_stay_small(self) -> None:
         change(
             self.path,
-            f"""with recursive numbers(n) as (select 1 union all select n + 1
-            from numbers where n < 10000) insert into _smithers_nodes
+            f"""{NUMBERS.format(10_000)} insert into _smithers_nodes
             (run_id, node_id, iteration, state) select '{RUN}', 'n' || n, 0, 'finished'
             from numbers""",
         )
@@ -5780,8 +5651,7 @@ class BrowserTest(ServerCase):
         for at in ("#/", "#/log", "#/timeline"):
             self.go(at)
             self.browser.wait("return document.querySelector('main h1')")
-            count = self.browser.run("return document.querySelectorAll('*').length")
-            self.assertLess(count, 1000)
+            self.assertLess(self.count_elements(), 1000)
         self.go("#/log")
         self.browser.see("500 lines, and older ones")
         self.browser.click("Older lines")
@@ -5793,7 +5663,7 @@ class BrowserTest(ServerCase):
         served.run_to_gate([gates])
         self.open(served)
         self.browser.see("50 decisions are waiting", "Gate 49?")
-        self.assertLess(self.browser.run("return document.querySelectorAll('*').length"), 2000)
+        self.assertLess(self.count_elements(), 2000)
 
     def test_a_hidden_tab_closes_its_stream(self) -> None:
         served = self.open(self.live())
@@ -5863,6 +5733,7 @@ class BrowserTest(ServerCase):
         self.browser.click("All runs")
         self.see_rows(RUN)
         self.browser.ask("POST", "/back")
+        self.browser.see("No engine drives this run")
         self.browser.click("Approve deploy", "Yes, approve deploy")
         self.browser.see("It counts when somebody resumes the run")
         self.assertEqual(self.gate(RUN).status, "approved")
@@ -5961,21 +5832,14 @@ class BrowserTest(ServerCase):
                 Approval("deploy", metadata={"to": "all"}, needs=["fails"]),
             )
         places = [
-            (served, GATE_AT, ""),
-            (served, GATE_AT, "Approve deploy"),
-            (served, "#/node/fails/0", ""),
-            (served, "#/log", ""),
-            (served, "#/timeline", ""),
-            (served, "#/", ""),
-            (served, "#/", "Cancel run…"),
-            (self.served, GATE_AT, ""),
-            (self.at_gate(token="tok"), "#/", ""),
-            (self.serve("broken"), "#/", "Retry run…"),
-            (self.serve("broken"), "#/node/fails/0", ""),
-            (self.serve_all(), "#/", ""),
+            (served, GATE_AT, ""), (served, GATE_AT, "Approve deploy"),
+            (served, "#/node/fails/0", ""), (served, "#/log", ""), (served, "#/timeline", ""),
+            (served, "#/", ""), (served, "#/", "Cancel run…"), (self.served, GATE_AT, ""),
+            (self.at_gate(token="tok"), "#/", ""), (self.serve("broken"), "#/", "Retry run…"),
+            (self.serve("broken"), "#/node/fails/0", ""), (self.serve_all(), "#/", ""),
             (self.serve_all(), f"#/runs/{RUN}", ""),
             (self.serve_all(self.foreign_database()), "#/", ""),
-        ]
+        ]  # fmt: skip
         for is_dark in (False, True):
             for width in (1280, 360):
                 self.browser.show(width, 800, is_dark)
@@ -6092,22 +5956,13 @@ class MetricsTest(ServerCase):
         served.ask("POST", "/approve/deploy")
         live.end()
         expected = {
-            "runs_total": 1,
-            "runs_finished_total": 1,
-            "runs_failed_total": 0,
-            "runs_cancelled_total": 0,
-            "nodes_started": 2,
-            "nodes_failed": 0,
-            "node_retries_total": 1,
-            "errors_total": 1,
-            "events_emitted_total": len(served.events()),
-            "approvals_requested": 1,
-            "approvals_granted": 1,
-            "approvals_denied": 0,
-            "run_duration_ms_count": 1,
-            "attempt_duration_ms_count": 2,
-            "approval_wait_duration_ms_count": 1,
-        }
+            "runs_total": 1, "runs_finished_total": 1, "runs_failed_total": 0,
+            "runs_cancelled_total": 0, "nodes_started": 2, "nodes_failed": 0,
+            "node_retries_total": 1, "errors_total": 1,
+            "events_emitted_total": len(served.events()), "approvals_requested": 1,
+            "approvals_granted": 1, "approvals_denied": 0, "run_duration_ms_count": 1,
+            "attempt_duration_ms_count": 2, "approval_wait_duration_ms_count": 1,
+        }  # fmt: skip
         values = served.metrics()
         self.assertEqual({name: int(values[name]) for name in expected}, expected)
 
@@ -6133,13 +5988,9 @@ class MetricsTest(ServerCase):
 
     def test_requests_are_labelled_by_pattern(self) -> None:
         for method, path in (
-            ("GET", "/?x=secret-path"),
-            ("POST", "/approve/secret-node"),
-            ("GET", "/secret-path"),
-            ("GET", "/approve/secret-node"),
-            ("SECRET", "/"),
-            ("HEAD", "/health"),
-        ):
+            ("GET", "/?x=secret-path"), ("POST", "/approve/secret-node"), ("GET", "/secret-path"),
+            ("GET", "/approve/secret-node"), ("SECRET", "/"), ("HEAD", "/health"),
+        ):  # fmt: skip
             self.served.ask(method, path)
         send(self.served.port, b"secret-line\r\n\r\n")
         text = self.assert_ask(200, "GET", "/metrics").body
@@ -6194,21 +6045,13 @@ class MountTest(ServerCase):
     def test_a_mount_answers_like_the_server(self) -> None:
         port = self.mount()
         for method, path, body in (
-            ("GET", "/health", None),
-            ("GET", "/", None),
-            ("HEAD", "/", None),
-            ("GET", "/frames?limit=1", None),
-            ("GET", "/frames?limit=x", None),
-            ("POST", "/approve/nobody", {"note": "x"}),
-            ("POST", "/approve/deploy", b"["),
-            ("POST", "/approve/%2564eploy", None),
-            ("DELETE", "/frames", None),
-            ("GET", "/nowhere", None),
-            ("POST", "/approve/deploy", {"note": "yes"}),
-            ("POST", "/approve/deploy", None),
-            ("GET", "/", None),
-            ("POST", "/deny/deploy", None),
-        ):
+            ("GET", "/health", None), ("GET", "/", None), ("HEAD", "/", None),
+            ("GET", "/frames?limit=1", None), ("GET", "/frames?limit=x", None),
+            ("POST", "/approve/nobody", {"note": "x"}), ("POST", "/approve/deploy", b"["),
+            ("POST", "/approve/%2564eploy", None), ("DELETE", "/frames", None),
+            ("GET", "/nowhere", None), ("POST", "/approve/deploy", {"note": "yes"}),
+            ("POST", "/approve/deploy", None), ("GET", "/", None), ("POST", "/deny/deploy", None),
+        ):  # fmt: skip
             with self.subTest(method=method, path=path):
                 own = self.served.ask(method, path, body, bearer())
                 mounted = ask(port, method, "/smithers" + path, body, bearer())
@@ -6514,38 +6357,25 @@ workflow = Workflow("logs", Task("work", work))
         self.assertEqual(self.output("announce", run_id="file"), {"announced": "from a file"})
         self.assertEqual(self.output("announce", run_id="stdin"), {"announced": "from stdin"})
 
-    def test_the_database_is_its_owners_alone(self) -> None:
-        self.main("up", "flow.py:other", "--db", "own.db")
-        mode = stat.S_IMODE(os.stat(self.in_folder("own.db")).st_mode)
-        self.assertEqual(oct(mode), oct(0o600))
-
     def test_server_flags_are_honoured(self) -> None:
-        with self.up("workflow", "--no-metrics", "--allowed-host", "box.example") as child:
-            for host, path, status in (
-                ("box.example", "/", 200),
-                ("evil.example", "/", 403),
-                ("box.example", "/metrics", 404),
-            ):
-                reply = ask(child.port, "GET", path, None, {"Host": host})
-                self.assertEqual(reply.status, status, (host, path))
-
-    def test_a_token_comes_from_a_file(self) -> None:
         self.write("token", "  from-file\n")
-        flags = ("--auth-token-file", "token", "--metrics", "false")
-        with self.up("workflow", *flags, SMITHERS_API_KEY="env") as child:
-            for token, path, status in (
-                ("from-file", "/", 200),
-                ("env", "/", 401),
-                ("from-file", "/metrics", 404),
-            ):
-                reply = ask(child.port, "GET", path, None, bearer(token))
-                self.assertEqual(reply.status, status, (token, path))
-
-    def test_a_wide_bind_without_token_warns(self) -> None:
-        flags = ("--host", "0.0.0.0", "--metrics", "true")
-        with self.up("workflow", *flags) as child:
-            child.wait_for("WARNING.*--auth-token")
-            self.assertEqual(ask(child.port, "GET", "/metrics").status, 200)
+        evil, box = {"Host": "evil.example"}, {"Host": "box.example"}
+        for flags, env, answers in (
+            ("--no-metrics --allowed-host box.example", {},
+             ((box, "/", 200), (evil, "/", 403), (box, "/metrics", 404))),
+            ("--auth-token-file token --metrics false", {"SMITHERS_API_KEY": "env"},
+             ((bearer("from-file"), "/", 200), (bearer("env"), "/", 401),
+              (bearer("from-file"), "/metrics", 404))),
+            ("--host 0.0.0.0 --metrics true", {}, (({}, "/metrics", 200),)),
+        ):  # fmt: skip
+            with self.subTest(flags=flags), self.up("workflow", *flags.split(), **env) as child:
+                for headers, path, status in answers:
+                    reply = ask(child.port, "GET", path, None, headers)
+                    self.assertEqual(reply.status, status, (headers, path))
+                if "0.0.0.0" in flags:
+                    child.wait_for("WARNING.*--auth-token")
+                child.finish(signal.SIGINT)
+            os.remove(self.path)
 
     def test_a_gate_prints_how_to_approve_it(self) -> None:
         with self.up("workflow", "--host", "0.0.0.0", SMITHERS_API_KEY="tok") as child:
@@ -6567,10 +6397,8 @@ workflow = Workflow("logs", Task("work", work))
 class ExitCodeTest(CommandCase):
     def test_without_a_server(self) -> None:
         for name, expected, status in (
-            ("other", 0, "finished"),
-            ("failing", 1, "failed"),
-            ("workflow", 3, "waiting-approval"),
-        ):
+            ("other", 0, "finished"), ("failing", 1, "failed"), ("workflow", 3, "waiting-approval"),
+        ):  # fmt: skip
             code, out, err = self.main("up", f"flow.py:{name}")
             self.assertEqual((code, json.loads(out)["status"]), (expected, status), err)
             if name == "failing":
@@ -6578,11 +6406,9 @@ class ExitCodeTest(CommandCase):
                 self.assertIn("[smithers] fail failed: it broke\n", err)
 
     def test_with_a_server_the_runs_own(self) -> None:
-        for name, line, expected in (
-            ("other", "Workflow finished", 0),
-            ("failing", r"Workflow failed\. Server still running", 1),
-            ("workflow", "waits for approval", 3),
-        ):
+        failed = r"Workflow failed\. Server still running"
+        rows = (("other", "Workflow finished", 0), ("failing", failed, 1))
+        for name, line, expected in (*rows, ("workflow", "waits for approval", 3)):
             with self.subTest(name=name), self.up(name, "-r", name) as child:
                 child.wait_for(line)
                 self.assertEqual(child.finish(signal.SIGTERM)[0], expected)
@@ -6620,40 +6446,59 @@ class MistakeTest(CommandCase):
                     found[name] = file.read()
         return found
 
-    def test_an_executor_that_cannot_be_made(self) -> None:
-        self.assert_mistakes(
+    # The files that are there, and of every kind of mistake what is said and the command line.
+    FILES = {
+        "broken.py": "x = 1\ndef f(:\n", "raises.py": "x = 1\n\n1 / 0\n",
+        "exits.py": "import sys\nsys.exit(0)\n", "notes.txt": "hello",
+        "text.db": "this is not a database, but a letter to a friend\n" * 100,
+        "open": "alice approver a\n", "boss": "alice boss a\n",
+    }  # fmt: skip
+    # fmt: off
+    MISTAKES = {
+        "an executor that cannot be made": (
             ("nowhere.*No module named", "flow.py:other --executor nowhere:make"),
             ("flow:none.*MODULE:FACTORY", "flow.py:other --executor flow:none"),
             ("flow:fail: RuntimeError: it broke", "flow.py:other --executor flow:fail"),
-            ("flow:is_other: dict is not an executor", "flow.py:other --executor flow:is_other"),
-        )
-
-    def test_a_file_that_cannot_be_loaded(self) -> None:
-        self.write("broken.py", "x = 1\ndef f(:\n")
-        self.write("raises.py", "x = 1\n\n1 / 0\n")
-        self.write("exits.py", "import sys\nsys.exit(0)\n")
-        self.write("notes.txt", "hello")
-        self.assert_mistakes(
-            ("missing.py", "missing.py"),
-            ("missing.py", "missing.py:workflow"),
+            ("flow:is_other: dict is not an executor", "flow.py:other --executor flow:is_other")),
+        "a file that cannot be loaded": (
+            ("missing.py", "missing.py"), ("missing.py", "missing.py:workflow"),
             ("broken.py, line 2.*SyntaxError", "broken.py"),
-            ("raises.py, line 3.*ZeroDivisionError", "raises.py"),
-            ("exits.py", "exits.py"),
-            ("notes.txt", "notes.txt"),
-            ("nothing", "flow.py:nothing"),
-            ("number", "flow.py:number"),
-        )
-
-    def test_an_input_that_is_not_json(self) -> None:
-        self.assert_mistakes(
-            ("--input", "flow.py -i {"),
-            ("--input", "flow.py -i NaN"),
+            ("raises.py, line 3.*ZeroDivisionError", "raises.py"), ("exits.py", "exits.py"),
+            ("notes.txt", "notes.txt"), ("nothing", "flow.py:nothing"),
+            ("number", "flow.py:number")),
+        "an input that is not JSON": (
+            ("--input", "flow.py -i {"), ("--input", "flow.py -i NaN"),
             *(("--input", f"flow.py -i '{text}'") for text in ("[1]", '"text"', "1", "null")),
             ("1e400", "flow.py -i '{\"x\": 1e400}'"),
             ("--input", 'flow.py -i \'{"a": 1, "a": 2}\''),
-            ("missing.json", "flow.py -i @missing.json"),
-            ("--input", "flow.py -d -i {"),
-        )
+            ("missing.json", "flow.py -i @missing.json"), ("--input", "flow.py -d -i {")),
+        "a database that cannot be used": (
+            ("text.db.*not a database", "flow.py --db text.db"),
+            ("folder", "flow.py --db no/folder.db"), ("database", "flow.py --db .")),
+        "a secret that cannot be used": (
+            ("token", "flow.py --serve --auth-token ''"),
+            ("token", "flow.py --serve --auth-token 'a b'"),
+            ("missing", "flow.py --serve --auth-token-file missing"),
+            ("missing.pem", "flow.py --serve --certfile missing.pem"),
+            ("--certfile", "flow.py --serve --keyfile missing.pem")),
+        "a file of tokens that cannot be used": (
+            ("missing", "flow.py --serve --port 0 --tokens missing"),
+            ("open.*others", "flow.py --serve --port 0 --tokens open"),
+            ("boss.*role", "flow.py --serve --port 0 --tokens boss")),
+        "words to notify that cannot be split": (
+            ("--notify", 'flow.py --notify "it\'s"'), ("--notify", "flow.py --notify ''")),
+        "flags that do not exist": tuple(("--help", line) for line in (
+            "", "flow.py --port 70000", "flow.py --port ²", "flow.py --metrics perhaps",
+            "flow.py -c 0", "flow.py --nonsense")),
+    }
+    # fmt: on
+
+    def test_every_mistake_is_told_in_a_line(self) -> None:
+        for name, text in self.FILES.items():
+            os.chmod(self.write(name, text), 0o644 if name == "open" else 0o600)
+        for kind, mistakes in self.MISTAKES.items():
+            with self.subTest(kind=kind):
+                self.assert_mistakes(*mistakes)
 
     def test_an_address_that_cannot_be_bound(self) -> None:
         with contextlib.closing(socket.socket()) as taken:
@@ -6676,55 +6521,11 @@ class MistakeTest(CommandCase):
             ("--force", "flow.py:other --force"),
         )
 
-    def test_databases_that_cannot_be_used(self) -> None:
-        self.write("text.db", "this is not a database, but a letter to a friend\n" * 100)
-        self.assert_mistakes(
-            ("text.db.*not a database", "flow.py --db text.db"),
-            ("folder", "flow.py --db no/folder.db"),
-            ("database", "flow.py --db ."),
-        )
-
-    def test_secrets_that_cannot_be_used(self) -> None:
-        self.assert_mistakes(
-            ("token", "flow.py --serve --auth-token ''"),
-            ("token", "flow.py --serve --auth-token 'a b'"),
-            ("missing", "flow.py --serve --auth-token-file missing"),
-            ("missing.pem", "flow.py --serve --certfile missing.pem"),
-            ("--certfile", "flow.py --serve --keyfile missing.pem"),
-        )
-
-    def test_token_files_that_cannot_be_used(self) -> None:
-        os.chmod(self.write("open", "alice approver a\n"), 0o644)
-        os.chmod(self.write("broken", "alice boss a\n"), 0o600)
-        self.assert_mistakes(
-            ("missing", "flow.py --serve --port 0 --tokens missing"),
-            ("open.*others", "flow.py --serve --port 0 --tokens open"),
-            ("broken.*role", "flow.py --serve --port 0 --tokens broken"),
-        )
-
-    def test_notify_words_that_cannot_be_split(self) -> None:
-        self.assert_mistakes(
-            ("--notify", 'flow.py --notify "it\'s"'), ("--notify", "flow.py --notify ''")
-        )
-
-    def test_flags_that_do_not_exist(self) -> None:
-        for line in (
-            "up",
-            "up flow.py --port 70000",
-            "up flow.py --port ²",
-            "up flow.py --metrics perhaps",
-            "up flow.py -c 0",
-            "up flow.py --nonsense",
-            "down",
-            "",
-        ):
-            with self.subTest(line=line):
-                code, out, err = self.main(*line.split())
-                self.assertEqual((code, out), (4, ""))
-                self.assertRegex(err, r"\A\[smithers\] Error: .*--help\n\Z")
-        code, out, _ = run_child(*MODULE, "down", folder=self.folder)
-        self.assertEqual((code, out), (4, ""))
-        self.assertEqual(os.listdir(self.folder), ["flow.py"])
+    def test_no_such_command_is_a_mistake(self) -> None:
+        for line in ("down", ""):
+            code, out, err = self.main(*line.split())
+            self.assertEqual((code, out), (4, ""))
+            self.assertRegex(err, r"\A\[smithers\] Error: .*--help\n\Z")
 
     def test_help_is_no_mistake(self) -> None:
         code, out, err = self.main("up", "--help")
@@ -7280,13 +7081,10 @@ class SeatTest(SeatCase):
                      "output ship build more", "show ship build more", "logs a b c"):  # fmt: skip
             self.refused(4, "", line)
         for line, says in (
-            ("show ship nobody", "nobody"),
-            ("output ship nobody", "nobody"),
-            ("approve ship nobody -y", "nobody"),
-            ("logs --since soon", "soon"),
-            ("gc --older-than 3", "3"),
-            ("retry ship nobody", "nobody"),
-        ):
+            ("show ship nobody", "nobody"), ("output ship nobody", "nobody"),
+            ("approve ship nobody -y", "nobody"), ("logs --since soon", "soon"),
+            ("gc --older-than 3", "3"), ("retry ship nobody", "nobody"),
+        ):  # fmt: skip
             self.refused(4, says, line)
 
     def test_approve_says_when_nothing_waits(self) -> None:
@@ -7378,9 +7176,7 @@ class SeatTest(SeatCase):
     def test_wait_ends_at_the_end_or_a_gate(self) -> None:
         self.begin("ship")
         for line, code in (("--for gate", 3), ("--timeout 0.05", 5), ("--timeout 0", 5)):
-            argv = (*MODULE, "wait", "ship", *line.split())
-            with self.subTest(line=line), Child(*argv, folder=self.folder) as child:
-                self.assertEqual(child.process.wait(10), code)
+            self.tell(f"wait ship {line}", code)
 
     def test_a_pause_waits_for_nobody(self) -> None:
         argv = (*MODULE, "up", "seat.py:paused", "-r", "paused")
@@ -7411,9 +7207,10 @@ class SeatTest(SeatCase):
 
     def test_lines_are_cut_for_a_terminal_alone(self) -> None:
         self.begin("ship", "a-run-with-a-long-name")
-        whole = self.tell("status")
+        ageless = functools.partial(re.sub, r"\b\d+ s\b", "0 s")
+        whole = ageless(self.tell("status"))
         for is_piped in (True, False):
-            out = on_terminal(self.folder, "status", columns=40, is_piped=is_piped)
+            out = ageless(on_terminal(self.folder, "status", columns=40, is_piped=is_piped))
             hints = [line for line in out.splitlines() if " approve " in line]
             self.assertEqual(hints, [line for line in whole.splitlines() if " approve " in line])
             self.assertEqual(out == whole, is_piped)
@@ -7628,10 +7425,9 @@ class ReadmeTest(RunCase):
     """A newcomer copies from the README; what is written there must run."""
 
     def run_block(self, holds: str, *argv: str, more: str = "") -> tuple[int, str, str]:
-        """Run a block as `workflow.py`, beside a copy of the module."""
-        shutil.copy(os.path.join(HERE, "smithers_serve.py"), self.folder)
+        """Run a block as `workflow.py`."""
         self.write("workflow.py", readme_blocks(holds)[0] + more)
-        return run_child(*(argv or ["workflow.py"]), folder=self.folder, PYTHONPATH="")
+        return run_child(*(argv or ["workflow.py"]), folder=self.folder)
 
     def test_every_python_block_compiles(self) -> None:
         for number, block in enumerate(readme_blocks()):
@@ -7740,17 +7536,10 @@ def deaf():
     current_task().log("holding")
     time.sleep(60)
 
-def ignoring(ctx):
-    return Workflow("ignoring", Task("deaf", deaf), Task("after", step))
-
-def gated(ctx):
-    return Workflow("gated", Task("before", step), Approval("ok"), Task("after", step))
-
-def held(ctx):
-    return Workflow("held", Task("before", step), Task("hold", hold), Task("after", step))
-
-def commanded(ctx):
-    return Workflow("commanded", Task("command", COMMAND), Task("after", step))
+ignoring = Workflow("ignoring", Task("deaf", deaf), Task("after", step))
+gated = Workflow("gated", Task("before", step), Approval("ok"), Task("after", step))
+held = Workflow("held", Task("before", step), Task("hold", hold), Task("after", step))
+commanded = Workflow("commanded", Task("command", COMMAND), Task("after", step))
 
 def grandchild(ctx):
     script = ('env -i sh -c "echo child \\$\\$; exec sleep 60" >> "$EFFECTS" & '
@@ -7782,8 +7571,7 @@ def good():
     time.sleep(float(os.environ.get("GOOD", "0.3")))
     note("done")
 
-def poisoned(ctx):
-    return Workflow("poisoned",
+poisoned = Workflow("poisoned",
         Parallel(Task("poison", poison, retries=2, continue_on_fail=True),
                  Task("good", good), Task("other", good)),
         Task("after", step))
@@ -7835,13 +7623,10 @@ def lose_folder():
     os.rmdir(os.getcwd())
     raise RuntimeError("no folder")
 
-def homeless(ctx):
-    return Workflow("homeless", Task("lose", lose_folder, timeout=30, continue_on_fail=True),
+homeless = Workflow("homeless", Task("lose", lose_folder, timeout=30, continue_on_fail=True),
                     Approval("ok"), Task("after", step))
-
-def moving(ctx):
-    return Workflow("moving", Task("move", lambda: os.chdir("/")), Approval("ok"),
-                    Task("after", step))
+moving = Workflow("moving", Task("move", lambda: os.chdir("/")), Approval("ok"),
+                  Task("after", step))
 
 def freeze():
     import ctypes
@@ -7850,8 +7635,7 @@ def freeze():
         ctypes.PyDLL(None).read(fifo.fileno(), ctypes.create_string_buffer(1), 1)
     note("done")
 
-def frozen(ctx):
-    return Workflow("frozen", Task("freeze", freeze), Task("after", step))
+frozen = Workflow("frozen", Task("freeze", freeze), Task("after", step))
 
 def cooperative():
     note("begin")
@@ -7864,8 +7648,7 @@ def cooperative():
             done += 1
     return {"done": done}
 
-def polite(ctx):
-    return Workflow("polite", Task("work", cooperative))
+polite = Workflow("polite", Task("work", cooperative))
 
 def fork():
     pid = os.fork()
@@ -7876,8 +7659,7 @@ def fork():
     current_task().log("holding")
     current_task().cancelled.wait(60)
 
-def forking(ctx):
-    return Workflow("forking", Task("fork", fork))
+forking = Workflow("forking", Task("fork", fork))
 
 def return_twice():
     pid = os.fork()
@@ -7885,8 +7667,7 @@ def return_twice():
         os.waitpid(pid, 0)
     return {"is_child": pid == 0}
 
-def returning(ctx):
-    return Workflow("returning", Task("twice", return_twice), Task("after", step))
+returning = Workflow("returning", Task("twice", return_twice), Task("after", step))
 
 def fork_and_wait():
     pid = os.fork()
@@ -7894,8 +7675,7 @@ def fork_and_wait():
         os._exit(0)
     return os.waitpid(pid, 0)[1]
 
-def waiting(ctx):
-    return Workflow("waiting", Task("status", fork_and_wait))
+waiting = Workflow("waiting", Task("status", fork_and_wait))
 
 def sleepers():
     found = 0
@@ -8013,13 +7793,11 @@ class FaultCase(CommandCase):
             return file.read().splitlines()
 
     def read(self, sql: str, *parameters: Any) -> list[Any]:
-        with contextlib.closing(sqlite3.connect(self.path)) as db:
-            return db.execute(sql, parameters).fetchall()
+        return read_rows(self.path, sql, *parameters)
 
     def row(self) -> tuple[str, str | None]:
         """Return status and owner of the run."""
-        sql = "select status, runtime_owner_id from _smithers_runs where run_id = ?"
-        return self.read(sql, self.run_id)[0]
+        return read_rows(self.path, RUN_ROW, self.run_id)[0]
 
     def ends(self, node_id: str) -> list[str]:
         """Return the states of a node's attempts."""
@@ -8055,10 +7833,11 @@ class SuspendTest(FaultCase):
     """SIGTERM and SIGHUP are the machine's: the run goes on later, as if nothing had been."""
 
     def test_signals_of_machine_suspend(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            self.run_id = f"run-{number}"
-            with self.subTest(number=number):
-                self.assertEqual(self.end_life("gated", "ok waits", number), 3)
+        """And the line that is printed then goes on, also where a task has moved elsewhere."""
+        for flow, number in (("gated", signal.SIGTERM), ("moving", signal.SIGHUP)):
+            self.run_id = flow
+            with self.subTest(flow=flow, number=number):
+                self.assertEqual(self.end_life(flow, "ok waits", number), 3)
                 self.assertEqual(self.row(), ("waiting-approval", None))
                 sql = "select status from _smithers_approvals where run_id = ?"
                 self.assertEqual(self.read(sql, self.run_id), [("requested",)])
@@ -8066,7 +7845,8 @@ class SuspendTest(FaultCase):
                 self.paste(self.said)
 
     def test_suspended_attempts_run_again(self) -> None:
-        for flow, node in (("held", "hold"), ("commanded", "command")):
+        """Also a function that looks at its flag and returns early: it has not done its work."""
+        for flow, node in (("held", "hold"), ("commanded", "command"), ("polite", "work")):
             self.run_id = flow
             with self.subTest(flow=flow):
                 self.assertEqual(self.end_life(flow, "holding", signal.SIGTERM), 3)
@@ -8075,13 +7855,7 @@ class SuspendTest(FaultCase):
                 self.assert_status(0, "finished", flow)
                 self.assertEqual(self.ends(node), ["cancelled", "finished"])
         self.assertEqual(self.effects().count("before 0 done"), 1)
-
-    def test_function_told_to_stop_runs_again(self) -> None:
-        """A function that looks at its flag and returns early has not done its work."""
-        self.assertEqual(self.end_life("polite", "holding", signal.SIGTERM), 3)
-        self.assertEqual(self.ends("work"), ["cancelled"])
-        self.assert_status(0, "finished", "polite")
-        output = self.read("select output_json from _smithers_outputs")
+        output = self.read("select output_json from _smithers_outputs where run_id = 'polite'")
         self.assertEqual(output, [('{"done":3}',)])
 
     def test_three_suspended_lives_are_no_crash(self) -> None:
@@ -8118,11 +7892,6 @@ class SuspendTest(FaultCase):
         self.assertNotIn("Traceback", child.text())
         self.approve()
         self.paste(child.text())
-
-    def test_line_is_right_after_task_has_moved(self) -> None:
-        self.assertEqual(self.end_life("moving", "ok waits", signal.SIGTERM), 3)
-        self.approve()
-        self.paste(self.said)
 
 
 class ResumeTest(FaultCase):
@@ -8482,10 +8251,12 @@ class OwnerTest(FaultCase):
     """Who lives is what the kernel says, whatever a clock or a heartbeat says."""
 
     def write_row(self, **values: Any) -> None:
-        with contextlib.closing(sqlite3.connect(self.path, timeout=PATIENCE)) as db:
-            for name, value in values.items():
-                db.execute(f"update _smithers_runs set {name} = ?", (value,))
-            db.commit()
+        """Change the row of the run."""
+        for name, value in values.items():
+            change(
+                self.path,
+                f"update _smithers_runs set {name} = {value!r} where run_id = '{self.run_id}'",
+            )
 
     @contextlib.contextmanager
     def write_lock(self) -> Iterator[sqlite3.Connection]:
@@ -8502,28 +8273,28 @@ class OwnerTest(FaultCase):
         self.assertEqual(code, 4, err)
         self.assertIn("living process", err)
 
-    def test_living_owner_with_old_heartbeat_is_kept(self) -> None:
-        with self.life("gated") as child:
-            child.wait_for("ok waits")
-            child.process.send_signal(signal.SIGSTOP)
-            try:
-                self.write_row(heartbeat_at_ms=1)
-                self.assert_kept("gated")
-            finally:
-                child.process.send_signal(signal.SIGCONT)
-            self.approve()
-            child.wait_for("Workflow finished")
-        self.assertEqual(self.effects(), ["before 0 done", "after 0 done"])
+    @contextlib.contextmanager
+    def stopped(self, child: Child) -> Iterator[None]:
+        child.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            child.process.send_signal(signal.SIGCONT)
 
-    def test_owner_behind_write_lock_is_kept(self) -> None:
-        """Its heart cannot beat while another program holds the lock."""
-        heartless = "ss.HEARTBEAT_SECONDS = 3600"
-        start = ("-c", f"import sys, smithers_serve as ss; {heartless}; sys.exit(ss.main())")
-        with self.life("gated", start=start) as child:
+    def test_living_owner_is_kept(self) -> None:
+        """Stopped, with a heart that another program's lock keeps from beating, by any clock."""
+        heartless = "import smithers_serve as ss, sys; ss.HEARTBEAT_SECONDS = 3600; "
+        with self.life("gated", start=("-c", heartless + "sys.exit(ss.main())")) as child:
             child.wait_for("ok waits")
             self.write_row(heartbeat_at_ms=1)
-            with self.write_lock():
+            with self.subTest("stopped"), self.stopped(child):
                 self.assert_kept("gated")
+            with self.subTest("behind a lock"), self.write_lock():
+                self.assert_kept("gated")
+            for offset_ms in (7_200_000, -7_200_000):
+                with self.subTest("another clock", offset_ms=offset_ms), stepping_clock() as clock:
+                    clock.offset_ms = offset_ms
+                    self.assert_kept("gated")
             self.approve()
             child.wait_for("Workflow finished")
         self.assertEqual(self.effects(), ["before 0 done", "after 0 done"])
@@ -8539,15 +8310,6 @@ class OwnerTest(FaultCase):
                 fifo.write("x")
             child.wait_for("Workflow finished")
         self.assertEqual(self.effects(), ["freeze 0 begin", "freeze 0 done", "after 0 done"])
-
-    def test_owner_is_kept_when_clock_jumps(self) -> None:
-        with self.life("gated") as child:
-            child.wait_for("ok waits")
-            with stepping_clock() as clock:
-                for clock.offset_ms in (7_200_000, -7_200_000):
-                    self.assert_kept("gated")
-            self.approve()
-            child.wait_for("Workflow finished")
 
     def test_unseen_owner_behind_write_lock_is_kept(self) -> None:
         """While its heart cannot beat, its silence does not count."""
@@ -8609,23 +8371,22 @@ class OwnerTest(FaultCase):
         self.approve()
         self.assert_status(0, "finished", "gated")
 
-    def test_dead_owner_with_new_heartbeat_is_dead(self) -> None:
-        self.end_life("gated", "ok waits", signal.SIGKILL)
-        self.write_row(heartbeat_at_ms=2**45)
-        self.approve()
-        self.assert_status(0, "finished", "gated")
-
-    def test_other_process_with_owners_number_is_nobody(self) -> None:
-        """A process id is given anew; the time of its start tells."""
-        with self.life("gated") as child:
-            child.wait_for("ok waits")
-            owner = self.row()[1]
-            assert owner is not None
-            child.finish(signal.SIGKILL)
-        host, _, start, token = owner.rsplit("|", 3)
-        self.write_row(runtime_owner_id="|".join([host, str(os.getpid()), start, token]))
-        self.approve()
-        self.assert_status(0, "finished", "gated")
+    def test_dead_owner_is_dead(self) -> None:
+        """Whatever its heartbeat says, and when its process id was given anew."""
+        for how in ("new heartbeat", "used number"):
+            self.run_id = how.replace(" ", "-")
+            with self.subTest(how=how):
+                with self.life("gated") as child:
+                    child.wait_for("ok waits")
+                    host, _, start, token = str(self.row()[1]).rsplit("|", 3)
+                    child.finish(signal.SIGKILL)
+                if how == "new heartbeat":
+                    self.write_row(heartbeat_at_ms=2**45)
+                else:
+                    other = "|".join([host, str(os.getppid()), start, token])
+                    self.write_row(runtime_owner_id=other)
+                self.approve()
+                self.assert_status(0, "finished", "gated")
 
     def test_unseen_owner_lives_by_its_heart(self) -> None:
         """Not by what its clock says: by whether the heartbeat moves."""
@@ -8709,7 +8470,7 @@ while not failures.empty(): print(failures.get())
                 with db.transaction("r") as tx:
                     tx.put_output((f"node{number}", 0), output)
 
-        with contextlib.closing(ss.SmithersDb(self.path)) as db:
+        with ss.SmithersDb(self.path) as db:
             write(db, 1)
             with contextlib.closing(sqlite3.connect(self.path)) as reader:
                 reader.execute("begin")
@@ -8795,81 +8556,63 @@ sys.exit(smithers_serve.main(sys.argv[1:]))
 class StandardStreamTest(FaultCase):
     """Standard streams that are closed, full or left cost no run."""
 
-    def shell(self, redirection: str, *extra: str) -> tuple[int, str]:
-        """Run `printing` with a redirection; return the exit code and what was said."""
-        line = shlex.join([sys.executable, "-m", "smithers_serve", *self.words("printing"), *extra])
-        done = subprocess.run(
-            ["sh", "-c", f"exec {line} {redirection}"],
-            cwd=self.folder, env=child_environment(EFFECTS=self.effects_path), text=True,
-            stdin=subprocess.DEVNULL, capture_output=True, timeout=60,
-        )  # fmt: skip
-        return done.returncode, done.stdout + done.stderr
+    def printing(self, shell: str, *flags: str) -> Child:
+        """Run a flow that prints, by a shell or with a redirection."""
+        shell = shell if "$@" in shell else f'exec "$@" {shell}'
+        options = {"shell": shell, "folder": self.folder, "EFFECTS": self.effects_path}
+        return Child(*MODULE, *self.words("printing", *flags), **options)
 
     def test_missing_and_full_streams_are_borne(self) -> None:
         for number, redirection in enumerate(
             ("<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full")
         ):
             self.run_id = f"run-{number}"
-            with self.subTest(redirection=redirection):
-                code, said = self.shell(redirection)
-                self.assertNotIn("Traceback", said)
-                self.assertEqual(code, 0, said)
-                status = self.read(
-                    "select status from _smithers_runs where run_id = ?", self.run_id
-                )
-                self.assertEqual(status, [("finished",)])
-
-    def test_lost_result_is_told(self) -> None:
-        self.assertIn("The result could not be written: No space left", self.shell(">/dev/full")[1])
+            with self.subTest(redirection=redirection), self.printing(redirection) as child:
+                code, out = child.finish()
+                self.assertNotIn("Traceback", out + child.text())
+                self.assertEqual((code, self.row()), (0, ("finished", None)), child.text())
+                if redirection == ">/dev/full":
+                    said = "The result could not be written: No space left"
+                    self.assertIn(said, child.text())
 
     def test_served_run_needs_no_stderr(self) -> None:
-        words = [*self.words("printing"), "--serve", "--port", "0"]
-        line = shlex.join([sys.executable, "-m", "smithers_serve", *words])
-        process = subprocess.Popen(
-            ["sh", "-c", f"exec {line} 2>&-"],
-            cwd=self.folder, env=child_environment(EFFECTS=self.effects_path),
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        try:
+        with self.printing("2>&-", "--serve", "--port", "0") as child:
             eventually(lambda: self.has_begun and self.row()[0] == "finished")
-            process.send_signal(signal.SIGTERM)
-            self.assertEqual(process.wait(PATIENCE), 0)
-        finally:
-            process.kill()
-            process.wait()
+            self.assertEqual(child.finish(signal.SIGTERM)[0], 0)
 
     def test_reader_may_leave_early(self) -> None:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "smithers_serve", *self.words("printing")],
-            cwd=self.folder, env=child_environment(EFFECTS=self.effects_path),
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert process.stdout is not None and process.stderr is not None
-        with process, process.stdout:
-            with process.stderr:
-                process.stderr.readline()
-            self.assertEqual(json.loads(process.stdout.read())["status"], "finished")
-            self.assertEqual(process.wait(PATIENCE), 0)
+        shell = 'exec 3>&1; { "$@" 2>&1 >&3 && echo well >&3; } | head -n 1 >&2'
+        with self.printing(shell) as child:
+            out = child.finish()[1].splitlines()
+            self.assertEqual((json.loads(out[0])["status"], out[1:]), ("finished", ["well"]))
 
 
 class ScaleTest(RunCase):
     """What waits costs nothing."""
 
     @contextlib.contextmanager
-    def counted_steps(self) -> Iterator[list[int]]:
-        """Count the hundreds of sqlite's steps that the block takes."""
-        steps, connect = [0], sqlite3.connect
+    def tuned(self, tune: Callable[[sqlite3.Connection], None]) -> Iterator[None]:
+        """Do something to every connection that the block opens."""
+        connect = sqlite3.connect
 
-        def connect_counted(*args: Any, **options: Any) -> sqlite3.Connection:
-            def count() -> int:
-                steps[0] += 1
-                return 0
-
+        def connect_tuned(*args: Any, **options: Any) -> sqlite3.Connection:
             connection = connect(*args, **options)
-            connection.set_progress_handler(count, 100)
+            tune(connection)
             return connection
 
-        with mock.patch.object(ss.sqlite3, "connect", connect_counted):
+        with mock.patch.object(ss.sqlite3, "connect", connect_tuned):
+            yield
+
+    @contextlib.contextmanager
+    def counted_steps(self) -> Iterator[list[int]]:
+        """Count the hundreds of sqlite's steps that the block takes."""
+        steps = [0]
+
+        def count() -> int:
+            steps[0] += 1
+            return 0
+
+        with self.tuned(lambda connection: connection.set_progress_handler(count, 100)):
             yield steps
 
     def work_of_decisions(self, gates: int) -> int:
@@ -8931,7 +8674,7 @@ class ScaleTest(RunCase):
 
     def test_decision_reads_no_other_gates(self) -> None:
         with mock.patch.object(ss, "HEARTBEAT_SECONDS", 3600):
-            few, many = self.work_of_decisions(30), self.work_of_decisions(2000)
+            few, many = self.work_of_decisions(30), self.work_of_decisions(600)
         self.assertLess(many, 3 * few + 100)
 
     def work_of_evidence(self, nodes: int) -> int:
@@ -8940,8 +8683,7 @@ class ScaleTest(RunCase):
         ss.run_workflow(as_workflow(tree), adapter=self.db, run_id=f"r{nodes}", park=False)
         change(
             self.path,
-            f"""with recursive numbers(n) as (select 1 union all select n + 1 from numbers
-                where n < {nodes})
+            f"""{NUMBERS.format(nodes)}
                 insert into _smithers_nodes (run_id, node_id, state, last_attempt)
                 select 'r{nodes}', 'n' || n, 'finished', 0 from numbers""",
         )
@@ -8957,16 +8699,9 @@ class ScaleTest(RunCase):
     def test_parked_run_reads_no_gates(self) -> None:
         """Beside its heartbeat a parked run asks how many wait, in one statement."""
         statements: list[str] = []
-        connect = sqlite3.connect
-
-        def connect_traced(*args: Any, **options: Any) -> sqlite3.Connection:
-            connection = connect(*args, **options)
-            connection.set_trace_callback(statements.append)
-            return connection
-
         every = [Approval(f"gate{n}") for n in range(300)]
         with (
-            mock.patch.object(ss.sqlite3, "connect", connect_traced),
+            self.tuned(lambda connection: connection.set_trace_callback(statements.append)),
             mock.patch.object(ss, "HEARTBEAT_SECONDS", 0.05),
         ):
             db = self.adapter()
@@ -9048,16 +8783,23 @@ class TwoProgramsTest(CommandCase):
 
     def theirs(self, *statements: tuple[Any, ...]) -> None:
         """Write as another program does: on its own connection, in one transaction."""
-        with contextlib.closing(sqlite3.connect(self.path, timeout=PATIENCE)) as db:
+        with contextlib.closing(sqlite3.connect(self.path, timeout=PATIENCE)) as db, db:
             for sql, *parameters in statements:
                 db.execute(sql, parameters)
-            db.commit()
 
     def original_file(self) -> str:
         path = self.in_folder("original.db")
         with contextlib.closing(sqlite3.connect(path)) as db:
             db.executescript(ORIGINAL_SCHEMA)
         return path
+
+    @contextlib.contextmanager
+    def serving(self, path: str) -> Iterator[Any]:
+        """Yield an app of the original's run."""
+        with ss.SmithersDb(path) as db:
+            app = ss.create_serve_app(adapter=db, run_id="r", abort=threading.Event())
+            with contextlib.closing(app):
+                yield app
 
     def deny_like_original(self) -> None:
         """What its `deny` writes when no engine runs."""
@@ -9077,21 +8819,20 @@ class TwoProgramsTest(CommandCase):
             self.theirs((ORIGINAL_UPSERT, "theirs", state, 1), (ORIGINAL_UPSERT, "gate", state, 1))
         self.assertEqual(self.db.get_summary("r"), {"finished": 3})
 
-    def test_denial_without_engine_is_not_asked_again(self) -> None:
-        tree = [Approval("gate", on_deny="fail"), Task("after", answer)]
+    def resume_denied(self, on_deny: str) -> tuple[str, str]:
+        """Return how a run ends whose gate the original has denied, and what was started then."""
+        tree = [Approval("gate", on_deny=on_deny), Task("after", answer)]
         self.drive(tree, park=False)
         self.deny_like_original()
         result = self.drive(tree, resume=True, park=False)
-        self.assertEqual(result.status, "failed")
         self.assertEqual(len(self.told("ApprovalRequested")), 1)
-        self.assertEqual(self.starts(), "")
+        return result.status, self.starts()
+
+    def test_denial_without_engine_is_not_asked_again(self) -> None:
+        self.assertEqual(self.resume_denied("fail"), ("failed", ""))
 
     def test_denial_without_engine_may_continue(self) -> None:
-        tree = [Approval("gate", on_deny="continue"), Task("after", answer)]
-        self.drive(tree, park=False)
-        self.deny_like_original()
-        result = self.drive(tree, resume=True, park=False)
-        self.assertEqual((result.status, self.starts()), ("finished", "after"))
+        self.assertEqual(self.resume_denied("continue"), ("finished", "after"))
         self.assertEqual(self.output("gate")["approved"], False)
 
     def test_wiped_labels_come_back(self) -> None:
@@ -9136,30 +8877,23 @@ class TwoProgramsTest(CommandCase):
         path = self.original_file()
         with open(path, "rb") as file:
             before = file.read()
-        with contextlib.closing(ss.SmithersDb(path)) as db:
-            app = ss.create_serve_app(adapter=db, run_id="r", abort=threading.Event())
-            for route in ("/", "/events", "/frames", "/metrics", "/nodes", "/nodes/gate",
-                          "/approvals", "/why"):  # fmt: skip
-                with self.subTest(route=route):
-                    if route != "/events":
-                        self.assertEqual(app.request("GET", route).status, 200)
-            self.assertEqual(app.request("GET", "/").json()["summary"],
-                             {"finished": 1, "waiting-approval": 1})  # fmt: skip
-            app.close()
-        for words in (["ps"], ["status", "r"], ["show", "r"], ["logs", "r"], ["history", "r"],
-                      ["output", "r", "lint"]):  # fmt: skip
-            _, _, err = self.main(*words, "--db", path)
+        with self.serving(path) as app:
+            app.request("GET", "/events")
+            for route in "/ /frames /metrics /nodes /nodes/gate /approvals /why".split():
+                self.assertEqual(app.request("GET", route).status, 200, route)
+            summary = {"finished": 1, "waiting-approval": 1}
+            self.assertEqual(app.request("GET", "/").json()["summary"], summary)
+        for line in ("ps", "status r", "show r", "logs r", "history r", "output r lint"):
+            _, _, err = self.main(*line.split(), "--db", path)
             self.assertNotIn("Traceback", err)
         with open(path, "rb") as file:
             self.assertTrue(file.read() == before, "the file was changed")
-        self.assertEqual(
-            sorted(name for name in os.listdir(self.folder) if name.startswith("original")),
-            ["original.db"],
-        )
+        found = [name for name in os.listdir(self.folder) if name.startswith("original")]
+        self.assertEqual(found, ["original.db"])
 
     def test_decision_is_written_into_originals_file(self) -> None:
         path = self.original_file()
-        with contextlib.closing(ss.SmithersDb(path)) as db:
+        with ss.SmithersDb(path) as db:
             ss.decide(db, "r", "gate", ss.Decision("approved", note="go"))
         with contextlib.closing(sqlite3.connect(path)) as theirs:
             row = theirs.execute("select status, requested_at_ms, note from _smithers_approvals")
@@ -9167,21 +8901,21 @@ class TwoProgramsTest(CommandCase):
             theirs.execute(ORIGINAL_UPSERT, ("gate", "finished", 1))
             theirs.execute(ORIGINAL_UPSERT, ("next", "pending", None))
             theirs.commit()
-        with contextlib.closing(ss.SmithersDb(path)) as db:
+        with ss.SmithersDb(path) as db:
             self.assertEqual(db.get_summary("r"), {"finished": 2, "pending": 1})
 
     def test_old_triggers_are_mended_on_open(self) -> None:
         self.db.close()
-        with contextlib.closing(sqlite3.connect(self.path)) as db:
-            db.execute("drop trigger _smithers_nodes_moved")
-            db.execute(
-                """create trigger _smithers_nodes_moved after update of state on _smithers_nodes
-                   when old.state <> new.state begin
-                     insert or ignore into _smithers_summary values (new.run_id, new.state, 0);
-                     update _smithers_summary set nodes = nodes + 1
-                       where run_id = new.run_id and state = new.state;
-                   end"""
-            )
+        change(
+            self.path,
+            "drop trigger _smithers_nodes_moved",
+            """create trigger _smithers_nodes_moved after update of state on _smithers_nodes
+               when old.state <> new.state begin
+                 insert or ignore into _smithers_summary values (new.run_id, new.state, 0);
+                 update _smithers_summary set nodes = nodes + 1
+                   where run_id = new.run_id and state = new.state;
+               end""",
+        )
         self.db = self.adapter()
         self.drive([Approval("gate"), Task("a", answer)], park=False)
         for state in ("finished", "pending", "finished"):
@@ -9190,56 +8924,68 @@ class TwoProgramsTest(CommandCase):
 
     def test_frames_that_are_deltas_are_no_trees(self) -> None:
         path = self.original_file()
-        with contextlib.closing(sqlite3.connect(path)) as db:
-            db.execute("alter table _smithers_frames add column encoding text default 'full'")
-            db.execute(
-                """insert into _smithers_frames (run_id, frame_no, created_at_ms, xml_json,
-                     xml_hash, encoding)
-                   values ('r', 2, 2000, '{"version":1,"ops":[]}', 'hash', 'delta')"""
-            )
-            db.commit()
-        with contextlib.closing(ss.SmithersDb(path)) as db:
-            app = ss.create_serve_app(adapter=db, run_id="r", abort=threading.Event())
+        change(
+            path,
+            "alter table _smithers_frames add column encoding text default 'full'",
+            """insert into _smithers_frames (run_id, frame_no, created_at_ms, xml_json, xml_hash,
+               encoding) values ('r', 2, 2000, '{"version":1,"ops":[]}', 'hash', 'delta')""",
+        )
+        with self.serving(path) as app:
             frames = app.request("GET", "/frames").json()
             self.assertNotIn("ops", "".join(frame["xmlJson"] for frame in frames))
             self.assertEqual(frames[-1]["frameNo"], 1)
-            app.close()
 
     def test_unknown_statuses_are_what_they_say(self) -> None:
         """`continued` is an end; `paused` and other ways to wait are none."""
         path = self.original_file()
         for status, is_ended in (("continued", True), ("paused", False), ("waiting-timer", False)):
-            with self.subTest(status=status):
-                with contextlib.closing(sqlite3.connect(path)) as db:
-                    db.execute("update _smithers_runs set status = ?", (status,))
-                    db.execute("update _smithers_approvals set status = 'requested'")
-                    db.commit()
-                with contextlib.closing(ss.SmithersDb(path)) as db:
-                    app = ss.create_serve_app(adapter=db, run_id="r", abort=threading.Event())
-                    self.assertEqual(app.request("GET", "/").json()["status"], status)
-                    answer = app.request("POST", "/approve/gate")
-                    self.assertEqual(answer.status, 409 if is_ended else 200)
-                    if is_ended:
-                        tree = Workflow("deploy", Task("never", fail))
-                        result = ss.run_workflow(tree, adapter=db, run_id="r", resume=True)
-                        self.assertEqual(result.status, status)
-                    app.close()
+            change(
+                path,
+                f"update _smithers_runs set status = '{status}'",
+                "update _smithers_approvals set status = 'requested'",
+            )
+            with self.subTest(status=status), self.serving(path) as app:
+                self.assertEqual(app.request("GET", "/").json()["status"], status)
+                answer = app.request("POST", "/approve/gate")
+                self.assertEqual(answer.status, 409 if is_ended else 200)
+                if is_ended:
+                    tree = Workflow("deploy", Task("never", fail))
+                    result = ss.run_workflow(tree, adapter=app.adapter, run_id="r", resume=True)
+                    self.assertEqual(result.status, status)
+
+    def test_its_real_files_are_shown_and_steered(self) -> None:
+        shared = os.path.join(HERE, os.pardir, "shared", "interop")
+        if not os.path.isdir(shared):
+            self.skipTest("the original's files are not beside this checkout")
+        for name in sorted(os.listdir(shared)):
+            path = shutil.copyfile(os.path.join(shared, name), self.in_folder(name))
+            before = rows(path)
+            with self.subTest(name), ss.SmithersDb(path, create=False) as db:
+                app = ss.create_server_app(adapter=db)
+                self.addCleanup(app.close)
+
+                def ask(method: str, path: str, app: Any = app) -> Any:
+                    answer = app.request(method, path)
+                    self.assertEqual(answer.status, 200, path)
+                    return answer.json()
+
+                routes = [f"/v1/runs/{run['runId']}" for run in ask("GET", "/v1/runs")]
+                self.assertEqual(len(routes), len(before["_smithers_runs"]))
+                for route in routes:
+                    for end in ("", "/frames", "/nodes", "/approvals", "/why"):
+                        ask("GET", route + end)
+                gates = ask("GET", "/v1/approvals")["approvals"]
+                for table in ("_smithers_runs", "_smithers_events", "_smithers_approvals"):
+                    self.assertEqual(rows(path)[table], before[table])
+                for gate in gates:
+                    route = f"/v1/runs/{gate['runId']}"
+                    ask("POST", f"{route}/nodes/{gate['nodeId']}/approve")
+                    ask("POST", f"{route}/cancel")
+                    self.assertEqual(ask("GET", route)["status"], "cancelled")
 
 
 class AccidentTest(ServerCase):
     """Nothing is decided or told by accident."""
-
-    def test_late_repetition_decides_no_other_iteration(self) -> None:
-        self.served = self.fresh()
-        tree = loop(Approval("ok", on_deny="continue"), turns=3)
-        live = self.served.start(tree, "NodeWaitingApproval ok 0")
-        self.assert_ask(200, "POST", "/deny/ok")
-        live.wait("NodeWaitingApproval ok 1")
-        reply = self.assert_ask(400, "POST", "/deny/ok")
-        self.assert_error(reply, 400, "INVALID_REQUEST", "0, 1")
-        self.assert_ask(200, "POST", "/deny/ok", {"iteration": 0})
-        gates = {gate.iteration: gate.status for gate in self.db.list_gates(self.served.run_id)}
-        self.assertEqual(gates, {0: "denied", 1: "requested"})
 
     def test_event_id_of_another_run_begins_anew(self) -> None:
         headers = {"Last-Event-ID": str(self.served.newest() + 50)}
@@ -9387,23 +9133,12 @@ class MinorFaultTest(FaultCase):
             start(thread)
 
         tasks = [Task(f"t{number}", answer, continue_on_fail=True) for number in range(20)]
-        with contextlib.closing(ss.SmithersDb(self.path)) as db:
+        with ss.SmithersDb(self.path) as db:
             with mock.patch.object(threading.Thread, "start", refuse):
                 tree = Workflow("w", Parallel(*tasks))
                 result = ss.run_workflow(tree, adapter=db, run_id="r")
             self.assertEqual(result.status, "finished")
             self.assertEqual(db.get_summary("r"), {"failed": 20})
-
-    def test_adapter_must_be_an_open_one(self) -> None:
-        with self.assertRaisesRegex(ss.AuthoringError, "SmithersDb"):
-            ss.run_workflow(Workflow("w"), adapter="x.db")  # type: ignore[arg-type]
-        self.assertFalse(os.path.exists("x.db"))
-
-    def test_database_in_memory_is_refused(self) -> None:
-        for name in (":memory:", "", "file:x.db"):
-            with self.subTest(name=name), self.assertRaises(ss.StorageError):
-                ss.SmithersDb(name)
-            self.assertFalse(os.path.exists(name))
 
     def test_linked_workflow_finds_its_siblings(self) -> None:
         os.mkdir(self.in_folder("real"))
@@ -9457,18 +9192,14 @@ def die():
 def workflow(ctx):
     return Workflow("two", Task("one", step, label=str(ctx.input.get("n"))), Task("two", step))
 
-def gated(ctx):
-    return Workflow("gated", Task("before", step), Approval("ok"), Task("after", step))
-
-def timed(ctx):
-    return Workflow("timed", Approval("ok", timeout=0.3, on_timeout="approve"),
-                    Task("after", step))
-
-def held(ctx):
-    return Workflow("held", Task("before", step), Task("hold", hold), Task("after", step))
+gated = Workflow("gated", Task("before", step), Approval("ok"), Task("after", step))
+timed = Workflow("timed", Approval("ok", timeout=0.3, on_timeout="approve"),
+                 Task("after", step))
+held = Workflow("held", Task("before", step), Task("hold", hold), Task("after", step))
 
 def slowly_timed(ctx):
-    return Workflow("timed", Approval("ok", timeout=1.2, on_timeout="approve"))
+    seconds = ctx.input.get("seconds", 1.2)
+    return Workflow("timed", Approval("ok", timeout=seconds, on_timeout="approve"))
 
 def finish_slowly():
     current_task().log("holding")
@@ -9478,9 +9209,7 @@ def finish_slowly():
     return {}
 
 slow_to_leave = Workflow("slow", Task("hold", finish_slowly), Task("after", step))
-
-def gated_hold(ctx):
-    return Workflow("gated", Task("before", step), Approval("ok"), Task("hold", hold))
+gated_hold = Workflow("gated", Task("before", step), Approval("ok"), Task("hold", hold))
 
 def broken(ctx):
     return Workflow("broken", Task("fail", ["test", "-e", f"go-{ctx.run_id}"]),
@@ -9522,10 +9251,10 @@ class Many:
         """Let a task that holds go on."""
         self.write(f"go-{run_id}", "")
 
-    def start(self, *flags: str, **env: str) -> Child:
+    def start(self, *flags: str, command: Seq[str] = MODULE, **env: str) -> Child:
         """Start the server's next life; it serves on return."""
         words = ("server", "--root", "flows", "--port", "0", *flags)
-        self.child = Child(*MODULE, *words, folder=self.folder, **env)
+        self.child = Child(*command, *words, folder=self.folder, **env)
         self.port = self.child.port
         return self.child
 
@@ -9536,13 +9265,11 @@ class Many:
         return self.ask("POST", "/v1/runs", {"workflowPath": workflow, "runId": run_id, **body})
 
     def read(self, sql: str, *parameters: Any) -> list[Any]:
-        with contextlib.closing(sqlite3.connect(self.path, timeout=PATIENCE)) as db:
-            return db.execute(sql, parameters).fetchall()
+        return read_rows(self.path, sql, *parameters)
 
     def row(self, run_id: str) -> tuple[str, str | None]:
         """Return status and owner of a run."""
-        sql = "select status, runtime_owner_id from _smithers_runs where run_id = ?"
-        found: tuple[str, str | None] = self.read(sql, run_id)[0]
+        found: tuple[str, str | None] = self.read(RUN_ROW, run_id)[0]
         return found
 
     def worker_of(self, run_id: str) -> int:
@@ -9592,8 +9319,8 @@ class ManyCase(RunCase):
         folder = tempfile.TemporaryDirectory(prefix="smithers-test-")
         cls.addClassCleanup(folder.cleanup)
         cls.many = Many(folder.name)
-        cls.many.start(*cls.FLAGS)
         cls.addClassCleanup(cls.many.close)
+        cls.many.start(*cls.FLAGS)
 
     def setUp(self) -> None:
         self.folder, self.path = self.many.folder, self.many.path
@@ -9674,28 +9401,25 @@ class ServerTest(ManyCase):
         self.assert_ends(run_id)
         self.assertNotEqual(self.output("after", run_id=run_id)["pid"], worker)
 
-    def test_command_of_another_process_wakes_run(self) -> None:
-        run_id = self.park()
-        code, _, err = self.tell("approve", run_id, "ok", "-y")
-        self.assertEqual(code, 0, err)
-        self.assert_ends(run_id)
-
-    def test_decision_as_the_original_writes_it_wakes_run(self) -> None:
-        run_id = self.park()
-        change(self.path, f"""insert into _smithers_approvals
-            (run_id, node_id, iteration, status, decided_at_ms) values ('{run_id}', 'ok', 0,
+    def test_whoever_decides_wakes_a_parked_run(self) -> None:
+        """A command, the original's program as it writes a decision, and a cancel."""
+        inserted = """insert into _smithers_approvals
+            (run_id, node_id, iteration, status, decided_at_ms) values ('{}', 'ok', 0,
             'approved', 1) on conflict (run_id, node_id, iteration) do update set
-            status = excluded.status, decided_at_ms = excluded.decided_at_ms""")  # fmt: skip
-        self.assert_ends(run_id)
-        run_id = self.park(f"{run_id}-2")
-        change(self.path, f"""update _smithers_approvals set status = 'denied'
-                              where run_id = '{run_id}'""")  # fmt: skip
-        self.assert_ends(run_id, "failed")
-
-    def test_parked_run_can_be_cancelled(self) -> None:
-        run_id = self.park()
-        self.assertEqual(self.many.ask("POST", f"/v1/runs/{run_id}/cancel").status, 200)
-        self.assert_ends(run_id, "cancelled")
+            status = excluded.status, decided_at_ms = excluded.decided_at_ms"""
+        updated = "update _smithers_approvals set status = 'denied' where run_id = '{}'"
+        acts: dict[str, tuple[str, Callable[[str], Any]]] = {
+            "command": ("finished", lambda run_id: self.tell("approve", run_id, "ok", "-y")),
+            "inserted": ("finished", lambda run_id: change(self.path, inserted.format(run_id))),
+            "updated": ("failed", lambda run_id: change(self.path, updated.format(run_id))),
+            "cancel": ("cancelled", lambda run_id: self.many.ask(
+                "POST", f"/v1/runs/{run_id}/cancel")),
+        }  # fmt: skip
+        for name, (status, act) in acts.items():
+            with self.subTest(name):
+                run_id = self.park(f"{self.run_id}-{name}")
+                act(run_id)
+                self.assert_ends(run_id, status)
 
     def test_deadline_of_parked_run_fires(self) -> None:
         run_id = self.begin("jobs.py:timed")
@@ -9711,20 +9435,6 @@ class ServerTest(ManyCase):
         attempts = [a for a in self.attempts(run_id).split(", ") if a.startswith("hold")]
         self.assertEqual(attempts, ["hold 0 cancelled", "hold 1 finished"])
 
-    def test_task_that_kills_its_worker_fails(self) -> None:
-        run_id = self.begin("jobs.py:poisoned")
-        self.assert_ends(run_id, "failed")
-        self.assertEqual(self.error_of("poison", run_id)["code"], "TASK_CRASHED")
-        self.assertEqual(len(self.told("NodeStarted", run_id=run_id)), 3)
-
-    def test_render_that_kills_its_worker_fails_run(self) -> None:
-        for code in (0, 3, 7):
-            run_id = self.begin("jobs.py:leaving", f"{self.run_id}-{code}", input={"code": code})
-            self.assert_ends(run_id, "failed")
-            error = self.error_of_run(run_id)
-            self.assertEqual(error["code"], "WORKER_CRASHED")
-            self.assertIn(f"leaving for {run_id}", error["message"])
-
     def test_render_that_kills_worker_of_decided_run_fails_it(self) -> None:
         run_id = self.begin("jobs.py:gated_leaving")
         self.many.wait(run_id, "waiting-approval")
@@ -9733,28 +9443,31 @@ class ServerTest(ManyCase):
         self.assert_ends(run_id, "failed")
         self.assertEqual(self.error_of_run(run_id)["code"], "WORKER_CRASHED")
 
-    def test_import_that_kills_its_worker_fails_run(self) -> None:
-        texts = {"segfault": "import ctypes; ctypes.string_at(0)", "exit": "os._exit(0)"}
-        for name, text in texts.items():
-            self.many.write(f"{name}.py", f"import os, sys\nprint('so long', flush=True)\n{text}")
-            run_id = self.begin(f"{name}.py", f"{self.run_id}-{name}")
-            self.assert_ends(run_id, "failed")
-            error = self.error_of_run(run_id)
-            self.assertEqual(error["code"], "WORKER_CRASHED")
-            self.assertIn("so long", error["message"])
-
-    def test_workflow_that_cannot_be_loaded_fails_run(self) -> None:
+    def test_what_kills_a_worker_or_is_no_workflow_fails_its_run(self) -> None:
+        exits = "import os\nprint('so long', flush=True)\nos._exit(0)"
+        self.many.write("exit.py", exits)
+        self.many.write("segfault.py", exits.replace("os._exit(0)", "os.kill(os.getpid(), 11)"))
         self.many.write("raises.py", "import os\n\nos.nothing\n")
-        for workflow, says in (
-            ("raises.py", "raises.py, line 3: AttributeError"),
-            ("jobs.py:nothing", "no object called 'nothing'"),
-            ("jobs.py:number", "not a workflow function but a int"),
-        ):
-            run_id = self.begin(workflow, f"{self.run_id}-{workflow.replace(':', '-')}")
-            self.assert_ends(run_id, "failed")
-            error = self.error_of_run(run_id)
-            self.assertEqual(error["code"], "WORKFLOW_INVALID")
-            self.assertIn(says, error["message"])
+        for workflow, body, code, says in (
+            ("jobs.py:poisoned", {}, "TASK_FAILED", "Task(s) failed: poison"),
+            *(("jobs.py:leaving", {"input": {"code": code}}, "WORKER_CRASHED", "leaving for ")
+              for code in (0, 3, 7)),
+            ("exit.py", {}, "WORKER_CRASHED", "so long"),
+            ("segfault.py", {}, "WORKER_CRASHED", "so long"),
+            ("raises.py", {}, "WORKFLOW_INVALID", "raises.py, line 3: AttributeError"),
+            ("jobs.py:nothing", {}, "WORKFLOW_INVALID", "no object called 'nothing'"),
+            ("jobs.py:number", {}, "WORKFLOW_INVALID", "not a workflow function but a int"),
+        ):  # fmt: skip
+            with self.subTest(workflow=workflow, body=body):
+                number = len(self.db.list_runs(ss.TERMINAL_STATUSES))
+                run_id = self.begin(workflow, f"{self.run_id}-{number}", **body)
+                self.assert_ends(run_id, "failed")
+                error = self.error_of_run(run_id)
+                self.assertEqual(error["code"], code)
+                self.assertIn(says, error["message"])
+                if workflow == "jobs.py:poisoned":
+                    self.assertEqual(self.error_of("poison", run_id)["code"], "TASK_CRASHED")
+                    self.assertEqual(len(self.told("NodeStarted", run_id=run_id)), 3)
 
     def test_file_that_is_no_workflow_is_refused(self) -> None:
         self.many.write("syntax.py", "a = 1\nb = = 2\n")
@@ -9844,26 +9557,18 @@ class ServerTest(ManyCase):
             self.assertTrue(retry(run_id))
             self.many.wait(run_id, "finished")
 
-    def test_helper_modules_of_one_name_do_not_meet(self) -> None:
-        for name in ("a", "b"):
-            self.many.write(f"{name}/helper.py", f"SAID = '{name}'\n")
+    def test_every_run_has_its_files_as_they_are_then(self) -> None:
+        """Helpers of one name do not meet, and an edited file counts at the next run."""
+        for name, word in (("a", "old"), ("b", "other"), ("a", "newer")):
+            self.many.write(f"{name}/helper.py", f"SAID = '{word}'\n")
             self.many.write(
                 f"{name}/flow.py",
                 "import helper\nfrom smithers_serve import Task, Workflow\n"
-                "workflow = Workflow('w', Task('say', {'said': helper.SAID}))\n",
+                f"workflow = Workflow('w', Task('say', {{'said': [helper.SAID, '{word}']}}))\n",
             )
-            run_id = self.begin(f"{name}/flow.py", f"{self.run_id}-{name}")
+            run_id = self.begin(f"{name}/flow.py", f"{self.run_id}-{word}")
             self.assert_ends(run_id)
-            self.assertEqual(self.output("say", run_id=run_id), {"said": name})
-
-    def test_edited_file_counts_at_next_run(self) -> None:
-        for word in ("old", "newer"):
-            text = "from smithers_serve import Task, Workflow\n"
-            text += f"workflow = Workflow('w', Task('say', {{'said': '{word}'}}))\n"
-            self.many.write("edited.py", text)
-            run_id = self.begin("edited.py", f"{self.run_id}-{word}")
-            self.assert_ends(run_id)
-            self.assertEqual(self.output("say", run_id=run_id), {"said": word})
+            self.assertEqual(self.output("say", run_id=run_id), {"said": [word, word]})
 
     def test_streams_of_many_runs(self) -> None:
         ids = [self.begin_held(f"{self.run_id}-{number}")[0] for number in range(3)]
@@ -9943,6 +9648,31 @@ class ServerTest(ManyCase):
         self.assertEqual(self.tell("cancel", run_id)[0], 0)
         self.assert_ends(run_id, "cancelled")
 
+    def test_second_server_of_a_file_is_refused(self) -> None:
+        words = ("server", "--root", "flows", "--port", "0", "--db", self.path)
+        code, out, err = run_child(*MODULE, *words, folder=self.folder)
+        self.assertEqual((code, out), (4, ""))
+        self.assertRegex(err, r"\A\[smithers\] Error: another server starts the runs of [^\n]*\n\Z")
+
+    def test_server_without_root_shows_and_steers(self) -> None:
+        parked = self.park()
+        words = ("server", "--port", "0", "--db", self.path)
+        with Child(*MODULE, *words, folder=self.folder) as child:
+            reply = ask(child.port, "POST", "/v1/runs", {"workflowPath": "jobs.py"})
+            self.assert_refused(403, "FORBIDDEN", "no root", reply)
+            reply = ask(child.port, "POST", f"/v1/runs/{parked}/resume")
+            self.assert_refused(403, "FORBIDDEN", "no root", reply)
+            self.assertEqual(ask(child.port, "GET", "/v1/runs").body[0]["runId"], parked)
+            path = f"/v1/runs/{parked}/nodes/ok/approve"
+            self.assertEqual(ask(child.port, "POST", path).status, 200)
+            self.assert_ends(parked)  # by the server that has a root
+
+    def test_worker_that_leaves_with_1_counts_as_crashed(self) -> None:
+        self.begin("jobs.py:leaving", input={"code": 1})
+        self.many.child.wait_for("ended with 1; crash 1 in a row")
+        self.many.ask("POST", f"/v1/runs/{self.run_id}/cancel")
+        self.assert_ends(self.run_id, "cancelled")
+
     def test_metrics_of_workers_are_the_servers(self) -> None:
         before = self.many.metric("nodes_finished"), self.many.metric("runs_finished_total")
         run_id, worker = self.begin_held()
@@ -9970,6 +9700,8 @@ class QueueTest(ManyCase):
         self.assertEqual([self.many.row(run_id) for run_id in ids], [("queued", None)] * 3)
         reply = self.many.ask("GET", f"/v1/runs/{ids[0]}/why")
         self.assertEqual(reply.body["state"], "queued")
+        reply = self.many.ask("POST", f"/v1/runs/{ids[2]}/resume")  # which keeps its place
+        self.assertEqual((reply.status, reply.body), (200, {"runId": ids[2]}))
         self.many.go(first)
         for run_id in ids:
             self.assert_ends(run_id)
@@ -9985,17 +9717,6 @@ class QueueTest(ManyCase):
         self.many.go(first)
         self.assert_ends(first)
         self.assertEqual(self.told("NodeStarted", run_id=run_id), [])
-
-    def test_resumed_run_keeps_its_place_in_the_queue(self) -> None:
-        first, _ = self.begin_held()
-        ids = [self.begin("jobs.py", f"{self.run_id}-{number}") for number in range(2)]
-        reply = self.many.ask("POST", f"/v1/runs/{ids[1]}/resume")
-        self.assertEqual((reply.status, reply.body), (200, {"runId": ids[1]}))
-        self.many.go(first)
-        for run_id in ids:
-            self.assert_ends(run_id)
-        begun = [self.db.list_events(run_id)[0].timestamp_ms for run_id in ids]
-        self.assertLess(begun[0], begun[1])
 
     def test_stream_of_queued_run_begins_with_it(self) -> None:
         first, _ = self.begin_held()
@@ -10033,15 +9754,15 @@ class ServerLifeTest(ManyCase):
         folder = tempfile.TemporaryDirectory(prefix="smithers-test-")
         self.addCleanup(folder.cleanup)
         self.many = Many(folder.name)
-        self.many.start()
         self.addCleanup(self.many.close)
+        self.many.start()
         super().setUp()
 
-    def restart(self, number: int, *flags: str) -> None:
+    def restart(self, number: int, *flags: str, command: Seq[str] = MODULE) -> None:
         """End the server by a signal and start the next one."""
         self.many.child.finish(number)
         self.many.child.close()
-        self.many.start(*flags)
+        self.many.start(*flags, command=command)
 
     def test_a_server_of_another_root_starts_no_run_of_this_one(self) -> None:
         parked = self.park("a")
@@ -10074,19 +9795,28 @@ class ServerLifeTest(ManyCase):
         self.assertEqual(self.many.row(parked), ("waiting-approval", None))
 
     def test_workers_outlive_their_server(self) -> None:
+        """The next one sees to them: to their ends, to those that die, and at its own end."""
         run_id, worker = self.begin_held("a")
-        parked = self.park("b")
+        dying, other = self.begin_held("b")
+        _, last = self.begin_held("c")
+        parked = self.park("d")
         forker = self.many.forker()
         self.restart(signal.SIGKILL)
         eventually(lambda: not is_process(forker))
         self.assertEqual(self.many.worker_of(run_id), worker)
-        eventually(lambda: self.many.metric("workers_active") == 1)
+        eventually(lambda: self.many.metric("workers_active") == 3)
         ss.decide(self.db, parked, "ok", ss.Decision("approved"))
         self.assert_ends(parked)
         self.assertEqual(len(self.many.lines(run_id)), 1)
-        self.many.go(run_id)
-        self.assert_ends(run_id)
-        self.assertEqual(self.many.metric("runs_finished_total"), 2)
+        os.kill(other, signal.SIGKILL)
+        self.many.wait_for_lines(dying, 2)
+        for held in (run_id, dying):
+            self.many.go(held)
+            self.assert_ends(held)
+        self.assertEqual(self.many.metric("runs_finished_total"), 3)
+        self.many.child.finish(signal.SIGTERM)
+        self.assertFalse(is_process(last))
+        self.assertEqual(self.many.row("c"), ("running", None))
 
     def test_next_server_takes_up_what_was_left(self) -> None:
         run_id, worker = self.begin_held("orphaned")
@@ -10104,21 +9834,6 @@ class ServerLifeTest(ManyCase):
             self.assert_ends(name)
         self.many.wait("queued", "waiting-approval")
 
-    def test_worker_that_outlived_its_server_is_replaced_when_it_dies(self) -> None:
-        run_id, worker = self.begin_held("a")
-        self.restart(signal.SIGKILL)
-        os.kill(worker, signal.SIGKILL)
-        self.many.wait_for_lines(run_id, 2)
-        self.many.go(run_id)
-        self.assert_ends(run_id)
-
-    def test_sigterm_suspends_workers_of_earlier_server_too(self) -> None:
-        run_id, worker = self.begin_held("a")
-        self.restart(signal.SIGKILL)
-        self.many.child.finish(signal.SIGTERM)
-        self.assertFalse(is_process(worker))
-        self.assertEqual(self.many.row(run_id), ("running", None))
-
     def test_workers_outlive_the_process_that_forks_them(self) -> None:
         (a, worker), (b, other) = self.begin_held("a"), self.begin_held("b")
         forker = self.many.forker()
@@ -10132,51 +9847,6 @@ class ServerLifeTest(ManyCase):
         for run_id in (a, b):
             self.many.go(run_id)
             self.assert_ends(run_id)
-
-    def test_second_server_of_a_file_is_refused(self) -> None:
-        words = ("server", "--root", "flows", "--port", "0", "--db", self.path)
-        code, out, err = run_child(*MODULE, *words, folder=self.folder)
-        self.assertEqual((code, out), (4, ""))
-        self.assertRegex(err, r"\A\[smithers\] Error: another server starts the runs of [^\n]*\n\Z")
-
-    def test_server_without_root_shows_and_steers(self) -> None:
-        parked = self.park("a")
-        words = ("server", "--port", "0", "--db", self.path)
-        with Child(*MODULE, *words, folder=self.folder) as child:
-            reply = ask(child.port, "POST", "/v1/runs", {"workflowPath": "jobs.py"})
-            self.assert_refused(403, "FORBIDDEN", "no root", reply)
-            reply = ask(child.port, "POST", f"/v1/runs/{parked}/resume")
-            self.assert_refused(403, "FORBIDDEN", "no root", reply)
-            self.assertEqual(ask(child.port, "GET", "/v1/runs").body[0]["runId"], parked)
-            path = f"/v1/runs/{parked}/nodes/ok/approve"
-            self.assertEqual(ask(child.port, "POST", path).status, 200)
-            self.assert_ends(parked)  # by the server that has a root
-
-    def test_files_of_the_original_are_shown_and_steered(self) -> None:
-        shared = os.path.join(HERE, os.pardir, "shared", "interop")
-        if not os.path.isdir(shared):
-            self.skipTest("the original's files are not beside this checkout")
-        for name in sorted(os.listdir(shared)):
-            path = os.path.join(self.folder, name)
-            shutil.copyfile(os.path.join(shared, name), path)
-            words = ("server", "--port", "0", "--db", path)
-            with self.subTest(name), Child(*MODULE, *words, folder=self.folder) as child:
-                before = rows(path)
-                shown = ask(child.port, "GET", "/v1/runs").body
-                self.assertEqual(len(shown), len(before["_smithers_runs"]))
-                for run in shown:
-                    route = f"/v1/runs/{run['runId']}"
-                    for end in ("", "/frames", "/nodes", "/approvals", "/why"):
-                        self.assertEqual(ask(child.port, "GET", route + end).status, 200, end)
-                gates = ask(child.port, "GET", "/v1/approvals").body["approvals"]
-                for table in ("_smithers_runs", "_smithers_events", "_smithers_approvals"):
-                    self.assertEqual(rows(path)[table], before[table])
-                for gate in gates:
-                    route = f"/v1/runs/{gate['runId']}"
-                    decision = f"{route}/nodes/{gate['nodeId']}/approve"
-                    self.assertEqual(ask(child.port, "POST", decision).status, 200)
-                    self.assertEqual(ask(child.port, "POST", f"{route}/cancel").status, 200)
-                    self.assertEqual(ask(child.port, "GET", route).body["status"], "cancelled")
 
     def test_roles_say_who_starts_runs(self) -> None:
         tokens = os.path.join(self.folder, "tokens")
@@ -10201,10 +9871,6 @@ class ServerLifeTest(ManyCase):
         self.many.wait("a", "waiting-approval")
         self.restart(signal.SIGKILL)
         self.assert_ends("a")
-
-    def test_worker_that_leaves_with_1_counts_as_crashed(self) -> None:
-        self.begin("jobs.py:leaving", "a", input={"code": 1})
-        self.many.child.wait_for("ended with 1; crash 1 in a row")
 
     def test_run_whose_command_dies_is_gone_on_with(self) -> None:
         """Here an `up` that was faster: whoever drives a run of the server's is looked at."""
@@ -10257,14 +9923,18 @@ class ServerLifeTest(ManyCase):
 
     def test_somebody_is_told_of_a_parked_gate_that_expires_soon(self) -> None:
         said = os.path.join(self.folder, "said")
-        self.restart(signal.SIGTERM, "--notify", f"sh -c 'cat >> {said}; echo >> {said}'")
-        self.begin("jobs.py:slowly_timed", "a")
-        self.assert_ends("a")
+        early = "import smithers_serve as ss; ss.Notifier.SOON_SHARE = 0.9975; ss.main()"
+        notify = f"sh -c 'cat >> {said}; echo >> {said}'"
+        self.restart(signal.SIGTERM, "--notify", notify, command=("-c", early))
+        self.begin("jobs.py:slowly_timed", "a", input={"seconds": 600})
 
         def told() -> list[str]:
             with open(said, encoding="utf-8") as file:
                 return [json.loads(line)["event"] for line in file if line.endswith("}\n")]
 
+        eventually(lambda: os.path.exists(said) and "gate-expiring" in told())
+        self.many.ask("POST", "/v1/runs/a/nodes/ok/approve")
+        self.assert_ends("a")
         eventually(lambda: "run-ended" in told())
         self.assertEqual(told(), ["gate-opened", "gate-expiring", "run-ended"])
 
@@ -10383,8 +10053,8 @@ class ReplayTest(ManyCase):
             os.mkdir(outside)
             shutil.copyfile(os.path.join(many.root, "flows", "ok.py"), f"{outside}/x.py")
             os.symlink(f"{outside}/x.py", os.path.join(many.root, "flows", "link.py"))
-            many.start(*(("--auth-token", "sk") if name == "B" else ()))
             self.addCleanup(many.close)
+            many.start(*(("--auth-token", "sk") if name == "B" else ()))
 
     def tearDown(self) -> None:
         for many in getattr(self, "servers", {}).values():
@@ -10394,15 +10064,14 @@ class ReplayTest(ManyCase):
     @staticmethod
     def is_settled(many: Many) -> bool:
         """Return whether every run has ended, waits without a process, or is a slow one at work."""
-        found = many.read("""select count(*) from _smithers_runs where not (
+        left = """select run_id from _smithers_runs where not (
             status in ('finished', 'failed', 'cancelled')
             or status = 'waiting-approval' and runtime_owner_id is null
+              and run_id not in (select run_id from _smithers_woken)
             or status = 'running' and cancel_requested_at_ms is null and exists (
               select 1 from _smithers_nodes n where n.run_id = _smithers_runs.run_id
-              and node_id = 'slow' and state = 'in-progress'))""")  # fmt: skip
-        woken = many.read("select count(*) from _smithers_woken join _smithers_runs using (run_id)"
-                          " where status not in ('finished', 'failed', 'cancelled')")  # fmt: skip
-        return bool(found[0][0] + woken[0][0] == 0)
+              and node_id = 'slow' and state = 'in-progress'))"""
+        return not many.read(left)
 
     def replay(self, record: dict[str, Any]) -> tuple[list[str], str]:
         """Put a recorded question to ours and return the lines of its head, and its body."""
@@ -12268,7 +11937,7 @@ for _name, _path, _rate in (
 
 def fill_nodes(path: str, nodes: int, events: int) -> None:
     """Make a parked run of many nodes, all finished but its gate."""
-    with contextlib.closing(ss.SmithersDb(path)) as db:
+    with ss.SmithersDb(path) as db:
         ss.run_workflow(Workflow("bench", Approval("ship")), adapter=db, run_id=RUN, park=False)
         first = db.list_events(RUN)[-1].seq + 1
     with contextlib.closing(sqlite3.connect(path)) as raw, raw:
@@ -12302,7 +11971,7 @@ def bench_big(options: Options) -> list[Measure]:
         opened, answered = [], []
         for _ in range(max(3, options.rounds)):
             began = time.perf_counter()
-            with contextlib.closing(ss.SmithersDb(path)) as db:
+            with ss.SmithersDb(path) as db:
                 opened.append(1000 * (time.perf_counter() - began))
                 app = ss.create_serve_app(adapter=db, run_id=RUN)
                 began = time.perf_counter()
@@ -13173,7 +12842,7 @@ class Watcher:
                     self.note_answer(node, iteration)
 
     def decide_apart(self, node: str, iteration: int, verdict: str) -> None:
-        with contextlib.closing(ss.SmithersDb(self._path)) as db:
+        with ss.SmithersDb(self._path) as db:
             ss.decide(db, RUN, node, ss.Decision(verdict, iteration))
 
     def note_answer(self, node: str, iteration: int) -> None:
@@ -13413,7 +13082,7 @@ class Crash:
         while not self.watcher.has_ended and time.monotonic() < deadline:
             time.sleep(0.01)
         self.wrong += inspect(self.path, self.effects, list(self.watcher.seen))
-        with contextlib.closing(ss.SmithersDb(self.path)) as db:
+        with ss.SmithersDb(self.path) as db:
             log = [(event.seq, event.payload) for event in db.list_events(RUN)]
             run_row = db.get_run(RUN)
             nodes = db.list_nodes(RUN)
@@ -13485,7 +13154,7 @@ class CancelCrash(Crash):
             answer = ask(run.port, "POST", "/cancel")
             self.wrong += [] if answer.status == 200 else [f"cancel: {answer}"]
         else:
-            with contextlib.closing(ss.SmithersDb(self.path)) as db:
+            with ss.SmithersDb(self.path) as db:
                 ss.cancel_run(db, RUN)
         with contextlib.closing(sqlite3.connect(self.path, timeout=10)) as plain:
             sql = "select max(seq) from _smithers_events"
@@ -13503,6 +13172,15 @@ class CancelCrash(Crash):
 CRASHES = (Crash, CancelCrash, PoolCrash, CancelCrash, SuspectCrash)
 
 
+def is_wrong(said: str, wrong: list[str], folder: str) -> bool:
+    """Remove the folder of a trial; or, when something is wrong, tell of it and keep it."""
+    if wrong:
+        print(f"{said}; kept: {folder}", *(f"VIOLATION {text}" for text in wrong), sep="\n")
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    return bool(wrong)
+
+
 def crash_command(arguments: argparse.Namespace) -> int:
     """Kill and resume N times, over as many runs as that takes."""
     chance = random.Random(arguments.seed)
@@ -13516,12 +13194,10 @@ def crash_command(arguments: argparse.Namespace) -> int:
         kills, runs = kills + crash.kills, runs + 1
         reconnects, events = reconnects + crash.watcher.reconnects, events + crash.events
         moments += crash.moments
-        if crash.wrong:
-            print(f"seed {arguments.seed}, run {runs}, {type(crash).__name__}, after {crash.kills} "
-                  f"kills; kept: {folder}")  # fmt: skip
-            print("\n".join(f"VIOLATION {text}" for text in crash.wrong))
+        name = type(crash).__name__
+        said = f"seed {arguments.seed}, run {runs}, {name}, after {crash.kills} kills"
+        if is_wrong(said, crash.wrong, folder):
             return 1
-        shutil.rmtree(folder, ignore_errors=True)
     said = ", ".join(f"{count} {moment}" for moment, count in sorted(moments.items()))
     print(f"{kills} kills ({said}) over {runs} runs in {time.monotonic() - began:.0f} s: every run "
           f"ended as it should, {events} events, {reconnects} connections of the client, seed "
@@ -13592,7 +13268,7 @@ class ServerCrash:
 
     def _decide(self, stop: threading.Event) -> None:
         """Decide every gate that waits: over HTTP, or straight in the file."""
-        with contextlib.closing(ss.SmithersDb(self.many.path)) as db:
+        with ss.SmithersDb(self.many.path) as db:
             while not stop.wait(0.02):
                 for run_id, gate in db.list_open_gates():
                     verdict = "denied" if gate.key == ("again", 2) else "approved"
@@ -13691,12 +13367,9 @@ def server_crash_command(arguments: argparse.Namespace) -> int:
     memory = ", ".join(f"{rss:.1f}" for rss in crash.memory)
     print(f"{crash.rounds} rounds in {took:.0f} s, seed {arguments.seed}")
     print(f"killed {dict(crash.kills)}, runs {dict(crash.ended)}, server's MiB: {memory}")
-    if crash.wrong:
-        print(f"kept: {folder}")
-        print("\n".join(f"VIOLATION {text}" for text in crash.wrong))
+    if is_wrong("after these", crash.wrong, folder):
         return 1
     print("no violation")
-    shutil.rmtree(folder, ignore_errors=True)
     return 0
 
 
@@ -13849,12 +13522,9 @@ def restart_command(arguments: argparse.Namespace) -> int:
         restart = Restart(folder, chance)
         restart.stop_often(arguments.count - stops - kills)
         stops, kills, runs = stops + restart.stops, kills + restart.kills, runs + 1
-        if restart.wrong:
-            print(f"seed {arguments.seed}, run {runs}, after {restart.stops} stops and "
-                  f"{restart.kills} kills; kept: {folder}")  # fmt: skip
-            print("\n".join(f"VIOLATION {text}" for text in restart.wrong))
+        after = f"{restart.stops} stops and {restart.kills} kills"
+        if is_wrong(f"seed {arguments.seed}, run {runs}, after {after}", restart.wrong, folder):
             return 1
-        shutil.rmtree(folder, ignore_errors=True)
     print(f"{stops} stops and {kills} kills over {runs} runs in {time.monotonic() - began:.0f} s: "
           f"every run finished, seed {arguments.seed}: no violation")  # fmt: skip
     return 0
@@ -13909,7 +13579,8 @@ static void record(char kind, uint64_t inode, int64_t number, const void *data, 
 static int matters(const char *path)
 {
     size_t length = strlen(database);
-    return trace >= 0 && strncmp(path, database, length) == 0 && strcmp(path + length, "-shm") != 0;
+    return trace >= 0 && strncmp(path, database, length) == 0
+        && strncmp(path + length, "-shm", 4) != 0; /* nor as it is called when it is deleted */
 }
 
 /* Return the inode behind a descriptor, 0 when it is nothing that is looked at. */
@@ -13936,9 +13607,11 @@ static uint64_t inode_of(int fd)
         if (!matters(path)) \
             return real(path, flags, mode); \
         pthread_mutex_lock(&turn); \
-        int is_new = access(path, F_OK) != 0, fd = real(path, flags, mode); \
-        if (fd >= 0 && is_new) \
+        int fd = flags & O_CREAT ? real(path, flags | O_EXCL, mode) : -1; \
+        if (fd >= 0) \
             record('O', inode_of(fd), 0, path, strlen(path)); \
+        else \
+            fd = real(path, flags, mode); \
         pthread_mutex_unlock(&turn); \
         return fd; \
     }
@@ -14304,19 +13977,16 @@ def power_command(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
     for mode in ("wal", "journal"):
         syncs = images = resumed = events = 0
-        for number in range(arguments.rounds):
+        for number in range(arguments.count):
             folder = tempfile.mkdtemp(prefix="smithers-power-")
             power = Power(folder, chance, mode)
             power.record(kills=number % 2)
             power.check(resumes=6)
             syncs, images = syncs + power.syncs, images + power.images
             resumed, events = resumed + power.resumed, events + len(power.log)
-            if power.wrong:
-                print(f"seed {arguments.seed}, {mode}, round {number}; kept: {folder}")
-                print("\n".join(f"VIOLATION {text}" for text in power.wrong))
+            if is_wrong(f"seed {arguments.seed}, {mode}, round {number}", power.wrong, folder):
                 return 1
-            shutil.rmtree(folder, ignore_errors=True)
-        print(f"{mode}: {images} images at {syncs} syncs of {arguments.rounds} runs, {events} "
+        print(f"{mode}: {images} images at {syncs} syncs of {arguments.count} runs, {events} "
               f"events, {resumed} of the images gone on with")  # fmt: skip
     print(f"{time.monotonic() - began:.0f} s, seed {arguments.seed}: no violation")
     return 0
@@ -14899,6 +14569,101 @@ def executors_command(arguments: argparse.Namespace) -> int:
 
 
 # ---------------------------------------------------------------------------
+# Every test, several at once
+# ---------------------------------------------------------------------------
+
+WORKERS = 3 * (os.cpu_count() or 1)  # most tests wait most of the time
+
+
+def make_portions() -> list[list[Any]]:
+    """Return every test as a portion, but every third of a class whose tests share something.
+
+    Those come first, and then the file from its end: what takes long is there.
+    """
+    shared: list[list[Any]] = []
+    alone: list[list[Any]] = []
+    for suite in unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__]):
+        tests: list[Any] = list(suite)
+        if tests and tests[0].setUpClass.__func__ is not unittest.TestCase.setUpClass.__func__:
+            shared += filter(None, (tests[number::3] for number in range(3)))
+        else:
+            alone += ([test] for test in tests)
+    return shared + alone[::-1]
+
+
+def run_portion(tests: list[Any]) -> tuple[int, int, list[str]]:
+    """Return how many tests were run and skipped, and what there is to tell of failures."""
+    runner = unittest.TextTestRunner(stream=io.StringIO(), verbosity=0)
+    result = runner.run(unittest.TestSuite(tests))
+    wrong: list[Any] = [("ERROR", *error) for error in result.errors]
+    wrong += [("FAIL", *failure) for failure in result.failures]
+    wrong += [("UNEXPECTED SUCCESS", test, "") for test in result.unexpectedSuccesses]
+    told = [f"{what}: {test}\n{'-' * 70}\n{trace}" for what, test, trace in wrong]
+    print("F" if told else "." * result.testsRun, end="", file=sys.stderr, flush=True)
+    return result.testsRun, len(result.skipped), told
+
+
+def work(portions: list[list[Any]], numbers: int, path: str) -> None:
+    """Run the portions whose numbers come out of a pipe; note that each begins, and its end."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    with open(path, "w", encoding="utf-8") as notes:
+        while parent and parent.is_alive() and (number := os.read(numbers, 4)):
+            tests = portions[int(number)]
+            died = f"ERROR: {' '.join(test.id() for test in tests)}\nits process has died\n"
+            print(json.dumps([int(number), 0, 0, [died]]), file=notes, flush=True)
+            try:
+                print(json.dumps([int(number), *run_portion(tests)]), file=notes, flush=True)
+            except KeyboardInterrupt:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                for test in tests:
+                    test.doCleanups()
+                tests[0].doClassCleanups()
+                return
+
+
+def run_all() -> int:
+    """Run every test in several processes; tell how they ended, and return, as unittest does."""
+    began, portions, fork = time.monotonic(), make_portions(), multiprocessing.get_context("fork")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    run_child("-c", "import smithers_serve")  # compiled once for all
+    numbers, queue = os.pipe()
+    os.write(queue, b"".join(b"%4d" % number for number in range(len(portions))))
+    os.close(queue)
+    ended = {
+        number: (0, 0, [f"ERROR: {tests}\nnot run\n"]) for number, tests in enumerate(portions)
+    }
+    with tempfile.TemporaryDirectory(prefix="smithers-suite-") as folder:
+        paths = [os.path.join(folder, str(number)) for number in range(WORKERS)]
+        workers = [fork.Process(target=work, args=(portions, numbers, path)) for path in paths]
+        try:
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+        except KeyboardInterrupt:
+            begun = [worker for worker in workers if worker.pid]
+            for worker in begun:
+                if worker.is_alive():
+                    os.kill(worker.pid or 0, signal.SIGINT)
+            for worker in begun:
+                worker.join()
+            return 130
+        for path in filter(os.path.exists, paths):
+            with open(path, encoding="utf-8") as notes:
+                ended.update((number, rest) for number, *rest in map(json.loads, notes))
+    counts, skips, texts = zip(*ended.values())
+    told = sum(texts, [])
+    marks = [f"failures={len(told)}"] * bool(told) + [f"skipped={sum(skips)}"] * any(skips)
+    end = " ".join(["FAILED" if told else "OK", f"({', '.join(marks)})" if marks else ""])
+    took = f"{'-' * 70}\nRan {sum(counts)} tests in {time.monotonic() - began:.3f}s\n\n"
+    shown = "".join(f"\n{'=' * 70}\n{text}" for text in told)
+    print(shown, took + end.rstrip(), sep="\n", file=sys.stderr)
+    return 1 if told else 0
+
+
+# ---------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------
 
@@ -14921,37 +14686,25 @@ def make_arguments() -> argparse.ArgumentParser:
     measures.add_argument("--rounds", type=int, default=3, help="rounds (default: 3)")
     measures.add_argument("--peer", default=sys.executable, help="the interpreter with the peers")
     measures.set_defaults(run=bench_command)
-    crash = commands.add_parser("crash", help="kill and resume a run N times")
-    crash.add_argument("count", type=int, metavar="N")
-    crash.add_argument("--seed", type=int, default=random.randrange(10**6))
-    crash.set_defaults(run=crash_command)
-    server_crash = commands.add_parser("crash-server", help="kill parts of a server in N rounds")
-    server_crash.add_argument("count", type=int, metavar="N")
-    server_crash.add_argument("--seed", type=int, default=random.randrange(10**6))
-    server_crash.set_defaults(run=server_crash_command)
-    restart = commands.add_parser("restart", help="stop and go on with a run N times")
-    restart.add_argument("count", type=int, metavar="N")
-    restart.add_argument("--seed", type=int, default=random.randrange(10**6))
-    restart.set_defaults(run=restart_command)
-    power = commands.add_parser("power", help="look at what power failures would leave of a run")
-    power.add_argument("rounds", type=int, nargs="?", default=3, metavar="ROUNDS")
-    power.add_argument("--seed", type=int, default=random.randrange(10**6))
-    power.set_defaults(run=power_command)
-    fuzz = commands.add_parser("fuzz", help="throw mutated requests at a server")
-    fuzz.add_argument("seconds", type=float, metavar="SECONDS")
-    fuzz.add_argument("--seed", type=int, default=random.randrange(10**6))
-    fuzz.set_defaults(run=fuzz_command)
-    fuzz_many = commands.add_parser("fuzz-server", help="the same, at a server of many runs")
-    fuzz_many.add_argument("seconds", type=float, metavar="SECONDS")
-    fuzz_many.add_argument("--seed", type=int, default=random.randrange(10**6))
-    fuzz_many.set_defaults(run=fuzz_many_command)
-    model = commands.add_parser("model", help="run random trees that change while they run")
-    model.add_argument("seconds", type=float, metavar="SECONDS")
-    model.add_argument("--seed", type=int, default=random.randrange(10**6))
-    model.set_defaults(run=model_command)
     executors = commands.add_parser("executors", help="try the README's executors")
     executors.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ENGINES))
     executors.set_defaults(run=executors_command)
+    seconds: dict[str, Any] = {"dest": "seconds", "type": float, "metavar": "SECONDS"}
+    count: dict[str, Any] = {"dest": "count", "type": int, "metavar": "N"}
+    rounds: dict[str, Any] = {"dest": "count", "type": int, "metavar": "ROUNDS", "nargs": "?"}
+    for name, run, options, told in (
+        ("crash", crash_command, count, "kill and resume a run N times"),
+        ("crash-server", server_crash_command, count, "kill parts of a server in N rounds"),
+        ("restart", restart_command, count, "stop and go on with a run N times"),
+        ("power", power_command, {**rounds, "default": 3}, "look at what power failures leave"),
+        ("fuzz", fuzz_command, seconds, "throw mutated requests at a server"),
+        ("fuzz-server", fuzz_many_command, seconds, "the same, at a server of many runs"),
+        ("model", model_command, seconds, "run random trees that change while they run"),
+    ):
+        command = commands.add_parser(name, help=told)
+        command.add_argument(**options)
+        command.add_argument("--seed", type=int, default=random.randrange(10**6))
+        command.set_defaults(run=run)
     return parser
 
 
@@ -14963,17 +14716,8 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and sys.argv[1] in (
-        *CHILDREN,
-        "bench",
-        "crash",
-        "crash-server",
-        "restart",
-        "power",
-        "executors",
-        "fuzz",
-        "fuzz-server",
-        "model",
-    ):
+    if len(sys.argv) == 1:
+        raise SystemExit(run_all())
+    if sys.argv[1][0].islower() or sys.argv[1] in CHILDREN:
         raise SystemExit(main(sys.argv[1:]))
     unittest.main()
