@@ -7542,15 +7542,28 @@ def _loaded(text: str | None) -> Any:
     return None if text is None else json.loads(text)
 
 
-def approvals_json(reads: Reads, run: Run, status: str | None) -> list[dict[str, Any]]:
-    """Return the gates of a run with this status (all when None), oldest request first."""
+def approvals_json(
+    reads: Reads,
+    run: Run,
+    status: str | None,
+    after: tuple[int, Key] = (-1, ("", 0)),
+    limit: int | None = None,
+) -> list[dict[str, Any]]:
+    """Return the gates of a run with this status (all when None), oldest request first.
+
+    Those after this time of request and key, so many of them.
+    """
+
+    def place(gate: Gate) -> tuple[int, Key]:
+        return gate.requested_at_ms or 0, gate.key
+
     gates = [gate for gate in reads.list_gates(run.run_id, status) if not gate.is_pause]
-    gates.sort(key=lambda gate: (gate.requested_at_ms or 0, gate.key))
+    gates = sorted((gate for gate in gates if place(gate) > after), key=place)[:limit]
     # What led to it counts for whoever has still to decide.
     count = sum(gate.status == "requested" for gate in gates)
     look = MAX_SCANNED_EVENTS // max(1, min(count, MAX_WITH_EVIDENCE))
     shown: list[dict[str, Any]] = []
-    for gate in gates[:MAX_PAGE]:
+    for gate in gates:
         node = reads.get_node(run.run_id, gate.key)
         label = None if node is None else node.label
         is_looked_at = gate.status == "requested" and len(shown) < MAX_WITH_EVIDENCE
@@ -7611,7 +7624,7 @@ def _why_owner(run: Run, state: str, is_driven: bool) -> Iterator[dict[str, Any]
 
 
 def _why_gates(reads: Reads, run: Run, nodes: Mapping[Key, Node]) -> Iterator[dict[str, Any]]:
-    for gate in reads.list_gates(run.run_id, "requested")[:MAX_PAGE]:
+    for gate in reads.list_gates(run.run_id, "requested"):
         node, since = (
             nodes.get(gate.key) or reads.get_node(run.run_id, gate.key),
             gate.requested_at_ms,
@@ -9015,12 +9028,19 @@ def get_node(app: App, request: Request) -> Response:
 
 
 def get_approvals(app: App, request: Request) -> Response:
-    status = request.query("status").get("status", "requested")
+    query = request.query("status", "after", "limit")
+    status = query.get("status", "requested")
     if status not in GATE_STATUSES:
         known = ", ".join(GATE_STATUSES)
         raise InvalidRequest(f"status must be one of {known}, got {short(status)}")
     wanted = None if status == "all" else status
-    return _read_run(request, lambda reads, run: approvals_json(reads, run, wanted))
+    limit = min(integer_in("limit", query.get("limit", str(MAX_PAGE)), 1), MAX_PAGE)
+    asked_at, _, key = query.get("after", "").partition("::")
+    node_id, _, iteration = key.rpartition("::")
+    after = (-1, ("", 0))
+    if "after" in query:
+        after = (integer_in("after", asked_at, 0), (node_id, integer_in("after", iteration, 0)))
+    return _read_run(request, lambda reads, run: approvals_json(reads, run, wanted, after, limit))
 
 
 def get_why(app: App, request: Request) -> Response:

@@ -3786,7 +3786,7 @@ class NodesTest(ServerCase):
             ("/nodes?after=build::x", "after"),
             ("/nodes/build?iteration=-1", "iteration"),
             ("/nodes/build?attempt=0", "'attempt'"),
-            ("/approvals?limit=1", "'limit'"),
+            ("/approvals?limt=1", "'limt'"),
             ("/approvals?status=open", "status"),
             ("/why?node=build", "'node'"),
         ):
@@ -3823,6 +3823,26 @@ class ApprovalsTest(ServerCase):
         self.assertEqual(keys_of(self.look("/approvals")), "b::0 c::0")
         (decided,) = self.look("/approvals?status=approved")
         self.assertEqual((decided["note"], decided["decidedBy"]), ("fine", "alice"))
+
+    def test_all_of_many_gates_can_be_seen(self) -> None:
+        self.look("/why", Parallel(*(Approval(f"g{n}") for n in range(1003))))
+        found: list[Any] = []
+        after = ""
+        for _ in range(4):
+            page = self.look(f"/approvals?limit=400{after}")
+            found += page
+            if page:
+                last = page[-1]
+                # Decided meanwhile, it is no longer among those that wait.
+                self.assert_ask(200, "POST", f"/approve/{last['nodeId']}")
+                after = f"&after={last['requestedAtMs']}::{last['nodeId']}::0"
+        self.assertEqual(len({gate["nodeId"] for gate in found}), 1003)
+        self.assertEqual(len(found), 1003)
+        self.assertEqual(len(self.look("/approvals")), 1000)
+        kinds = [item["kind"] for item in self.look("/why")["blocked"]]
+        self.assertEqual(kinds.count("approval"), 1000)
+        for query in ("limit=0", "after=g1", "after=1::g1", "after=x::g1::0"):
+            self.assert_ask(400, "GET", f"/approvals?{query}")
 
     def test_evidence_is_what_a_gate_stands_on(self) -> None:
         before = Parallel(Task("x", answer), Task("y", fail, continue_on_fail=True))
