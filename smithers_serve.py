@@ -9213,19 +9213,30 @@ class Tokens:
         self._seen: tuple[int, ...] | None = None
         self._known: list[tuple[bytes, Identity]] = []
         self.read()
+        self._followed: tuple[int, ...] | None = self._seen
+
+    def _look(self) -> tuple[int, ...]:
+        found = os.stat(self._path)
+        return found.st_mode, found.st_mtime_ns, found.st_ino, found.st_size
+
+    def has_changed(self) -> bool:
+        """Return whether the file is another one than when this was last asked."""
+        before, self._followed = self._followed, None
+        with contextlib.suppress(OSError):
+            self._followed = self._look()
+        return self._followed != before
 
     def read(self) -> None:
         """Read the file if it has changed. Raises ValueError for what it should not be."""
-        found = os.stat(self._path)
-        seen = (found.st_mtime_ns, found.st_ino, found.st_size, found.st_mode)
+        seen = self._look()
         if seen == self._seen:
             return
         self._known = []
-        if found.st_mode & 0o077 and os.name != "nt":
+        if seen[0] & 0o077 and os.name != "nt":
             raise ValueError(f"{self._path} can be read by others: chmod 600 it")
-        with open(self._path, encoding="utf-8") as file:
+        with open(self._path, encoding="utf-8-sig") as file:
             lines = [line.split() for line in file if line.strip() and line[0] != "#"]
-        known = []
+        known: list[tuple[bytes, Identity]] = []
         for number, words in enumerate(lines, 1):
             if len(words) != 3 or words[1] not in ROLES:
                 raise ValueError(
@@ -9233,6 +9244,8 @@ class Tokens:
                     + ", ".join(ROLES)
                 )
             token = _checked_token(words[2]).encode("ascii")
+            if token in (other for other, _ in known):
+                raise ValueError(f"{self._path}: entry {number} has the token of an earlier one")
             known.append((token, Identity(words[0], words[1], is_proven=True)))
         self._known, self._seen = known, seen
 
@@ -9420,6 +9433,10 @@ class App:
             else "OTHER"
         )
         self.metrics.observe_request(known, label, status, (time.perf_counter() - started) * 1000)
+
+    def has_new_tokens(self) -> bool:
+        """Return whether the file of tokens has changed since this was last asked."""
+        return self._tokens is not None and self._tokens.has_changed()
 
     def identify(self, headers: Mapping[str, str]) -> Identity | None:
         """Return whose request this is, None when it bears no valid token and needs one."""
@@ -10590,8 +10607,13 @@ class Network:
     def _tick(self, now: float) -> None:
         for connection in [c for c in self._connections if c.state.deadline < now]:
             self._expire(connection)
+        # Where tokens have changed, those who follow come again with theirs, if it still counts.
+        are_new = self._app.has_new_tokens()
         for stream in list(self._streams.open):
-            self._guarded(self._streams.tick, stream, now)
+            if are_new:
+                self._drop(stream)
+            else:
+                self._guarded(self._streams.tick, stream, now)
 
     def _begin_to_stop(self, _: None) -> None:
         self.is_stopping = True

@@ -4979,6 +4979,25 @@ class NamedTokenTest(ServerCase):
         os.remove(self.tokens)
         self.assertEqual(self.status_of("o", "GET", "/"), 401)
 
+    def test_who_follows_events_is_asked_again(self) -> None:
+        """An open stream ends when the file changes: who may still read comes again."""
+        with EventReader(self.served.port, headers=bearer("v")) as reader:
+            reader.until("NodeWaitingApproval")
+            self.keep(self.FILE.replace("viewer v", "viewer V"))
+            with self.assertRaises((ConnectionError, AssertionError)):
+                reader.until("RunCancelled")
+        for token, status in (("v", 401), ("V", 200)):
+            with EventReader(self.served.port, headers=bearer(token)) as reader:
+                self.assertEqual(reader.status, status)
+
+    def test_a_file_may_be_made_on_windows(self) -> None:
+        """The mark that an editor puts before its first line is no part of a name."""
+        self.keep("\ufeffalice approver a\r\nolga operator o\r\n")
+        self.assertEqual(
+            self.status_of("a", "POST", "/approve/deploy", {"decidedBy": "alice"}), 200
+        )
+        self.assertEqual(self.status_of("o", "GET", "/"), 200)
+
     def test_a_file_others_can_read_lets_nobody_in(self) -> None:
         for mode, status in ((0o644, 401), (0o600, 200), (0o640, 401), (0o400, 200)):
             os.chmod(self.tokens, mode)
@@ -4988,6 +5007,7 @@ class NamedTokenTest(ServerCase):
         for text, mode in (
             (self.FILE, 0o644), (self.FILE, 0o604), ("alice approver", 0o600),
             ("alice boss a", 0o600), ("alice approver ä", 0o600), ("a b c d", 0o600),
+            ("alice viewer a\nolga operator a", 0o600),
         ):  # fmt: skip
             self.keep(text, mode)
             with self.assertRaises(ValueError):
