@@ -2459,12 +2459,14 @@ class Tx(Reads):
             {"status": status, "now_ms": self.now_ms, "error": error_json, "run_id": self.run_id},
         )
 
-    def request_cancel(self, by: str | None = None, reason: str | None = None) -> None:
+    def request_cancel(
+        self, by: str | None = None, reason: str | None = None, by_source: str | None = None
+    ) -> None:
         """Have the run cancelled; the first request says who and why."""
         self.is_control = True
         run = self.get_run(self.run_id)
         if run is not None and run.cancel_requested_at_ms is None:
-            said = {"by": by, "reason": reason}
+            said = {"by": by, "reason": reason, "bySource": by_source if by else None}
             cancel = {name: text for name, text in said.items() if text is not None}
             self.run(
                 """update _smithers_runs set cancel_requested_at_ms = ?, config_json = ?
@@ -4950,6 +4952,17 @@ def _bears_mark(name: str, owner: str) -> bool:
         return False
 
 
+MAX_NOTE_CHARS = 10_000
+MAX_NAME_CHARS = 200
+
+
+def check_said(name: str, text: str | None) -> None:
+    """Raise InvalidRequest for words, or for a name, that are not kept."""
+    limit = MAX_NAME_CHARS if name == "decidedBy" else MAX_NOTE_CHARS
+    if text is not None and (len(text) > limit or printable(text) != text):
+        raise InvalidRequest(f"{name} must be valid Unicode of at most {limit} characters")
+
+
 def decide(
     db: SmithersDb, run_id: str, node_id: str, decision: Decision, who: Identity | None = None
 ) -> None:
@@ -4960,9 +4973,8 @@ def decide(
     the one that was seen, RunNotActive when the run has ended, or ApprovalNotPending when the node
     does not wait or was decided otherwise.
     """
-    for text in (decision.note, decision.decided_by):
-        if text is not None and printable(text) != text:
-            raise InvalidRequest("note and decidedBy must be valid Unicode")
+    check_said("note", decision.note)
+    check_said("decidedBy", decision.decided_by)
     with db.transaction(run_id, HTTP_LOCK_PATIENCE_SECONDS) as tx:
         run = tx.get_run(run_id)
         if run is None:
@@ -5095,20 +5107,26 @@ def is_attended(run: Run) -> bool:
 
 
 def cancel_run(
-    db: SmithersDb, run_id: str, by: str | None = None, reason: str | None = None
+    db: SmithersDb,
+    run_id: str,
+    by: str | None = None,
+    reason: str | None = None,
+    by_source: str | None = None,
 ) -> None:
     """Ask the run's engine to cancel it; without a living engine cancel it here.
 
     Returns when the request is on disk: a run whose engine dies before it has obeyed is cancelled
     when it is resumed. Raises RunNotFound, or RunNotActive when the run has ended.
     """
+    check_said("reason", reason)
+    check_said("decidedBy", by)
     with db.transaction(run_id, HTTP_LOCK_PATIENCE_SECONDS) as tx:
         run = tx.get_run(run_id)
         if run is None:
             raise RunNotFound(f"there is no run {run_id}")
         if run.is_terminal:
             raise RunNotActive(f"run {run_id} is {run.status} already")
-        tx.request_cancel(by, reason)
+        tx.request_cancel(by, reason, by_source)
         life = owner_life(run)
         if life == "dead":
             _cancel_here(db, tx)
@@ -6789,8 +6807,6 @@ MAX_REQUEST_LINE = 8 << 10
 MAX_HEAD_BYTES = 32 << 10
 MAX_HEADER_COUNT = 100
 MAX_BODY_BYTES = 1 << 20
-MAX_NOTE_CHARS = 10_000
-MAX_NAME_CHARS = 200
 MAX_FRAMES = 1000  # frames of one answer, of at most 8 MiB
 LIGHT_BYTES = 64 << 10  # a body up to this is made and sent in well under a millisecond
 
@@ -9059,7 +9075,8 @@ def post_deny(app: App, request: Request) -> Response:
 def post_cancel(app: App, request: Request) -> Response:
     said = parse_said(request.body, ("decidedBy", "reason"))
     by = _speaker(request.who, said.get("decidedBy"))
-    cancel_run(app.adapter, request.view.run_id, by, said.get("reason"))
+    source = "token" if request.who.is_proven else None
+    cancel_run(app.adapter, request.view.run_id, by, said.get("reason"), source)
     app.note_cancel()
     return json_response({"runId": request.view.run_id})
 
@@ -9174,10 +9191,9 @@ def parse_said(body: bytes, texts: Seq[str], numbers: Seq[str] = ()) -> dict[str
         if number is not None and not (is_whole and 0 <= number <= INT64_MAX):
             raise InvalidRequest(f"{name} must be a whole number of at least 0")
     for name in texts:
-        limit = MAX_NAME_CHARS if name == "decidedBy" else MAX_NOTE_CHARS
-        text = value.get(name)
-        if text is not None and (not isinstance(text, str) or len(text) > limit):
-            raise InvalidRequest(f"{name} must be text of at most {limit} characters")
+        if not isinstance(value.get(name, ""), (str, type(None))):
+            raise InvalidRequest(f"{name} must be text")
+        check_said(name, value.get(name))
     return value
 
 
@@ -13437,7 +13453,7 @@ def run_stop(args: argparse.Namespace) -> int:
 def run_cancel(args: argparse.Namespace) -> int:
     with open_existing(args) as db:
         run = find_run(db, args, args.run_id)
-        cancel_run(db, run.run_id, args.by or login_name(), args.note)
+        cancel_run(db, run.run_id, args.by or login_name(), args.note, "claimed")
         return tell(args, {"runId": run.run_id}, [f"Run {run.run_id} is being cancelled"])
 
 

@@ -186,7 +186,7 @@ EVENT_FIELDS = {
     "RunStatusChanged": "status",
     "RunFinished": "",
     "RunFailed": "error",
-    "RunCancelled": "by? reason?",
+    "RunCancelled": "by? reason? bySource?",
     "FrameCommitted": "frameNo xmlHash",
     "NodePending": "nodeId iteration",
     "NodeStarted": "nodeId iteration attempt",
@@ -4945,7 +4945,7 @@ class NamedTokenTest(ServerCase):
         self.assertEqual(self.status_of("o", "POST", "/cancel", {"decidedBy": "vera"}), 403)
         self.assertEqual(self.status_of("o", "POST", "/cancel", {"decidedBy": "olga"}), 200)
         self.assertEqual(
-            self.told("RunCancelled", run_id=self.served.run_id), ["RunCancelled olga"]
+            self.told("RunCancelled", run_id=self.served.run_id), ["RunCancelled olga token"]
         )
 
     def test_only_approvers_decide_their_gate(self) -> None:
@@ -7217,6 +7217,8 @@ class SeatTest(SeatCase):
         self.assertRegex(self.tell("history two"), "(?m)cancelled by bob.*: wrong branch$")
         (found,) = [x for x in self.told_json("history ship") if x["what"] == "approved"]
         self.assertEqual((found["decidedBy"], found.get("bySource")), ("alice", "claimed"))
+        (found,) = [x for x in self.told_json("history two") if x["what"] == "cancelled"]
+        self.assertEqual((found["by"], found.get("bySource")), ("bob", "claimed"))
 
     def test_history_tells_of_suspensions_and_takeovers(self) -> None:
         with self.up("napping") as child:
