@@ -7750,9 +7750,14 @@ def due_text(at_ms: int) -> str:
 
 
 def duration_text(ms: float) -> str:
-    """Return a duration as people say it: `3 min`, `2 h`; `now` when it is over."""
+    """Return a duration as people say it: `3 min`, `2 h`; `now` when it is over, or nearly."""
     seconds = ms / 1000
-    for limit, divisor, unit in ((1, 1, ""), (90, 1, "s"), (5400, 60, "min"), (129600, 3600, "h")):
+    for limit, divisor, unit in (
+        (0.5, 1, ""),
+        (90, 1, "s"),
+        (5400, 60, "min"),
+        (129600, 3600, "h"),
+    ):
         if seconds < limit:
             return f"{seconds / divisor:.0f} {unit}" if unit else "now"
     return f"{seconds / 86400:.0f} days"
@@ -10867,6 +10872,11 @@ MEANT = {"list": "ps", "ls": "ps", "run": "up", "start": "up", "serve": "server"
 MEANT.update(tail="logs", events="logs", reject="deny", kill="cancel", resume="up", why="status")
 
 
+def pasted(*words: str) -> str:
+    """Return the line that has this program do something, wherever it is pasted."""
+    return shlex.join([sys.executable, os.path.abspath(__file__), *words])
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         unknown = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
@@ -10877,7 +10887,10 @@ class Parser(argparse.ArgumentParser):
             close = close or [name for name in names if name in unknown[1]][:1]
             meant = f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(names)}"
             message = f"no command {unknown[1]!r}{meant}"
-        self.exit(EXIT_USAGE, f"[smithers] Error: {message}; help: {self.prog} --help\n")
+        self.exit(
+            EXIT_USAGE,
+            f"[smithers] Error: {message}; help: {pasted(*self.prog.split()[1:])} --help\n",
+        )
 
 
 _has_time = False  # whether lines bear the time, as in the log of a detached run
@@ -10921,6 +10934,13 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
+def parse_seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected seconds, at least 0, got {short(text)}")
+
+
 Flag = tuple[tuple[str, ...], dict[str, Any]]
 
 
@@ -10946,7 +10966,7 @@ SERVE_FLAGS = (
     flag("--certfile", help="TLS certificate chain (PEM)"),
     flag("--keyfile", help="TLS private key (PEM; default: in the certificate file)"),
 )  # fmt: skip
-LINGER_FLAG = flag("--linger", type=float, metavar="SECONDS",
+LINGER_FLAG = flag("--linger", type=parse_seconds, metavar="SECONDS",
                    help="how long to serve after the end (default: until stopped)")  # fmt: skip
 NOTIFY_FLAG = flag(
     "--notify",
@@ -10996,9 +11016,12 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.required = True
     for command in COMMANDS:
-        example = f"example: {parser.prog} {command.example}"
         one = commands.add_parser(
-            command.name, help=command.help, description=command.help, epilog=example
+            command.name,
+            help=command.help,
+            description=command.help,
+            epilog=f"example: {pasted()} {command.example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,  # an example stays on one line
         )
         for names_of_flag, options in command.flags:
             one.add_argument(*names_of_flag, **options)
@@ -11088,6 +11111,13 @@ def _line_in(error: BaseException, path: str) -> str:
             line = traceback.tb_lineno
         traceback = traceback.tb_next
     return "" if line is None else f", line {line}"
+
+
+class LogFormatter(logging.Formatter):
+    """Writes nothing that a terminal would obey: a traceback may quote anybody."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(log_safe, super().format(record).split("\n")))
 
 
 def share_import_path(folder: str) -> None:
@@ -11557,8 +11587,7 @@ def fix_paths(args: argparse.Namespace) -> None:
 
 def resume_line(args: argparse.Namespace, run_id: str) -> str:
     """Return the whole command line that goes on with a run; the paths of `args` are fixed."""
-    words = [sys.executable, os.path.abspath(__file__), "up", args.workflow]
-    words += ["--serve", "--resume"]
+    words = ["up", args.workflow, "--serve", "--resume"]
     words += [f"--run-id={run_id}"] if run_id.startswith("-") else ["--run-id", run_id]
     for names, options in UP_FLAGS:
         name = names[-1]
@@ -11571,7 +11600,7 @@ def resume_line(args: argparse.Namespace, run_id: str) -> str:
         words += ["--allowed-host", host]
     # Tasks may name files of the folder, and --executor a module there.
     go = f"cd {shlex.quote(args.folder)} && " if os.path.isdir(args.folder) else ""
-    return f"{go}{shlex.join(words)}"
+    return f"{go}{pasted(*words)}"
 
 
 class Process:
@@ -13023,7 +13052,7 @@ def decision_line(args: argparse.Namespace, verb: str, gate: Mapping[str, Any]) 
     # An id may begin like a flag.
     is_plain = not any(word.startswith("-") for word in words)
     line = [*words, *flags] if is_plain else [*flags, "--", *words]
-    return shlex.join([sys.executable, os.path.abspath(__file__), verb, *line])
+    return pasted(verb, *line)
 
 
 def run_row(reads: Reads, run: Run) -> dict[str, Any]:
@@ -13425,7 +13454,7 @@ def _resume_hint(run: Run) -> str:
     if run.config.get("server"):
         words = ["server", "--root", run.config["rootDir"], "--db"]
         words.append(os.path.dirname(run.config["logFile"]).rpartition(".logs")[0])
-        return shlex.join([sys.executable, os.path.abspath(__file__), *words])
+        return pasted(*words)
     options = run.config.get("options")
     if not options:
         return f"up FILE --serve --resume --run-id {run.run_id}"
@@ -13656,7 +13685,8 @@ COMMANDS = (
     Command("wait", "Wait until a run has ended, or for a gate.",
             (RUN_FLAG, *READ_FLAGS,
              flag("--for", dest="until", choices=("end", "gate"), default="end", help="(end)"),
-             flag("--timeout", type=float, metavar="SECONDS", help="exit with 5 after so long")),
+             flag("--timeout", type=parse_seconds, metavar="SECONDS",
+                  help="exit with 5 after so long")),
             run_wait, "wait --for gate --timeout 600"),
     Command("output", "Print the output of a node as JSON.", NODE_FLAGS, run_output,
             "output build"),
@@ -13753,7 +13783,7 @@ def run_command_line(args: argparse.Namespace) -> int:
     if not logger.handlers:  # the root's are the workflow file's to set
         at = "%(asctime)s " if _has_time else ""
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter(f"{at}[smithers] %(levelname)s %(message)s"))
+        handler.setFormatter(LogFormatter(f"{at}[smithers] %(levelname)s %(message)s"))
         logger.addHandler(handler)
         logger.propagate = False
     with result_stream() as args.out:

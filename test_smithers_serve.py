@@ -3975,6 +3975,10 @@ class WhyTest(ServerCase):
         self.assertIn("task few: last line: line 0", self.blocked())
         self.assertIn("task many: last line: line 499", self.blocked())
 
+    def test_nothing_is_now_that_is_still_to_come(self) -> None:
+        told = [ss.duration_text(ms) for ms in (-5, 400, 999, 1000, 89_000, 90_000)]
+        self.assertEqual(told, ["now", "now", "1 s", "1 s", "89 s", "2 min"])
+
     def test_a_retry_tells_how_many_are_left(self) -> None:
         self.served = self.fresh()
         self.served.start([Task("r", fail, retries=2, retry_delay=7200)], "NodeRetrying r")
@@ -6849,6 +6853,13 @@ class LingerTest(CommandCase):
                 child.wait_for(f"Workflow (finished|failed). Server ends in {seconds} s")
                 self.assertEqual(child.finish()[0], expected)
 
+    def test_seconds_are_a_number_that_can_pass(self) -> None:
+        for line in ("up flow.py:other --linger", "wait --timeout"):
+            for seconds in ("-1", "nan", "inf", "soon", ""):
+                code, _, err = self.main(*line.split(), seconds)
+                self.assertEqual(code, 4)
+                self.assertRegex(err, r"\A\[smithers\] Error: [^\n]*expected seconds[^\n]*\n\Z")
+
     def test_a_follower_gets_the_last_event(self) -> None:
         """However slowly it reads: the server's end waits for what is under way."""
         with self.up("lengthy", "--linger", "0") as child:
@@ -7143,13 +7154,14 @@ class SeatTest(SeatCase):
 
     def test_every_help_ends_in_an_example(self) -> None:
         for command in ss.COMMANDS:
-            code, out, _ = self.main(command.name, "--help", COLUMNS="80")
+            code, out, _ = self.main(command.name, "--help", COLUMNS="40")
             self.assertEqual(code, 0)
-            example = " ".join(out.rpartition("example: ")[2].split())
-            self.assertTrue(out.rstrip().endswith(out.rpartition("example: ")[2].rstrip()))
-            words = shlex.split(example)
-            self.assertEqual(words[1], command.name)
-            self.assertIs(ss.make_parser().parse_args(words[1:]).run, command.run)
+            example = out.splitlines()[-1]  # in one line, so that it can be pasted
+            self.assertEqual(example.partition(" ")[0], "example:")
+            _, python, program, *words = shlex.split(example)
+            self.assertEqual((python, program), (sys.executable, os.path.abspath(ss.__file__)))
+            self.assertEqual(words[0], command.name)
+            self.assertIs(ss.make_parser().parse_args(words).run, command.run)
 
     def test_unknown_words_name_what_was_meant(self) -> None:
         for word, meant in (
@@ -7445,6 +7457,19 @@ class SeatTest(SeatCase):
                 if data:
                     found[name] = hashlib.sha256(data).hexdigest()
         return found
+
+    def test_no_traceback_is_obeyed_by_a_terminal(self) -> None:
+        self.write(
+            "esc.py",
+            "from smithers_serve import *\n"
+            "def cry():\n"
+            "    raise ValueError('\\x1b[31mred\\nand more')\n"
+            "workflow = Workflow('esc', Task('cry', cry))",
+        )
+        code, _, err = run_child(*MODULE, "up", "esc.py", folder=self.folder)
+        self.assertEqual(code, 1)
+        self.assertRegex(err, r"ValueError: \\x1b\[31mred\nand more\n")
+        self.assertNotIn("\x1b", err)
 
     def test_any_metadata_can_be_shown(self) -> None:
         self.begin("listed")
