@@ -1937,6 +1937,7 @@ class Reads:
         return [Run(*row) for row in rows]
 
     def newest_runs(self, limit: int) -> list[Run]:
+        """Return so many runs, newest first; all when the limit is negative."""
         rows = self.rows(
             f"""select {_RUN_COLUMNS} from _smithers_runs
                 order by created_at_ms desc, run_id desc limit ?""",
@@ -11029,6 +11030,25 @@ def make_parser() -> Parser:
     return parser
 
 
+def parse_command_line(argv: Seq[str]) -> argparse.Namespace:
+    """Return what the words say. Raises SystemExit, as argparse does, when it has told a mistake.
+
+    It takes `[RUN] [NODE]` in one go only: those that come after a flag are added here.
+    """
+    parser = make_parser()
+    for word in argv:
+        if printable(word) != word:
+            parser.error(f"{short(word)} is not valid Unicode")
+    args, rest = parser.parse_known_args(argv)
+    end = rest.index("--") if "--" in rest else len(rest)
+    is_flag = [word.startswith("-") for word in rest[:end]]
+    if rest and (any(is_flag) or not hasattr(args, "words")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.words += rest[:end] + rest[end + 1 :]
+    return args
+
+
 def split_workflow(spec: str) -> tuple[str, str]:
     """Return file and name of `FILE[:name]`."""
     if os.path.isfile(spec) or ":" not in spec:
@@ -12909,7 +12929,8 @@ def open_existing(args: argparse.Namespace) -> SmithersDb:
 def find_run(reads: Reads, args: argparse.Namespace, text: str | None) -> Run:
     """Return the run whose id, or an unambiguous beginning of it, this is.
 
-    Without one: the run that has not ended if there is just one, else the newest.
+    Without one: the run that has not ended if there is just one, else the newest, which is only
+    read: what changes a run must not be guessed.
     """
     where = os.path.abspath(args.db)
     if text is not None:
@@ -12920,7 +12941,10 @@ def find_run(reads: Reads, args: argparse.Namespace, text: str | None) -> Run:
         newest = ", ".join(run.run_id for run in (found or reads.newest_runs(10))[:10])
         what = f"several runs begin with {text!r}" if found else f"there is no run {text!r}"
         raise UsageError(f"{what} in {where}" + (f"; there are: {newest}" if newest else ""))
-    active = [run for run in reads.newest_runs(1000) if not run.is_terminal]
+    active = reads.list_runs(ACTIVE_STATUSES)
+    if len(active) > 1 and args.command in CHANGING:
+        known = ", ".join(run.run_id for run in active[:10])
+        raise UsageError(f"{len(active)} runs have not ended: say which; there are: {known}")
     newest_runs = active if len(active) == 1 else reads.newest_runs(1)
     if not newest_runs:
         raise UsageError(f"there is no run yet in {where}")
@@ -12944,6 +12968,9 @@ def find_run_and_node(reads: Reads, args: argparse.Namespace) -> tuple[Run, str 
         return find_run(reads, args, words[0]), None
     except UsageError as error:
         raise UsageError(f"{words[0]!r} is neither a node of the run nor a run: {error}") from error
+
+
+CHANGING = ("approve", "deny", "stop", "cancel", "retry")
 
 
 class Whole(str):
@@ -13080,7 +13107,7 @@ def run_row(reads: Reads, run: Run) -> dict[str, Any]:
 
 def run_ps(args: argparse.Namespace) -> int:
     with open_existing(args) as db, db.snapshot() as reads:
-        runs = [run for run in reads.newest_runs(1000) if args.all or not run.is_terminal]
+        runs = reads.newest_runs(-1) if args.all else reads.list_runs(ACTIVE_STATUSES)
         found = [run_row(reads, run) for run in runs]
 
     def lines() -> Iterator[str]:
@@ -13091,10 +13118,10 @@ def run_ps(args: argparse.Namespace) -> int:
                 ago(row["createdAtMs"]), row["waitsFor"] or "-", row["engine"] or "none",
                 row["workflowName"], row["page"] or "",
             )  # fmt: skip
-            table.append([str(text) for text in shown])
-        widths = [max(map(len, column)) for column in zip(*table)]
+            table.append([log_safe(text) for text in shown])
+        widths = [max(map(cells, column)) for column in zip(*table)]
         for texts in table:
-            yield "  ".join(text.ljust(width) for text, width in zip(texts, widths))
+            yield "  ".join(t + " " * (width - cells(t)) for t, width in zip(texts, widths))
         if not found:
             yield "No run has still to end; -a lists all."
 
@@ -13400,24 +13427,22 @@ def run_decision(args: argparse.Namespace) -> int:
     with open_existing(args) as db:
         with db.snapshot() as reads:
             run, node_id = run_and_node(reads, args)
-            gates = [
+            asked = [
                 gate
                 for gate in reads.list_gates_of(run.run_id, node_id)
-                if gate.status == "requested" and args.iteration in (None, gate.iteration)
+                if args.iteration in (None, gate.iteration)
             ]
-            if not gates and not reads.count_open_gates(run.run_id):
-                state = run_state(run)
-                raise ApprovalNotPending(
-                    f"nothing waits for a decision in run {run.run_id}: it is {state}"
-                )
+            if not asked and not reads.count_open_gates(run.run_id):
+                raise ApprovalNotPending(nothing_waits(reads, run))
+            gates = [gate for gate in asked if gate.status == "requested"]
             seen = None
             if len(gates) == 1:
                 node = reads.get_node(run.run_id, gates[0].key)
                 seen = gate_json(reads, run, gates[0], None if node is None else node.label)
         if seen is not None and not args.json:
             tell(args, seen, gate_lines(args, seen))
-        if not args.yes and not _is_confirmed(f"{args.command} {node_id}?"):
-            raise UsageError("not decided: without a terminal -y says that it is meant")
+        if not args.yes:
+            _check_confirmed(f"{args.command} {node_id}?")
         decision = Decision(
             verdict,
             seen["iteration"] if seen else args.iteration,
@@ -13430,7 +13455,9 @@ def run_decision(args: argparse.Namespace) -> int:
         run = db.get_run(run.run_id) or run
         life = "alive" if run.is_terminal else watch_owner(db, run.run_id)
         goes_on = f"its engine goes on (pid {run.config.get('pid')})"
-        if is_attended(run):
+        if run.is_terminal:
+            goes_on = f"the run is {run.status}"
+        elif is_attended(run):
             goes_on = "its server goes on"
         elif life == "dead":
             goes_on = f"it counts when the run is resumed: {_resume_hint(run)}"
@@ -13438,12 +13465,23 @@ def run_decision(args: argparse.Namespace) -> int:
         return tell(args, value, [f"{node_id} {verdict}; {goes_on}"])
 
 
-def _is_confirmed(question: str) -> bool:
+def nothing_waits(reads: Reads, run: Run) -> str:
+    """Return that nobody has to decide, and what the run does instead."""
+    why = why_json(reads, run)
+    said = [f"it is {why['state']}"]
+    for item in why["blocked"][:1]:
+        said.append((f"{item['nodeId']}: " if item["nodeId"] else "") + item["detail"])
+    return f"nothing waits for a decision in run {run.run_id}: {'; '.join(said)}"
+
+
+def _check_confirmed(question: str) -> None:
+    """Raise UsageError unless a person at a terminal says yes."""
     if sys.stdin is None or not sys.stdin.isatty():
-        return False
+        raise UsageError("not decided: without a terminal -y says that it is meant")
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UsageError("not decided")
 
 
 def is_cared_for(run: Run) -> bool:
@@ -13494,6 +13532,8 @@ def run_retry(args: argparse.Namespace) -> int:
             request_retry(db, run.run_id, args.words[1:] or True)
             said = "its server goes on" if is_attended(run) else f"go on with: {_resume_hint(run)}"
             return tell(args, {"runId": run.run_id}, [f"Run {run.run_id} is retried; {said}"])
+        if run.is_terminal:
+            check_can_retry(db, run, args.words[1:] or True)
     options = run.config.get("options")
     if not options:
         raise UsageError(
@@ -13797,7 +13837,7 @@ def run_command_line(args: argparse.Namespace) -> int:
 def run_guarded(args: argparse.Namespace) -> int:
     try:
         return int(args.run(args))
-    except (ApprovalNotPending, GateChanged, RunNotActive, Forbidden) as error:
+    except (ApprovalNotPending, GateChanged, RunActive, RunNotActive, Forbidden) as error:
         say(f"Error: {log_safe(error)}")
         return EXIT_CONFLICT
     except (AuthoringError, UsageError, StorageError, ServeError) as error:
@@ -13817,7 +13857,7 @@ def main(argv: Seq[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     open_missing_streams()
     try:
-        args = make_parser().parse_args(argv)
+        args = parse_command_line(sys.argv[1:] if argv is None else argv)
     except SystemExit as stop:
         return int(stop.code or 0)
     code = run_command_line(args)

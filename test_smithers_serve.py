@@ -6994,6 +6994,7 @@ JSON_KEYS = {
     "ps -a": RUN_KEYS,
     "status ship": [*RUN_KEYS, "status", "why", "resume", "failed", "summary"],
     "show ship": [*GATE_KEYS, "evidence"],
+    "show broke": [*RUN_KEYS, "status", "why", "resume", "failed", "summary"],
     "show broke fail": DETAIL_KEYS,
     "logs broke": LINE_KEYS,
     "history broke": HISTORY_KEYS,
@@ -7207,7 +7208,83 @@ class SeatTest(SeatCase):
         self.begin("ship")
         self.refused(5, "build", "approve ship build -y")
         self.tell("deny ship deploy -y -m no --by alice")
-        self.refused(5, "nothing waits", "approve ship deploy -y")
+        self.refused(5, "deploy.*was denied", "approve ship deploy -y")
+        self.tell("deny ship deploy -y")  # again: as over HTTP, nothing changes
+
+    def test_approve_says_what_the_run_does_instead(self) -> None:
+        with self.up("napping") as child:
+            child.wait_for("asleep")
+            self.refused(5, "nothing waits.*running; .*asleep", "approve r x -y")
+            child.process.kill()
+        self.refused(5, "nothing waits.*orphaned; no engine", "approve r x -y")
+
+    def test_what_changes_a_run_is_told_which(self) -> None:
+        for run_id in ("one", "two"):
+            self.begin("ship", run_id)
+        before = rows(self.path)
+        for line in ("approve deploy -y", "deny deploy -y", "stop", "cancel", "retry"):
+            self.refused(4, "2 runs have not ended: say which.*two, one", line)
+        self.assertEqual(rows(self.path), before)
+        self.tell("cancel one")
+        self.tell("cancel")
+        self.assertEqual(self.told_json("ps"), [])
+
+    def test_retry_of_what_went_well_needs_a_node(self) -> None:
+        self.begin("notes")
+        self.refused(4, "has finished: say which nodes", "retry notes")
+        self.begin("ship")
+        change(self.path, """update _smithers_runs set config_json = '{"server": true}'
+                             where run_id = 'ship'""")  # fmt: skip
+        self.refused(5, "what has ended can be retried", "retry ship")
+
+    def test_columns_stand_where_letters_are_wide(self) -> None:
+        for run_id, name in (("a", "\u8a2d\u5b9a"), ("b", "plain")):
+            self.write(
+                "wide.py",
+                f"from smithers_serve import *\nworkflow = Workflow({name!r}, Approval('x'))",
+            )
+            self.main("up", "wide.py", "-r", run_id)
+            change(self.path, """update _smithers_runs set config_json = '{"url": "http://x"}'""")
+        with mock.patch.object(ss, "owner_life", return_value="alive"):
+            table = self.tell("ps").splitlines()
+        self.assertEqual(len({ss.cells(row[: row.index("http")]) for row in table[1:]}), 1)
+
+    def test_old_runs_that_wait_are_not_lost(self) -> None:
+        """However many have begun and ended since."""
+        self.begin("ship", "old")
+        self.begin("broke", "new")
+        change(self.path, "update _smithers_runs set created_at_ms = 1 where run_id = 'old'",
+               """with recursive n(i) as (select 1 union all select i + 1 from n where i < 1001)
+                  insert into _smithers_runs (run_id, workflow_name, status, created_at_ms)
+                  select 'r' || i, 'x', 'finished', 5 from n""")  # fmt: skip
+        self.assertEqual([run["runId"] for run in self.told_json("ps")], ["old"])
+        self.assertEqual(len(self.told_json("ps -a")), 1003)
+        self.assertEqual(self.told_json("status")["runId"], "old")
+        change(self.path, "delete from _smithers_runs where created_at_ms = 5")
+
+    def test_words_may_come_after_flags(self) -> None:
+        self.begin("ship")
+        build = self.tell("show ship build")
+        self.assertEqual(self.tell("show ship --iteration 0 build"), build)
+        self.assertEqual(self.tell("show ship --iteration 0 -- build"), build)
+        self.refused(4, "unrecognized arguments: .*-x", "show ship --iteration 0 build -x")
+        self.refused(4, "unrecognized arguments: more", "status ship more")
+        self.tell("approve ship -m fine deploy -y")
+
+    def test_words_are_checked_as_over_http(self) -> None:
+        self.begin("ship")
+        for line in ("approve ship deploy -y", "cancel ship"):
+            self.main(*shlex.split(line), "--by", "x" * 201)
+            self.main(*shlex.split(line), "-m", "x" * 10_001)
+            self.assertEqual(self.main(*shlex.split(line), "-m", "a\udcff")[0], 4)
+        self.assertEqual(self.told_json("status ship")["state"], "waiting-approval")
+        self.refused(4, "not valid Unicode", "status 'a\udcff'")
+
+    def test_a_person_who_says_no_decides_nothing(self) -> None:
+        self.begin("ship")
+        out = on_terminal(self.folder, "approve ship deploy", columns=80, said="n\n")
+        self.assertRegex(out, r"\[y/N\] n?\s*\[smithers\] Error: not decided\n")
+        self.refused(4, "without a terminal -y", "approve ship deploy --json")
 
     def test_conflicts_have_a_code_of_their_own(self) -> None:
         self.begin("broke")
