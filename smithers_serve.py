@@ -4995,8 +4995,9 @@ def decide(
         if gate.status == decision.verdict:
             return
         if gate.status != "requested":
+            by = f" by {gate.decided_by}" if gate.decided_by else ""
             raise ApprovalNotPending(
-                f"node {node_id!r} does not wait for a decision: it was {gate.status}"
+                f"node {node_id!r} does not wait for a decision: it was {gate.status}{by}"
             )
         if run.is_terminal:
             raise RunNotActive(f"run {run_id} is {run.status} already")
@@ -13123,7 +13124,7 @@ def run_ps(args: argparse.Namespace) -> int:
         for texts in table:
             yield "  ".join(t + " " * (width - cells(t)) for t, width in zip(texts, widths))
         if not found:
-            yield "No run has still to end; -a lists all."
+            yield "There is no run yet." if args.all else "No run has still to end; -a lists all."
 
     return tell(args, found, lines(), fit=True)
 
@@ -13159,7 +13160,7 @@ def status_lines(args: argparse.Namespace, shown: dict[str, Any]) -> Iterator[st
         yield Whole(f"    {decision_line(args, 'approve', gate)}")
     words_of = {
         "timeout": "has a deadline",
-        "task": "runs since",
+        "task": "was running, since" if "owner" in by_kind else "runs since",
         "pause": "pauses",
         "retry": "is tried again",
         "concurrency": "is queued since",
@@ -13222,7 +13223,9 @@ def show_lines(shown: Mapping[str, Any]) -> Iterator[str]:
     if shown["needs"]:
         yield "  needs " + ", ".join(shown["needs"])
     if shown["output"] is not None:
-        yield "  output: " + to_json(shown["output"])[:EVIDENCE_BYTES]
+        text = to_json(shown["output"])
+        is_cut = " ... (`output` prints all of it)" if len(text) > EVIDENCE_BYTES else ""
+        yield f"  output: {text[:EVIDENCE_BYTES]}{is_cut}"
     for line in shown["log"]:
         yield f"  | {line['text']}"
 
@@ -13255,7 +13258,8 @@ def gate_lines(args: argparse.Namespace, gate: Mapping[str, Any]) -> Iterator[st
         if found["error"] is not None:
             yield f"    {found['error']['message']}"
         if found["output"] is not None:
-            yield f"    output: {to_json(found['output'])}"
+            is_cut = " ... (`output` prints all of it)" if found["isCut"] else ""
+            yield f"    output: {to_json(found['output'])}{is_cut}"
         for line in found["log"]:
             yield f"    | {line['text']}"
     yield f"  asked {ago(gate['requestedAtMs'])} ago"

@@ -7208,7 +7208,7 @@ class SeatTest(SeatCase):
         self.begin("ship")
         self.refused(5, "build", "approve ship build -y")
         self.tell("deny ship deploy -y -m no --by alice")
-        self.refused(5, "deploy.*was denied", "approve ship deploy -y")
+        self.refused(5, "deploy.*was denied by alice", "approve ship deploy -y")
         self.tell("deny ship deploy -y")  # again: as over HTTP, nothing changes
 
     def test_approve_says_what_the_run_does_instead(self) -> None:
@@ -7217,6 +7217,7 @@ class SeatTest(SeatCase):
             self.refused(5, "nothing waits.*running; .*asleep", "approve r x -y")
             child.process.kill()
         self.refused(5, "nothing waits.*orphaned; no engine", "approve r x -y")
+        self.assertRegex(self.tell("status r"), "was running, since .*: last line: asleep")
 
     def test_what_changes_a_run_is_told_which(self) -> None:
         for run_id in ("one", "two"):
@@ -7248,6 +7249,17 @@ class SeatTest(SeatCase):
         with mock.patch.object(ss, "owner_life", return_value="alive"):
             table = self.tell("ps").splitlines()
         self.assertEqual(len({ss.cells(row[: row.index("http")]) for row in table[1:]}), 1)
+
+    def test_what_is_cut_is_said_to_be(self) -> None:
+        self.write(
+            "much.py",
+            "from smithers_serve import *\n"
+            "workflow = Workflow('much', Task('a', {'n': 'x' * 5000}), Approval('gate'))",
+        )
+        self.main("up", "much.py", "-r", "much")
+        for line in ("show much", "show much a"):
+            self.assertIn("x ... (`output` prints all of it)\n", self.tell(line).replace('"', ""))
+        self.assertEqual(len(self.told_json("output much a")["n"]), 5000)
 
     def test_old_runs_that_wait_are_not_lost(self) -> None:
         """However many have begun and ended since."""
