@@ -171,6 +171,7 @@ MAX_OUTPUT_BYTES = 1 << 20
 MAX_LOG_BYTES = 32 << 20  # printed by one attempt: far above a chatty build, far below a disk
 MAX_LOG_LINE = 8 << 10  # a longer line becomes several NodeOutput events
 MAX_MESSAGE_CHARS = 4 << 10
+MAX_NOTE_CHARS = 10_000
 MAX_NAME_CHARS = 200  # of who decides, and of an id that is told back
 COMMAND_TAIL_BYTES = 64 << 10
 
@@ -1964,6 +1965,7 @@ class Reads:
         return self.records(Run, which, (status, limit))
 
     def newest_runs(self, limit: int) -> list[Run]:
+        """Return so many runs, newest first; all when the limit is negative."""
         return self.records(Run, "order by created_at_ms desc, run_id desc limit ?", (limit,))
 
     def find_runs(self, prefix: str) -> list[Run]:
@@ -2461,12 +2463,14 @@ class Tx(Reads):
             {"status": status, "now_ms": self.now_ms, "error": error_json, "run_id": self.run_id},
         )
 
-    def request_cancel(self, by: str | None = None, reason: str | None = None) -> None:
+    def request_cancel(
+        self, by: str | None = None, reason: str | None = None, by_source: str | None = None
+    ) -> None:
         """Have the run cancelled; the first request says who and why."""
         self.is_control = True
         run = self.get_run(self.run_id)
         if run is not None and run.cancel_requested_at_ms is None:
-            said = {"by": by, "reason": reason}
+            said = {"by": by, "reason": reason, "bySource": by_source if by else None}
             cancel = {name: text for name, text in said.items() if text is not None}
             self.run(
                 """update _smithers_runs set cancel_requested_at_ms = ?, config_json = ?
@@ -4952,6 +4956,13 @@ def _bears_mark(name: str, owner: str) -> bool:
         return False
 
 
+def check_said(name: str, text: str | None) -> None:
+    """Raise InvalidRequest for words, or for a name, that are not kept."""
+    limit = MAX_NAME_CHARS if name == "decidedBy" else MAX_NOTE_CHARS
+    if text is not None and (len(text) > limit or printable(text) != text):
+        raise InvalidRequest(f"{name} must be valid Unicode of at most {limit} characters")
+
+
 def decide(
     db: SmithersDb, run_id: str, node_id: str, decision: Decision, who: Identity | None = None
 ) -> None:
@@ -4962,9 +4973,8 @@ def decide(
     the one that was seen, RunNotActive when the run has ended, or ApprovalNotPending when the node
     does not wait or was decided otherwise.
     """
-    for text in (decision.note, decision.decided_by):
-        if text is not None and printable(text) != text:
-            raise InvalidRequest("note and decidedBy must be valid Unicode")
+    check_said("note", decision.note)
+    check_said("decidedBy", decision.decided_by)
     with db.transaction(run_id, HTTP_LOCK_PATIENCE_SECONDS) as tx:
         run = tx.existing_run(run_id)
         gate = _find_gate(tx, node_id, decision)
@@ -4982,8 +4992,9 @@ def decide(
         if gate.status == decision.verdict:
             return
         if gate.status != "requested":
+            by = f" by {gate.decided_by}" if gate.decided_by else ""
             raise ApprovalNotPending(
-                f"node {node_id!r} does not wait for a decision: it was {gate.status}"
+                f"node {node_id!r} does not wait for a decision: it was {gate.status}{by}"
             )
         if run.is_terminal:
             raise RunNotActive(f"run {run_id} is {run.status} already")
@@ -5093,18 +5104,24 @@ def is_attended(run: Run) -> bool:
 
 
 def cancel_run(
-    db: SmithersDb, run_id: str, by: str | None = None, reason: str | None = None
+    db: SmithersDb,
+    run_id: str,
+    by: str | None = None,
+    reason: str | None = None,
+    by_source: str | None = None,
 ) -> None:
     """Ask the run's engine to cancel it; without a living engine cancel it here.
 
     Returns when the request is on disk: a run whose engine dies before it has obeyed is cancelled
     when it is resumed. Raises RunNotFound, or RunNotActive when the run has ended.
     """
+    check_said("reason", reason)
+    check_said("decidedBy", by)
     with db.transaction(run_id, HTTP_LOCK_PATIENCE_SECONDS) as tx:
         run = tx.existing_run(run_id)
         if run.is_terminal:
             raise RunNotActive(f"run {run_id} is {run.status} already")
-        tx.request_cancel(by, reason)
+        tx.request_cancel(by, reason, by_source)
         life = owner_life(run)
         if life == "dead":
             _cancel_here(db, tx)
@@ -6784,7 +6801,6 @@ MAX_REQUEST_LINE = 8 << 10
 MAX_HEAD_BYTES = 32 << 10
 MAX_HEADER_COUNT = 100
 MAX_BODY_BYTES = 1 << 20
-MAX_NOTE_CHARS = 10_000
 MAX_FRAMES = 1000  # frames of one answer, of at most 8 MiB
 LIGHT_BYTES = 64 << 10  # a body up to this is made and sent in well under a millisecond
 
@@ -7643,16 +7659,29 @@ def _loaded(text: str | None) -> Any:
     return None if text is None else json.loads(text)
 
 
-def approvals_json(reads: Reads, run: Run, status: str | None) -> list[dict[str, Any]]:
-    """Return the gates of a run with this status (all when None), oldest request first."""
+def approvals_json(
+    reads: Reads,
+    run: Run,
+    status: str | None,
+    after: tuple[int, Key] = (-1, ("", 0)),
+    limit: int | None = None,
+) -> list[dict[str, Any]]:
+    """Return the gates of a run with this status (all when None), oldest request first.
+
+    Those after this time of request and key, so many of them.
+    """
+
+    def place(gate: Gate) -> tuple[int, Key]:
+        return gate.requested_at_ms or 0, gate.key
+
     gates = [gate for gate in reads.list_gates(run.run_id, status) if not gate.is_pause]
-    gates.sort(key=lambda gate: (gate.requested_at_ms or 0, gate.key))
+    gates = sorted((gate for gate in gates if place(gate) > after), key=place)[:limit]
     # What led to it counts for whoever has still to decide.
     count = sum(gate.status == "requested" for gate in gates)
     look = MAX_SCANNED_EVENTS // max(1, min(count, MAX_WITH_EVIDENCE))
     shown: list[dict[str, Any]] = []
     known: dict[str, Any] = {}
-    for gate in gates[:MAX_PAGE]:
+    for gate in gates:
         node = reads.get_node(run.run_id, gate.key)
         label = None if node is None else node.label
         is_looked_at = gate.status == "requested" and len(shown) < MAX_WITH_EVIDENCE
@@ -7714,7 +7743,7 @@ def _why_owner(run: Run, state: str, is_driven: bool) -> Iterator[dict[str, Any]
 def _why_gates(
     reads: Reads, run: Run, gates: Seq[Gate], nodes: Mapping[Key, Node]
 ) -> Iterator[dict[str, Any]]:
-    for gate in gates[:MAX_PAGE]:
+    for gate in gates:
         node = nodes.get(gate.key) or reads.get_node(run.run_id, gate.key)
         since, due = gate.requested_at_ms, gate.deadline_at_ms
         if gate.is_pause:
@@ -7836,9 +7865,14 @@ def due_text(at_ms: int) -> str:
 
 
 def duration_text(ms: float) -> str:
-    """Return a duration as people say it: `3 min`, `2 h`; `now` when it is over."""
+    """Return a duration as people say it: `3 min`, `2 h`; `now` when it is over, or nearly."""
     seconds = ms / 1000
-    for limit, divisor, unit in ((1, 1, ""), (90, 1, "s"), (5400, 60, "min"), (129600, 3600, "h")):
+    for limit, divisor, unit in (
+        (0.5, 1, ""),
+        (90, 1, "s"),
+        (5400, 60, "min"),
+        (129600, 3600, "h"),
+    ):
         if seconds < limit:
             return f"{seconds / divisor:.0f} {unit}" if unit else "now"
     return f"{seconds / 86400:.0f} days"
@@ -9125,12 +9159,19 @@ def get_node(app: App, request: Request) -> Response:
 
 
 def get_approvals(app: App, request: Request) -> Response:
-    status = request.query("status").get("status", "requested")
+    query = request.query("status", "after", "limit")
+    status = query.get("status", "requested")
     if status not in GATE_STATUSES:
         known = ", ".join(GATE_STATUSES)
         raise InvalidRequest(f"status must be one of {known}, got {short(status)}")
     wanted = None if status == "all" else status
-    return _read_run(request, lambda reads, run: approvals_json(reads, run, wanted))
+    limit = min(integer_in("limit", query.get("limit", str(MAX_PAGE)), 1), MAX_PAGE)
+    asked_at, _, key = query.get("after", "").partition("::")
+    node_id, _, iteration = key.rpartition("::")
+    after = (-1, ("", 0))
+    if "after" in query:
+        after = (integer_in("after", asked_at, 0), (node_id, integer_in("after", iteration, 0)))
+    return _read_run(request, lambda reads, run: approvals_json(reads, run, wanted, after, limit))
 
 
 def get_why(app: App, request: Request) -> Response:
@@ -9149,7 +9190,8 @@ def post_deny(app: App, request: Request) -> Response:
 def post_cancel(app: App, request: Request) -> Response:
     said = parse_said(request.body, ("decidedBy", "reason"))
     by = _speaker(request.who, said.get("decidedBy"))
-    cancel_run(app.adapter, request.view.run_id, by, said.get("reason"))
+    source = "token" if request.who.is_proven else None
+    cancel_run(app.adapter, request.view.run_id, by, said.get("reason"), source)
     app.note_cancel()
     return json_response({"runId": request.view.run_id})
 
@@ -9264,10 +9306,9 @@ def parse_said(body: bytes, texts: Seq[str], numbers: Seq[str] = ()) -> dict[str
         if number is not None and not (is_whole and 0 <= number <= INT64_MAX):
             raise InvalidRequest(f"{name} must be a whole number of at least 0")
     for name in texts:
-        limit = MAX_NAME_CHARS if name == "decidedBy" else MAX_NOTE_CHARS
-        text = value.get(name)
-        if text is not None and (not isinstance(text, str) or len(text) > limit):
-            raise InvalidRequest(f"{name} must be text of at most {limit} characters")
+        if not isinstance(value.get(name, ""), (str, type(None))):
+            raise InvalidRequest(f"{name} must be text")
+        check_said(name, value.get(name))
     return value
 
 
@@ -9303,19 +9344,30 @@ class Tokens:
         self._seen: tuple[int, ...] | None = None
         self._known: list[tuple[bytes, Identity]] = []
         self.read()
+        self._followed: tuple[int, ...] | None = self._seen
+
+    def _look(self) -> tuple[int, ...]:
+        found = os.stat(self._path)
+        return found.st_mode, found.st_mtime_ns, found.st_ino, found.st_size
+
+    def has_changed(self) -> bool:
+        """Return whether the file is another one than when this was last asked."""
+        before, self._followed = self._followed, None
+        with contextlib.suppress(OSError):
+            self._followed = self._look()
+        return self._followed != before
 
     def read(self) -> None:
         """Read the file if it has changed. Raises ValueError for what it should not be."""
-        found = os.stat(self._path)
-        seen = (found.st_mtime_ns, found.st_ino, found.st_size, found.st_mode)
+        seen = self._look()
         if seen == self._seen:
             return
         self._known = []
-        if found.st_mode & 0o077 and os.name != "nt":
+        if seen[0] & 0o077 and os.name != "nt":
             raise ValueError(f"{self._path} can be read by others: chmod 600 it")
-        with open(self._path, encoding="utf-8") as file:
+        with open(self._path, encoding="utf-8-sig") as file:
             lines = [line.split() for line in file if line.strip() and line[0] != "#"]
-        known = []
+        known: list[tuple[bytes, Identity]] = []
         for number, words in enumerate(lines, 1):
             if len(words) != 3 or words[1] not in ROLES:
                 raise ValueError(
@@ -9323,6 +9375,8 @@ class Tokens:
                     + ", ".join(ROLES)
                 )
             token = _checked_token(words[2]).encode("ascii")
+            if token in (other for other, _ in known):
+                raise ValueError(f"{self._path}: entry {number} has the token of an earlier one")
             known.append((token, Identity(words[0], words[1], is_proven=True)))
         self._known, self._seen = known, seen
 
@@ -9509,6 +9563,10 @@ class App:
             else "OTHER"
         )
         self.metrics.observe_request(known, label, status, (time.perf_counter() - started) * 1000)
+
+    def has_new_tokens(self) -> bool:
+        """Return whether the file of tokens has changed since this was last asked."""
+        return self._tokens is not None and self._tokens.has_changed()
 
     def identify(self, headers: Mapping[str, str]) -> Identity | None:
         """Return whose request this is, None when it bears no valid token and needs one."""
@@ -10675,6 +10733,9 @@ class Network:
         for connection in [c for c in self._connections if c.state.deadline < now]:
             if connection.want is not NEXT:  # whose move is ours
                 self._expire(connection)
+        # Where tokens have changed, those who follow come again with theirs, if it still counts.
+        for stream in list(self._streams.open) if self._app.has_new_tokens() else ():
+            self._drop(stream)
         for stream in [s for s in self._streams.open if s.state.deadline < now]:
             self._guarded(self._streams.expire, stream)
 
@@ -10914,6 +10975,11 @@ MEANT = {"list": "ps", "ls": "ps", "run": "up", "start": "up", "serve": "server"
 MEANT.update(tail="logs", events="logs", reject="deny", kill="cancel", resume="up", why="status")
 
 
+def pasted(*words: str) -> str:
+    """Return the line that has this program do something, wherever it is pasted."""
+    return shlex.join([sys.executable, os.path.abspath(__file__), *words])
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         unknown = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
@@ -10924,7 +10990,10 @@ class Parser(argparse.ArgumentParser):
             close = close or [name for name in names if name in unknown[1]][:1]
             meant = f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(names)}"
             message = f"no command {unknown[1]!r}{meant}"
-        self.exit(EXIT_USAGE, f"[smithers] Error: {message}; help: {self.prog} --help\n")
+        self.exit(
+            EXIT_USAGE,
+            f"[smithers] Error: {message}; help: {pasted(*self.prog.split()[1:])} --help\n",
+        )
 
 
 _has_time = False  # whether lines bear the time, as in the log of a detached run
@@ -10968,6 +11037,13 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
+def parse_seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected seconds, at least 0, got {short(text)}")
+
+
 Flag = tuple[tuple[str, ...], dict[str, Any]]
 
 
@@ -10993,7 +11069,7 @@ SERVE_FLAGS = (
     flag("--certfile", help="TLS certificate chain (PEM)"),
     flag("--keyfile", help="TLS private key (PEM; default: in the certificate file)"),
 )  # fmt: skip
-LINGER_FLAG = flag("--linger", type=float, metavar="SECONDS",
+LINGER_FLAG = flag("--linger", type=parse_seconds, metavar="SECONDS",
                    help="how long to serve after the end (default: until stopped)")  # fmt: skip
 NOTIFY_FLAG = flag(
     "--notify",
@@ -11043,14 +11119,36 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.required = True
     for command in COMMANDS:
-        example = f"example: {parser.prog} {command.example}"
         one = commands.add_parser(
-            command.name, help=command.help, description=command.help, epilog=example
+            command.name,
+            help=command.help,
+            description=command.help,
+            epilog=f"example: {pasted()} {command.example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,  # an example stays on one line
         )
         for names_of_flag, options in command.flags:
             one.add_argument(*names_of_flag, **options)
         one.set_defaults(run=command.run)
     return parser
+
+
+def parse_command_line(argv: Seq[str]) -> argparse.Namespace:
+    """Return what the words say. Raises SystemExit, as argparse does, when it has told a mistake.
+
+    It takes `[RUN] [NODE]` in one go only: those that come after a flag are added here.
+    """
+    parser = make_parser()
+    for word in argv:
+        if printable(word) != word:
+            parser.error(f"{short(word)} is not valid Unicode")
+    args, rest = parser.parse_known_args(argv)
+    end = rest.index("--") if "--" in rest else len(rest)
+    is_flag = [word.startswith("-") for word in rest[:end]]
+    if rest and (any(is_flag) or not hasattr(args, "words")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.words += rest[:end] + rest[end + 1 :]
+    return args
 
 
 def split_workflow(spec: str) -> tuple[str, str]:
@@ -11135,6 +11233,13 @@ def _line_in(error: BaseException, path: str) -> str:
             line = traceback.tb_lineno
         traceback = traceback.tb_next
     return "" if line is None else f", line {line}"
+
+
+class LogFormatter(logging.Formatter):
+    """Writes nothing that a terminal would obey: a traceback may quote anybody."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(log_safe, super().format(record).split("\n")))
 
 
 def share_import_path(folder: str) -> None:
@@ -11604,8 +11709,7 @@ def fix_paths(args: argparse.Namespace) -> None:
 
 def resume_line(args: argparse.Namespace, run_id: str) -> str:
     """Return the whole command line that goes on with a run; the paths of `args` are fixed."""
-    words = [sys.executable, os.path.abspath(__file__), "up", args.workflow]
-    words += ["--serve", "--resume"]
+    words = ["up", args.workflow, "--serve", "--resume"]
     words += [f"--run-id={run_id}"] if run_id.startswith("-") else ["--run-id", run_id]
     for names, options in UP_FLAGS:
         name = names[-1]
@@ -11618,7 +11722,7 @@ def resume_line(args: argparse.Namespace, run_id: str) -> str:
         words += ["--allowed-host", host]
     # Tasks may name files of the folder, and --executor a module there.
     go = f"cd {shlex.quote(args.folder)} && " if os.path.isdir(args.folder) else ""
-    return f"{go}{shlex.join(words)}"
+    return f"{go}{pasted(*words)}"
 
 
 class Process:
@@ -12923,7 +13027,8 @@ def open_existing(args: argparse.Namespace) -> SmithersDb:
 def find_run(reads: Reads, args: argparse.Namespace, text: str | None) -> Run:
     """Return the run whose id, or an unambiguous beginning of it, this is.
 
-    Without one: the run that has not ended if there is just one, else the newest.
+    Without one: the run that has not ended if there is just one, else the newest, which is only
+    read: what changes a run must not be guessed.
     """
     where = os.path.abspath(args.db)
     if text is not None:
@@ -12934,7 +13039,10 @@ def find_run(reads: Reads, args: argparse.Namespace, text: str | None) -> Run:
         newest = ", ".join(run.run_id for run in (found or reads.newest_runs(10))[:10])
         what = f"several runs begin with {text!r}" if found else f"there is no run {text!r}"
         raise UsageError(f"{what} in {where}" + (f"; there are: {newest}" if newest else ""))
-    active = [run for run in reads.newest_runs(1000) if not run.is_terminal]
+    active = reads.list_runs(ACTIVE_STATUSES)
+    if len(active) > 1 and args.command in CHANGING:
+        known = ", ".join(run.run_id for run in active[:10])
+        raise UsageError(f"{len(active)} runs have not ended: say which; there are: {known}")
     newest_runs = active if len(active) == 1 else reads.newest_runs(1)
     if not newest_runs:
         raise UsageError(f"there is no run yet in {where}")
@@ -12958,6 +13066,9 @@ def find_run_and_node(reads: Reads, args: argparse.Namespace) -> tuple[Run, str 
         return find_run(reads, args, words[0]), None
     except UsageError as error:
         raise UsageError(f"{words[0]!r} is neither a node of the run nor a run: {error}") from error
+
+
+CHANGING = ("approve", "deny", "stop", "cancel", "retry")
 
 
 class Whole(str):
@@ -13066,7 +13177,7 @@ def decision_line(args: argparse.Namespace, verb: str, gate: Mapping[str, Any]) 
     # An id may begin like a flag.
     is_plain = not any(word.startswith("-") for word in words)
     line = [*words, *flags] if is_plain else [*flags, "--", *words]
-    return shlex.join([sys.executable, os.path.abspath(__file__), verb, *line])
+    return pasted(verb, *line)
 
 
 def run_row(reads: Reads, run: Run) -> dict[str, Any]:
@@ -13094,7 +13205,7 @@ def run_row(reads: Reads, run: Run) -> dict[str, Any]:
 
 def run_ps(args: argparse.Namespace) -> int:
     with open_existing(args) as db, db.snapshot() as reads:
-        runs = [run for run in reads.newest_runs(1000) if args.all or not run.is_terminal]
+        runs = reads.newest_runs(-1) if args.all else reads.list_runs(ACTIVE_STATUSES)
         found = [run_row(reads, run) for run in runs]
 
     def lines() -> Iterator[str]:
@@ -13105,12 +13216,12 @@ def run_ps(args: argparse.Namespace) -> int:
                 ago(row["createdAtMs"]), row["waitsFor"] or "-", row["engine"] or "none",
                 row["workflowName"], row["page"] or "",
             )  # fmt: skip
-            table.append([str(text) for text in shown])
-        widths = [max(map(len, column)) for column in zip(*table)]
+            table.append([log_safe(text) for text in shown])
+        widths = [max(map(cells, column)) for column in zip(*table)]
         for texts in table:
-            yield "  ".join(text.ljust(width) for text, width in zip(texts, widths))
+            yield "  ".join(t + " " * (width - cells(t)) for t, width in zip(texts, widths))
         if not found:
-            yield "No run has still to end; -a lists all."
+            yield "There is no run yet." if args.all else "No run has still to end; -a lists all."
 
     return tell(args, found, lines(), fit=True)
 
@@ -13146,7 +13257,7 @@ def status_lines(args: argparse.Namespace, shown: dict[str, Any]) -> Iterator[st
         yield Whole(f"    {decision_line(args, 'approve', gate)}")
     words_of = {
         "timeout": "has a deadline",
-        "task": "runs since",
+        "task": "was running, since" if "owner" in by_kind else "runs since",
         "pause": "pauses",
         "retry": "is tried again",
         "concurrency": "is queued since",
@@ -13209,7 +13320,9 @@ def show_lines(shown: Mapping[str, Any]) -> Iterator[str]:
     if shown["needs"]:
         yield "  needs " + ", ".join(shown["needs"])
     if shown["output"] is not None:
-        yield "  output: " + to_json(shown["output"])[:EVIDENCE_BYTES]
+        text = to_json(shown["output"])
+        is_cut = " ... (`output` prints all of it)" if len(text) > EVIDENCE_BYTES else ""
+        yield f"  output: {text[:EVIDENCE_BYTES]}{is_cut}"
     for line in shown["log"]:
         yield f"  | {line['text']}"
 
@@ -13242,7 +13355,8 @@ def gate_lines(args: argparse.Namespace, gate: Mapping[str, Any]) -> Iterator[st
         if found["error"] is not None:
             yield f"    {found['error']['message']}"
         if found["output"] is not None:
-            yield f"    output: {to_json(found['output'])}"
+            is_cut = " ... (`output` prints all of it)" if found["isCut"] else ""
+            yield f"    output: {to_json(found['output'])}{is_cut}"
         for line in found["log"]:
             yield f"    | {line['text']}"
     yield f"  asked {ago(gate['requestedAtMs'])} ago"
@@ -13419,24 +13533,22 @@ def run_decision(args: argparse.Namespace) -> int:
     with open_existing(args) as db:
         with db.snapshot() as reads:
             run, node_id = run_and_node(reads, args)
-            gates = [
+            asked = [
                 gate
                 for gate in reads.list_gates_of(run.run_id, node_id)
-                if gate.status == "requested" and args.iteration in (None, gate.iteration)
+                if args.iteration in (None, gate.iteration)
             ]
-            if not gates and not reads.count_open_gates(run.run_id):
-                state = run_state(run)
-                raise ApprovalNotPending(
-                    f"nothing waits for a decision in run {run.run_id}: it is {state}"
-                )
+            if not asked and not reads.count_open_gates(run.run_id):
+                raise ApprovalNotPending(nothing_waits(reads, run))
+            gates = [gate for gate in asked if gate.status == "requested"]
             seen = None
             if len(gates) == 1:
                 node = reads.get_node(run.run_id, gates[0].key)
                 seen = gate_json(reads, run, gates[0], None if node is None else node.label)
         if seen is not None and not args.json:
             tell(args, seen, gate_lines(args, seen))
-        if not args.yes and not _is_confirmed(f"{args.command} {node_id}?"):
-            raise UsageError("not decided: without a terminal -y says that it is meant")
+        if not args.yes:
+            _check_confirmed(f"{args.command} {node_id}?")
         decision = Decision(
             verdict,
             seen["iteration"] if seen else args.iteration,
@@ -13449,7 +13561,9 @@ def run_decision(args: argparse.Namespace) -> int:
         run = db.get_run(run.run_id) or run
         life = "alive" if run.is_terminal else watch_owner(db, run.run_id)
         goes_on = f"its engine goes on (pid {run.config.get('pid')})"
-        if is_attended(run):
+        if run.is_terminal:
+            goes_on = f"the run is {run.status}"
+        elif is_attended(run):
             goes_on = "its server goes on"
         elif life == "dead":
             goes_on = f"it counts when the run is resumed: {_resume_hint(run)}"
@@ -13457,12 +13571,23 @@ def run_decision(args: argparse.Namespace) -> int:
         return tell(args, value, [f"{node_id} {verdict}; {goes_on}"])
 
 
-def _is_confirmed(question: str) -> bool:
+def nothing_waits(reads: Reads, run: Run) -> str:
+    """Return that nobody has to decide, and what the run does instead."""
+    why = why_json(reads, run)
+    said = [f"it is {why['state']}"]
+    for item in why["blocked"][:1]:
+        said.append((f"{item['nodeId']}: " if item["nodeId"] else "") + item["detail"])
+    return f"nothing waits for a decision in run {run.run_id}: {'; '.join(said)}"
+
+
+def _check_confirmed(question: str) -> None:
+    """Raise UsageError unless a person at a terminal says yes."""
     if sys.stdin is None or not sys.stdin.isatty():
-        return False
+        raise UsageError("not decided: without a terminal -y says that it is meant")
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UsageError("not decided")
 
 
 def is_cared_for(run: Run) -> bool:
@@ -13473,7 +13598,7 @@ def _resume_hint(run: Run) -> str:
     if run.config.get("server"):
         words = ["server", "--root", run.config["rootDir"], "--db"]
         words.append(os.path.dirname(run.config["logFile"]).rpartition(".logs")[0])
-        return shlex.join([sys.executable, os.path.abspath(__file__), *words])
+        return pasted(*words)
     options = run.config.get("options")
     if not options:
         return f"up FILE --serve --resume --run-id {run.run_id}"
@@ -13501,7 +13626,7 @@ def run_stop(args: argparse.Namespace) -> int:
 def run_cancel(args: argparse.Namespace) -> int:
     with open_existing(args) as db:
         run = find_run(db, args, args.run_id)
-        cancel_run(db, run.run_id, args.by or login_name(), args.note)
+        cancel_run(db, run.run_id, args.by or login_name(), args.note, "claimed")
         return tell(args, {"runId": run.run_id}, [f"Run {run.run_id} is being cancelled"])
 
 
@@ -13513,6 +13638,8 @@ def run_retry(args: argparse.Namespace) -> int:
             request_retry(db, run.run_id, args.words[1:] or True)
             said = "its server goes on" if is_attended(run) else f"go on with: {_resume_hint(run)}"
             return tell(args, {"runId": run.run_id}, [f"Run {run.run_id} is retried; {said}"])
+        if run.is_terminal:
+            check_can_retry(db, run, args.words[1:] or True)
     options = run.config.get("options")
     if not options:
         raise UsageError(
@@ -13704,7 +13831,8 @@ COMMANDS = (
     Command("wait", "Wait until a run has ended, or for a gate.",
             (RUN_FLAG, *READ_FLAGS,
              flag("--for", dest="until", choices=("end", "gate"), default="end", help="(end)"),
-             flag("--timeout", type=float, metavar="SECONDS", help="exit with 5 after so long")),
+             flag("--timeout", type=parse_seconds, metavar="SECONDS",
+                  help="exit with 5 after so long")),
             run_wait, "wait --for gate --timeout 600"),
     Command("output", "Print the output of a node as JSON.", NODE_FLAGS, run_output,
             "output build"),
@@ -13801,7 +13929,7 @@ def run_command_line(args: argparse.Namespace) -> int:
     if not logger.handlers:  # the root's are the workflow file's to set
         at = "%(asctime)s " if _has_time else ""
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter(f"{at}[smithers] %(levelname)s %(message)s"))
+        handler.setFormatter(LogFormatter(f"{at}[smithers] %(levelname)s %(message)s"))
         logger.addHandler(handler)
         logger.propagate = False
     with result_stream() as args.out:
@@ -13815,7 +13943,7 @@ def run_command_line(args: argparse.Namespace) -> int:
 def run_guarded(args: argparse.Namespace) -> int:
     try:
         return int(args.run(args))
-    except (ApprovalNotPending, GateChanged, RunNotActive, Forbidden) as error:
+    except (ApprovalNotPending, GateChanged, RunActive, RunNotActive, Forbidden) as error:
         say(f"Error: {log_safe(error)}")
         return EXIT_CONFLICT
     except (AuthoringError, UsageError, StorageError, ServeError) as error:
@@ -13835,7 +13963,7 @@ def main(argv: Seq[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     open_missing_streams()
     try:
-        args = make_parser().parse_args(argv)
+        args = parse_command_line(sys.argv[1:] if argv is None else argv)
     except SystemExit as stop:
         return int(stop.code or 0)
     code = run_command_line(args)

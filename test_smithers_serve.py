@@ -187,7 +187,7 @@ EVENT_FIELDS = {
     "RunStatusChanged": "status",
     "RunFinished": "",
     "RunFailed": "error",
-    "RunCancelled": "by? reason?",
+    "RunCancelled": "by? reason? bySource?",
     "FrameCommitted": "frameNo xmlHash",
     "NodePending": "nodeId iteration",
     "NodeStarted": "nodeId iteration attempt",
@@ -3651,7 +3651,7 @@ class NodesTest(ServerCase):
             ("/nodes?limit=0", "limit"), ("/nodes?limit=many", "limit"),
             ("/nodes?after=build", "after"), ("/nodes?after=build::x", "after"),
             ("/nodes/build?iteration=-1", "iteration"), ("/nodes/build?attempt=0", "'attempt'"),
-            ("/approvals?limit=1", "'limit'"), ("/approvals?status=open", "status"),
+            ("/approvals?limt=1", "'limt'"), ("/approvals?status=open", "status"),
             ("/why?node=build", "'node'"),
         ):  # fmt: skip
             self.assert_refused(400, "INVALID_REQUEST", says, "GET", path)
@@ -3687,6 +3687,26 @@ class ApprovalsTest(ServerCase):
         self.assertEqual(keys_of(self.look("/approvals")), "b::0 c::0")
         (decided,) = self.look("/approvals?status=approved")
         self.assertEqual((decided["note"], decided["decidedBy"]), ("fine", "alice"))
+
+    def test_all_of_many_gates_can_be_seen(self) -> None:
+        self.look("/why", Parallel(*(Approval(f"g{n}") for n in range(1003))))
+        found: list[Any] = []
+        after = ""
+        for _ in range(4):
+            page = self.look(f"/approvals?limit=400{after}")
+            found += page
+            if page:
+                last = page[-1]
+                # Decided meanwhile, it is no longer among those that wait.
+                self.assert_ask(200, "POST", f"/approve/{last['nodeId']}")
+                after = f"&after={last['requestedAtMs']}::{last['nodeId']}::0"
+        self.assertEqual(len({gate["nodeId"] for gate in found}), 1003)
+        self.assertEqual(len(found), 1003)
+        self.assertEqual(len(self.look("/approvals")), 1000)
+        kinds = [item["kind"] for item in self.look("/why")["blocked"]]
+        self.assertEqual(kinds.count("approval"), 1000)
+        for query in ("limit=0", "after=g1", "after=1::g1", "after=x::g1::0"):
+            self.assert_ask(400, "GET", f"/approvals?{query}")
 
     def test_evidence_is_what_a_gate_stands_on(self) -> None:
         before = Parallel(Task("x", answer), Task("y", fail, continue_on_fail=True))
@@ -3895,6 +3915,10 @@ class WhyTest(ServerCase):
         live.wait("NodeOutput many 0 0 line 499")
         self.assertIn("task few: last line: line 0", self.blocked())
         self.assertIn("task many: last line: line 499", self.blocked())
+
+    def test_nothing_is_now_that_is_still_to_come(self) -> None:
+        told = [ss.duration_text(ms) for ms in (-5, 400, 999, 1000, 89_000, 90_000)]
+        self.assertEqual(told, ["now", "now", "1 s", "1 s", "89 s", "2 min"])
 
     def test_a_retry_tells_how_many_are_left(self) -> None:
         self.served = self.fresh()
@@ -4912,7 +4936,7 @@ class NamedTokenTest(ServerCase):
         self.assertEqual(self.status_of("o", "POST", "/cancel", {"decidedBy": "vera"}), 403)
         self.assertEqual(self.status_of("o", "POST", "/cancel", {"decidedBy": "olga"}), 200)
         self.assertEqual(
-            self.told("RunCancelled", run_id=self.served.run_id), ["RunCancelled olga"]
+            self.told("RunCancelled", run_id=self.served.run_id), ["RunCancelled olga token"]
         )
 
     def test_only_approvers_decide_their_gate(self) -> None:
@@ -4944,6 +4968,24 @@ class NamedTokenTest(ServerCase):
         os.remove(self.tokens)
         self.assertEqual(self.status_of("o", "GET", "/"), 401)
 
+    def test_who_follows_events_is_asked_again(self) -> None:
+        """An open stream ends when the file changes: who may still read comes again."""
+        with EventReader(self.served.port, headers=bearer("v")) as reader:
+            reader.until("NodeWaitingApproval")
+            self.keep(self.FILE.replace("viewer v", "viewer V"))
+            eventually(lambda: not self.served.server.network.has_streams)
+        for token, status in (("v", 401), ("V", 200)):
+            with EventReader(self.served.port, headers=bearer(token)) as reader:
+                self.assertEqual(reader.status, status)
+
+    def test_a_file_may_be_made_on_windows(self) -> None:
+        """The mark that an editor puts before its first line is no part of a name."""
+        self.keep("\ufeffalice approver a\r\nolga operator o\r\n")
+        self.assertEqual(
+            self.status_of("a", "POST", "/approve/deploy", {"decidedBy": "alice"}), 200
+        )
+        self.assertEqual(self.status_of("o", "GET", "/"), 200)
+
     def test_a_file_others_can_read_lets_nobody_in(self) -> None:
         for mode, status in ((0o644, 401), (0o600, 200), (0o640, 401), (0o400, 200)):
             os.chmod(self.tokens, mode)
@@ -4953,6 +4995,7 @@ class NamedTokenTest(ServerCase):
         for text, mode in (
             (self.FILE, 0o644), (self.FILE, 0o604), ("alice approver", 0o600),
             ("alice boss a", 0o600), ("alice approver ä", 0o600), ("a b c d", 0o600),
+            ("alice viewer a\nolga operator a", 0o600),
         ):  # fmt: skip
             self.keep(text, mode)
             with self.assertRaises(ValueError):
@@ -6750,6 +6793,13 @@ class LingerTest(CommandCase):
                 child.wait_for(f"Workflow (finished|failed). Server ends in {seconds} s")
                 self.assertEqual(child.finish()[0], expected)
 
+    def test_seconds_are_a_number_that_can_pass(self) -> None:
+        for line in ("up flow.py:other --linger", "wait --timeout"):
+            for seconds in ("-1", "nan", "inf", "soon", ""):
+                code, _, err = self.main(*line.split(), seconds)
+                self.assertEqual(code, 4)
+                self.assertRegex(err, r"\A\[smithers\] Error: [^\n]*expected seconds[^\n]*\n\Z")
+
     def test_a_follower_gets_the_last_event(self) -> None:
         """However slowly it reads: the server's end waits for what is under way."""
         with self.up("lengthy", "--linger", "0") as child:
@@ -6884,6 +6934,7 @@ JSON_KEYS = {
     "ps -a": RUN_KEYS,
     "status ship": [*RUN_KEYS, "status", "why", "resume", "failed", "summary"],
     "show ship": [*GATE_KEYS, "evidence"],
+    "show broke": [*RUN_KEYS, "status", "why", "resume", "failed", "summary"],
     "show broke fail": DETAIL_KEYS,
     "logs broke": LINE_KEYS,
     "history broke": HISTORY_KEYS,
@@ -7044,13 +7095,14 @@ class SeatTest(SeatCase):
 
     def test_every_help_ends_in_an_example(self) -> None:
         for command in ss.COMMANDS:
-            code, out, _ = self.main(command.name, "--help", COLUMNS="80")
+            code, out, _ = self.main(command.name, "--help", COLUMNS="40")
             self.assertEqual(code, 0)
-            example = " ".join(out.rpartition("example: ")[2].split())
-            self.assertTrue(out.rstrip().endswith(out.rpartition("example: ")[2].rstrip()))
-            words = shlex.split(example)
-            self.assertEqual(words[1], command.name)
-            self.assertIs(ss.make_parser().parse_args(words[1:]).run, command.run)
+            example = out.splitlines()[-1]  # in one line, so that it can be pasted
+            self.assertEqual(example.partition(" ")[0], "example:")
+            _, python, program, *words = shlex.split(example)
+            self.assertEqual((python, program), (sys.executable, os.path.abspath(ss.__file__)))
+            self.assertEqual(words[0], command.name)
+            self.assertIs(ss.make_parser().parse_args(words).run, command.run)
 
     def test_unknown_words_name_what_was_meant(self) -> None:
         for word, meant in (
@@ -7093,7 +7145,95 @@ class SeatTest(SeatCase):
         self.begin("ship")
         self.refused(5, "build", "approve ship build -y")
         self.tell("deny ship deploy -y -m no --by alice")
-        self.refused(5, "nothing waits", "approve ship deploy -y")
+        self.refused(5, "deploy.*was denied by alice", "approve ship deploy -y")
+        self.tell("deny ship deploy -y")  # again: as over HTTP, nothing changes
+
+    def test_approve_says_what_the_run_does_instead(self) -> None:
+        with self.up("napping") as child:
+            child.wait_for("asleep")
+            self.refused(5, "nothing waits.*running; .*asleep", "approve r x -y")
+            child.process.kill()
+        self.refused(5, "nothing waits.*orphaned; no engine", "approve r x -y")
+        self.assertRegex(self.tell("status r"), "was running, since .*: last line: asleep")
+
+    def test_what_changes_a_run_is_told_which(self) -> None:
+        for run_id in ("one", "two"):
+            self.begin("ship", run_id)
+        before = rows(self.path)
+        for line in ("approve deploy -y", "deny deploy -y", "stop", "cancel", "retry"):
+            self.refused(4, "2 runs have not ended: say which.*two, one", line)
+        self.assertEqual(rows(self.path), before)
+        self.tell("cancel one")
+        self.tell("cancel")
+        self.assertEqual(self.told_json("ps"), [])
+
+    def test_retry_of_what_went_well_needs_a_node(self) -> None:
+        self.begin("notes")
+        self.refused(4, "has finished: say which nodes", "retry notes")
+        self.begin("ship")
+        change(self.path, """update _smithers_runs set config_json = '{"server": true}'
+                             where run_id = 'ship'""")  # fmt: skip
+        self.refused(5, "what has ended can be retried", "retry ship")
+
+    def test_columns_stand_where_letters_are_wide(self) -> None:
+        for run_id, name in (("a", "\u8a2d\u5b9a"), ("b", "plain")):
+            self.write(
+                "wide.py",
+                f"from smithers_serve import *\nworkflow = Workflow({name!r}, Approval('x'))",
+            )
+            self.main("up", "wide.py", "-r", run_id)
+            change(self.path, """update _smithers_runs set config_json = '{"url": "http://x"}'""")
+        with mock.patch.object(ss, "owner_life", return_value="alive"):
+            table = self.tell("ps").splitlines()
+        self.assertEqual(len({ss.cells(row[: row.index("http")]) for row in table[1:]}), 1)
+
+    def test_what_is_cut_is_said_to_be(self) -> None:
+        self.write(
+            "much.py",
+            "from smithers_serve import *\n"
+            "workflow = Workflow('much', Task('a', {'n': 'x' * 5000}), Approval('gate'))",
+        )
+        self.main("up", "much.py", "-r", "much")
+        for line in ("show much", "show much a"):
+            self.assertIn("x ... (`output` prints all of it)\n", self.tell(line).replace('"', ""))
+        self.assertEqual(len(self.told_json("output much a")["n"]), 5000)
+
+    def test_old_runs_that_wait_are_not_lost(self) -> None:
+        """However many have begun and ended since."""
+        self.begin("ship", "old")
+        self.begin("broke", "new")
+        change(self.path, "update _smithers_runs set created_at_ms = 1 where run_id = 'old'",
+               """with recursive n(i) as (select 1 union all select i + 1 from n where i < 1001)
+                  insert into _smithers_runs (run_id, workflow_name, status, created_at_ms)
+                  select 'r' || i, 'x', 'finished', 5 from n""")  # fmt: skip
+        self.assertEqual([run["runId"] for run in self.told_json("ps")], ["old"])
+        self.assertEqual(len(self.told_json("ps -a")), 1003)
+        self.assertEqual(self.told_json("status")["runId"], "old")
+        change(self.path, "delete from _smithers_runs where created_at_ms = 5")
+
+    def test_words_may_come_after_flags(self) -> None:
+        self.begin("ship")
+        build = self.tell("show ship build")
+        self.assertEqual(self.tell("show ship --iteration 0 build"), build)
+        self.assertEqual(self.tell("show ship --iteration 0 -- build"), build)
+        self.refused(4, "unrecognized arguments: .*-x", "show ship --iteration 0 build -x")
+        self.refused(4, "unrecognized arguments: more", "status ship more")
+        self.tell("approve ship -m fine deploy -y")
+
+    def test_words_are_checked_as_over_http(self) -> None:
+        self.begin("ship")
+        for line in ("approve ship deploy -y", "cancel ship"):
+            self.main(*shlex.split(line), "--by", "x" * 201)
+            self.main(*shlex.split(line), "-m", "x" * 10_001)
+            self.assertEqual(self.main(*shlex.split(line), "-m", "a\udcff")[0], 4)
+        self.assertEqual(self.told_json("status ship")["state"], "waiting-approval")
+        self.refused(4, "not valid Unicode", "status 'a\udcff'")
+
+    def test_a_person_who_says_no_decides_nothing(self) -> None:
+        self.begin("ship")
+        out = on_terminal(self.folder, "approve ship deploy", columns=80, said="n\n")
+        self.assertRegex(out, r"\[y/N\] n?\s*\[smithers\] Error: not decided\n")
+        self.refused(4, "without a terminal -y", "approve ship deploy --json")
 
     def test_conflicts_have_a_code_of_their_own(self) -> None:
         self.begin("broke")
@@ -7115,6 +7255,8 @@ class SeatTest(SeatCase):
         self.assertRegex(self.tell("history two"), "(?m)cancelled by bob.*: wrong branch$")
         (found,) = [x for x in self.told_json("history ship") if x["what"] == "approved"]
         self.assertEqual((found["decidedBy"], found.get("bySource")), ("alice", "claimed"))
+        (found,) = [x for x in self.told_json("history two") if x["what"] == "cancelled"]
+        self.assertEqual((found["by"], found.get("bySource")), ("bob", "claimed"))
 
     def test_history_tells_of_suspensions_and_takeovers(self) -> None:
         with self.up("napping") as child:
@@ -7351,6 +7493,19 @@ class SeatTest(SeatCase):
                 if data:
                     found[name] = hashlib.sha256(data).hexdigest()
         return found
+
+    def test_no_traceback_is_obeyed_by_a_terminal(self) -> None:
+        self.write(
+            "esc.py",
+            "from smithers_serve import *\n"
+            "def cry():\n"
+            "    raise ValueError('\\x1b[31mred\\nand more')\n"
+            "workflow = Workflow('esc', Task('cry', cry))",
+        )
+        code, _, err = run_child(*MODULE, "up", "esc.py", folder=self.folder)
+        self.assertEqual(code, 1)
+        self.assertRegex(err, r"ValueError: \\x1b\[31mred\nand more\n")
+        self.assertNotIn("\x1b", err)
 
     def test_any_metadata_can_be_shown(self) -> None:
         self.begin("listed")
@@ -9218,7 +9373,7 @@ def broken(ctx):
 def gated_leaving(ctx):
     if os.path.exists(f"go-{ctx.run_id}"):
         os._exit(3)
-    return gated(ctx)
+    return gated
 
 poisoned = Workflow("poisoned", Task("poison", die))
 
