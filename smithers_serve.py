@@ -12610,18 +12610,22 @@ class Supervisor:
         run = self._db.get_run(run_id)
         if run is None or run.is_terminal:
             self._crashes.pop(run_id, None)
+            self._want_if_woken(run_id)  # to be retried, while its process was leaving
         elif owner_life(run) == "alive":  # somebody was faster: it is looked at from now on
             self._live[run_id] = Worker(None, run.runtime_owner_id)
         elif self._has_left(run, pid, code):
             self._crashes.pop(run_id, None)
             for gate in self._db.list_gates(run_id, "requested"):
                 self._note_deadline(run_id, gate)
-            if run_id in self._db.list_woken():
-                self._wanted[run_id] = None
+            self._want_if_woken(run_id)
         elif self._has_refused(run, code):
             self._fail(run, f"its worker ended with {code} before it had begun")
         else:
             self._crashed(run, code)
+
+    def _want_if_woken(self, run_id: str) -> None:
+        if run_id in self._db.list_woken():
+            self._wanted[run_id] = None
 
     @staticmethod
     def _has_left(run: Run, pid: int, code: int | None) -> bool:

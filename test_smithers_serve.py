@@ -9919,6 +9919,17 @@ class ServerLifeTest(ManyCase):
         self.many.child.close()
         self.many.start(*flags, command=command)
 
+    def test_retry_while_the_worker_leaves_is_not_lost(self) -> None:
+        until_told = "while ! test -e flows/told && ! test -e told; do sleep 0.01; done"
+        self.restart(signal.SIGTERM, "--notify", f"sh -c {shlex.quote(until_told)}")
+        run_id = self.begin("jobs.py:broken", "a")
+        self.many.wait(run_id, "failed")
+        self.many.go(run_id)
+        self.assertEqual(self.many.ask("POST", f"/v1/runs/{run_id}/retry").status, 200)
+        self.assertEqual(self.many.metric("workers_active"), 1)  # the one that leaves
+        self.many.write("told", "")
+        eventually(lambda: self.many.row(run_id)[0] == "finished")
+
     def test_a_server_of_another_root_starts_no_run_of_this_one(self) -> None:
         parked = self.park("a")
         other = os.path.join(self.folder, "others")
