@@ -1872,7 +1872,8 @@ class Reads:
 
     MAX_FRAMES_BYTES = 8 << 20  # of one reading: the tree of 10,000 tasks has 2 MiB
 
-    def rows(self, sql: str, parameters: Any = ()) -> Iterator[Any]:
+    def rows(self, sql: str, parameters: Any = ()) -> Any:
+        """Return an iterator over the rows, which can be closed."""
         raise NotImplementedError
 
     def all(self, sql: str, parameters: Any = ()) -> list[Any]:
@@ -1880,7 +1881,9 @@ class Reads:
 
     def one(self, sql: str, parameters: Any = ()) -> Any:
         """Return the first row, or None."""
-        return next(iter(self.rows(sql, parameters)), None)
+        # Closed here: left to itself, it would swallow a Ctrl+C that comes meanwhile.
+        with contextlib.closing(self.rows(sql, parameters)) as rows:
+            return next(rows, None)
 
     def records(self, kind: type[Row], which: str, parameters: Any) -> list[Row]:
         """Return the rows of a record's table that the rest of the statement says."""
@@ -12405,7 +12408,7 @@ class Supervisor:
             limit = max_concurrency or config.get("maxConcurrency")
             tx.update_config(**self.facts(run_id, spec, limit))
             tx.wake()
-        self._inbox.put(lambda: self._foreign.discard(run_id))
+        self._inbox.put(lambda: self._take_in(run_id))
 
     def take_shares(self) -> None:
         """Take up what the workers have counted since the last time."""
@@ -12507,6 +12510,11 @@ class Supervisor:
         for run_id in self._db.list_woken():
             if run_id not in self._live and run_id not in self._foreign:
                 self._wanted[run_id] = None
+
+    def _take_in(self, run_id: str) -> None:
+        """Look anew at a run that was another's, and has been woken since."""
+        self._foreign.discard(run_id)
+        self._look()
 
     def _fill(self) -> None:
         """Start what waits, as long as there is room: first what has begun, then what is queued."""

@@ -9701,6 +9701,31 @@ class ServerTest(ManyCase):
         self.assertEqual(self.many.ask("POST", f"/v1/runs/{self.run_id}/resume").status, 200)
         self.assert_ends(self.run_id)
 
+    def test_foreign_run_is_adopted_though_others_look_in_between(self) -> None:
+        folder = tempfile.TemporaryDirectory(prefix="smithers-test-")
+        self.addCleanup(folder.cleanup)
+        db = ss.SmithersDb(os.path.join(folder.name, "smithers.db"))
+        self.addCleanup(db.close)
+        with open(os.path.join(folder.name, "jobs.py"), "w", encoding="utf-8") as file:
+            file.write(MANY_FLOWS)
+        tree = Workflow("gated", Task("before", {}), Approval("ok"), Task("after", {}))
+        ss.run_workflow(tree, adapter=db, run_id="r", park=False)
+        app = ss.create_server_app(adapter=db, root=folder.name)
+        self.addCleanup(app.close)
+        supervisor: Any = app.supervisor
+        ss.decide(db, "r", "ok", ss.Decision("approved"))
+        eventually(lambda: "r" in supervisor._foreign)
+
+        def until_seen(tx: ss.Tx) -> None:
+            eventually(lambda: supervisor._watch._seen == supervisor._watch.version())
+            eventually(supervisor._inbox.empty)
+
+        db.subscribe(until_seen)
+        reply = app.request("POST", "/v1/runs/r/resume", json={"workflowPath": "jobs.py:gated"})
+        self.assertEqual(reply.status, 200)
+        db.unsubscribe(until_seen)
+        eventually(lambda: db.existing_run("r").status == "finished")
+
     def test_retry_gives_failed_nodes_a_fresh_try(self) -> None:
         for retry in (
             lambda run_id: self.many.ask("POST", f"/v1/runs/{run_id}/retry").status == 200,
