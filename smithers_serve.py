@@ -7392,8 +7392,7 @@ class Outline:
         self._containers: set[str] = set()  # the ids of those that have one
         self._found, self._looks = (0, -1), 0  # where the last node stood that was looked for
         leaf, end = self._LEAF, self._LEAF_END
-        begin, last = slice(len(leaf)), slice(-len(end), None)
-        edges = [n for n, p in enumerate(pieces) if p[last] != end or p[begin] != leaf]
+        edges = [n for n, p in enumerate(pieces) if not p.endswith(end) or not p.startswith(leaf)]
         # Of the open element: what is before its next child, the loops, its first node.
         is_parallel, before, first = False, range(0), 0
         loops: tuple[str, ...] = ()
