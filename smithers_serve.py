@@ -25,7 +25,8 @@ The file reads from top to bottom; nothing is used before it is defined.
     Rehearsal            the same engine in memory: no tasks, no people, a clock that jumps
     HTTP, Event stream   a request's bytes read strictly; a run's log as SSE bytes
     Views                what people ask of a run
-    Page, Script         one document that asks the routes: its style, its script
+    Page                 one document that asks the routes: its style
+    Script, Drawing      its script: what it knows and asks for; what it shows
     Document             the document whole, with its Content-Security-Policy
     Routes               the table of routes, tokens, the app of one run
     Conversation         the protocol of one connection, without a socket
@@ -8007,10 +8008,10 @@ dialog::backdrop { background: #0009; }
 
 
 # ---------------------------------------------------------------------------
-# Script: what the page asks for, draws and sends
+# Script: what the page asks for, keeps and sends
 # ---------------------------------------------------------------------------
 
-PAGE_SCRIPT = r"""
+SCRIPT_OF_STATE = r"""
 "use strict";
 // A run's routes are beside this page, or for an address "#/runs/ID/..." at "./v1/runs/ID".
 let runPath = "";
@@ -8254,8 +8255,18 @@ const loadNodes = soon(0, async (mine) => {
   } catch (error) { if (control) control.abort(); }  // and dial again
 });
 
+async function readGates(status) {
+  const gates = [];
+  for (let after = "", last = true; last;) {
+    const page = await read("approvals?status=" + status + after);
+    gates.push(...page);
+    last = page[999];  // of a whole page
+    after = last && `&after=${last.requestedAtMs}::${encode(keyOf(last))}`;
+  }
+  return gates;
+}
 const refreshGates = soon(200, async (mine) => {
-  mine.gates = new Map((await read("approvals")).map((gate) => [keyOf(gate), gate]));
+  mine.gates = new Map((await readGates("requested")).map((gate) => [keyOf(gate), gate]));
   changed();
 });
 
@@ -8433,7 +8444,15 @@ const runsView = { name: "all runs", draw() {
   listOfRuns(state.order)];
 } };
 
-// --- Drawing: a view says what should be there, and the document is made like it.
+"""
+
+
+# ---------------------------------------------------------------------------
+# Drawing: what the page shows of it
+# ---------------------------------------------------------------------------
+
+SCRIPT_OF_VIEWS = r"""
+// A view says what should be there, and the document is made like it.
 let isDirty = false, drawTimer = 0;
 function dirty() {
   if (!isDirty) requestAnimationFrame(draw);
@@ -8639,7 +8658,7 @@ function nodeView(nodeId, iteration) {
   const reload = soon(100, async () => {
     try {
       detail = await read(`nodes/${encode(nodeId)}?iteration=${iteration}`);
-      if (detail.gate && iteration > 0) earlier = (await read("approvals?status=all"))
+      if (detail.gate && iteration > 0) earlier = (await readGates("all"))
         .filter((gate) => gate.nodeId === nodeId && gate.iteration < iteration);
     } catch (error) { missing = error.status && tellFailure(error); }
     dirty();
@@ -8788,7 +8807,7 @@ function timelineView() {
   const asked = new Map();
   let bars = [], made = -1, begin = 0, end = 0;
   const reload = soon(300, async () => {
-    for (const gate of await read("approvals?status=all")) asked.set(keyOf(gate), gate);
+    for (const gate of await readGates("all")) asked.set(keyOf(gate), gate);
     made = -1;
     dirty();
   });
@@ -8907,6 +8926,7 @@ openView();
 # Document: the page as it is served
 # ---------------------------------------------------------------------------
 
+PAGE_SCRIPT = SCRIPT_OF_STATE + SCRIPT_OF_VIEWS
 PAGE = f"""<!doctype html>
 <html lang="en">
 <head>

@@ -5708,6 +5708,12 @@ class BrowserTest(ServerCase):
         self.browser.see("50 decisions are waiting", "Gate 49?")
         self.assertLess(self.count_elements(), 2000)
 
+    def test_gates_of_several_answers_are_all_told(self) -> None:
+        served = self.fresh()
+        served.run_to_gate([Parallel(*(Approval(f"g{n}") for n in range(1001)))])
+        self.open(served)
+        self.browser.see("1001 decisions are waiting")
+
     def test_a_hidden_tab_closes_its_stream(self) -> None:
         served = self.open(self.live())
         eventually(lambda: served.streams() == "1")
