@@ -1847,13 +1847,14 @@ Row = TypeVar("Row", Run, Node, Attempt, Frame, Gate, Event)
 TABLES: dict[Any, str] = {
     Run: "_smithers_runs",
     Node: "_smithers_nodes",
+    Attempt: "_smithers_attempts",
+    Frame: "_smithers_frames",
     Gate: "_smithers_approvals",
+    Event: "_smithers_events",
 }
-TABLES.update({Attempt: "_smithers_attempts", Frame: "_smithers_frames", Event: "_smithers_events"})
 # How a statement begins whose rows are records.
 SELECT = {kind: f"select {', '.join(kind._fields)} from {name} " for kind, name in TABLES.items()}
 OF_NODE = "where run_id = ? and node_id = ? and iteration = ? "
-UNIT_SEPARATOR = "\x1f"  # stands in no id
 
 
 def _is_busy(error: sqlite3.Error) -> bool:
@@ -2005,12 +2006,12 @@ class Reads:
         """
         (text,) = self.one(
             """select group_concat(node_id || case iteration
-                   when 0 then '::0' else '::' || iteration end, '/') from _smithers_nodes
+                   when 0 then '::0' else '::' || iteration end, '\x1f') from _smithers_nodes
                where run_id = :run_id and (:state is null or state = :state)
-                 and (:other is null or state <> :other)""".replace("/", UNIT_SEPARATOR),
+                 and (:other is null or state <> :other)""",
             {"run_id": run_id, "state": state, "other": other},
         )
-        return set(text.split(UNIT_SEPARATOR)) if text else set()
+        return set(text.split("\x1f")) if text else set()  # which stands in no id
 
     def list_attempts_of(self, run_id: str, key: Key) -> list[Attempt]:
         return self.records(Attempt, OF_NODE + "order by attempt", (run_id, *key))
@@ -9500,11 +9501,7 @@ class App:
         """
         method = "GET" if head.method == "HEAD" else head.method
         matches = self._router.find(head.segments)
-        match = None
-        for found in matches:
-            if found.route.method == method:
-                match = found
-                break
+        match = next((match for match in matches if match.route.method == method), None)
         if match is None or match.route.handler is not get_health:  # a probe may use any name
             self._refuse_foreign_host(head.headers)
         if match is not None and match.route.public:
