@@ -8257,14 +8257,14 @@ const loadNodes = soon(0, async (mine) => {
 });
 
 async function readGates(status) {
-  const gates = [];
-  for (let after = "", last = true; last;) {
-    const page = await read("approvals?status=" + status + after);
-    gates.push(...page);
+  const all = [];
+  for (let from = "", last = true; last;) {
+    const page = await read("approvals?status=" + status + from);
+    all.push(...page);
     last = page[999];  // of a whole page
-    after = last && `&after=${last.requestedAtMs}::${encode(keyOf(last))}`;
+    from = last && `&after=${last.requestedAtMs}::${encode(keyOf(last))}`;
   }
-  return gates;
+  return all;
 }
 const refreshGates = soon(200, async (mine) => {
   mine.gates = new Map((await readGates("requested")).map((gate) => [keyOf(gate), gate]));
@@ -8444,7 +8444,6 @@ const runsView = { name: "all runs", draw() {
   quiet(total < 1000 ? many(total, "run") : "The newest 1000 runs, and all that wait")),
   listOfRuns(state.order)];
 } };
-
 """
 
 
